@@ -1,0 +1,145 @@
+#pragma once
+
+// Eviction policies: pure functions of how many tokens were seen. Integers only; nothing here knows of memory or
+// floats.
+
+#include <algorithm>
+#include <array>
+#include <concepts>
+
+#include "config.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG {
+
+// Positions [first, last), counted from the start of the stream.
+struct position_span {
+  position_t first = 0, last = 0;
+
+  constexpr index_t size() const { return static_cast<index_t>(last - first); }
+  constexpr bool operator==(const position_span&) const = default;
+};
+
+// The positions that are visible, oldest first. Neighbours that touch are one span.
+class span_list {
+ public:
+  static constexpr index_t max_spans = 8;
+
+  constexpr void push_back(position_span span) {
+    if (span.first >= span.last) return;
+    if (size_ > 0 && spans_[static_cast<std::size_t>(size_ - 1)].last == span.first) {
+      spans_[static_cast<std::size_t>(size_ - 1)].last = span.last;
+      return;
+    }
+    detail::check(size_ < max_spans, "spans of visible positions", size_ + 1, "at most", max_spans);
+    spans_[static_cast<std::size_t>(size_++)] = span;
+  }
+  constexpr index_t size() const { return size_; }
+  constexpr const position_span& operator[](index_t i) const { return spans_[static_cast<std::size_t>(i)]; }
+  constexpr const position_span* begin() const { return spans_.data(); }
+  constexpr const position_span* end() const { return spans_.data() + size_; }
+
+  constexpr index_t num_tokens() const {
+    index_t n = 0;
+    for (const position_span& span : *this) n += span.size();
+    return n;
+  }
+  // Where the span that holds `position` ends; `position` itself if none does.
+  constexpr position_t end_of_span_at(position_t position) const {
+    for (const position_span& span : *this)
+      if (span.first <= position && position < span.last) return span.last;
+    return position;
+  }
+  // Tokens evicted between span i and the newest of `seen` tokens: by so much its cache-order distance is shorter.
+  constexpr position_t gap(index_t i, position_t seen) const {
+    position_t gap = seen - (*this)[i].last;
+    for (index_t later = i + 1; later < size_; ++later) gap -= (*this)[later].size();
+    return gap;
+  }
+
+ private:
+  std::array<position_span, max_spans> spans_{};
+  index_t size_ = 0;
+};
+
+// Where a position is stored, and how many of the positions after it lie in the slots after it.
+struct placed {
+  index_t slot = 0;
+  index_t following = 0;
+};
+
+// What a policy must answer, for any n >= 0:
+//   capacity()   slots it needs: place() stays below this;
+//   visible(n)   what is alive after n tokens; the newest is n - 1, and what left never returns;
+//   place(p)     the slot of position p. Positions visible together have different slots.
+template <class P>
+concept eviction_policy = requires(const P p, position_t n) {
+  { p.capacity() } -> std::same_as<index_t>;
+  { p.visible(n) } -> std::same_as<span_list>;
+  { p.place(n) } -> std::same_as<placed>;
+};
+
+// The first `num_sink_tokens` for ever, and the newest `window` (Xiao et al. 2024, arXiv 2309.17453, section 3.2).
+// A plain window has no sink tokens; a full cache has a window as long as the stream. `rollback` more slots keep
+// evicted tokens a while longer, so that as many appended tokens can be taken back.
+struct sink_window {
+  index_t num_sink_tokens = 0, window = 1, rollback = 0;
+
+  constexpr index_t capacity() const { return num_sink_tokens + window + rollback; }
+
+  constexpr span_list visible(position_t seen) const {
+    span_list spans;
+    const position_t pinned = std::min<position_t>(seen, num_sink_tokens);
+    spans.push_back({0, pinned});
+    spans.push_back({std::max<position_t>(pinned, seen - window), seen});
+    return spans;
+  }
+
+  constexpr placed place(position_t position) const {
+    const index_t ring = window + rollback;
+    if (position < num_sink_tokens) return {static_cast<index_t>(position), capacity() - 1 - position};
+    const index_t turn = static_cast<index_t>((position - num_sink_tokens) % ring);
+    return {num_sink_tokens + turn, ring - 1 - turn};
+  }
+};
+
+namespace detail {
+
+// Whether one of the positions [first, last) was stored over `position`.
+template <eviction_policy P>
+constexpr bool overwritten(const P& policy, position_t position, position_t first, position_t last) {
+  const index_t slot = policy.place(position).slot;
+  for (position_t p = std::max(first, position + 1); p < last;) {
+    const placed at = policy.place(p);
+    if (at.slot <= slot && slot - at.slot <= std::min<position_t>(at.following, last - 1 - p)) return true;
+    p += at.following + 1;
+  }
+  return false;
+}
+
+// Whether all that was visible after `back` tokens is still visible after `seen`, or at least still stored. `high` is
+// how far the stream got before it was last taken back.
+template <eviction_policy P>
+constexpr bool can_go_back(const P& policy, position_t back, position_t seen, position_t high) {
+  const span_list now = policy.visible(seen);
+  for (const position_span& span : policy.visible(back)) {
+    for (position_t p = span.first; p < span.last; ++p) {
+      const position_t alive_until = now.end_of_span_at(p);
+      if (alive_until > p)
+        p = std::min(alive_until, span.last) - 1;
+      else if (overwritten(policy, p, back, high))
+        return false;
+    }
+  }
+  return true;
+}
+
+// The smallest count of tokens, not below `lowest`, down to which every count can be gone back to.
+template <eviction_policy P>
+constexpr position_t min_truncate(const P& policy, position_t seen, position_t high, position_t lowest = 0) {
+  position_t n = seen;
+  while (n > lowest && can_go_back(policy, n - 1, n, high)) --n;
+  return n;
+}
+
+}  // namespace detail
+}  // namespace sinkcache::inline SINKCACHE_TAG

@@ -1,0 +1,30 @@
+#pragma once
+
+// sinkcache: KV caches that pin attention sinks, and the attention that reads them.
+//
+//   kv_cache.hpp   the cache: append, truncate, what is kept
+//   attention.hpp  decode and prefill over it, for standard softmax, softmax1 and learned sink logits
+//   policy.hpp     which tokens stay: pure functions of how many were seen
+//   softmax.hpp    the mathematics: partial states, how they merge, where the sink enters
+//   rope.hpp       rotary positions, exact at any distance from the start
+//   format.hpp     how keys and values are stored: f32, f16, bf16, or a format of yours
+//   segment.hpp    all that the kernel sees of a cache
+//   workspace.hpp  scratch memory, and the hook for your threads
+//   matrix.hpp     row-major views of Eigen matrices
+//   storage.hpp    the one allocation behind a cache
+//   detail/absorb.hpp  the hot loop
+//
+// fmt.hpp, which prints caches, is not included here.
+
+#include "attention.hpp"
+#include "config.hpp"
+#include "format.hpp"
+#include "kv_cache.hpp"
+#include "matrix.hpp"
+#include "policy.hpp"
+#include "rope.hpp"
+#include "segment.hpp"
+#include "softmax.hpp"
+#include "storage.hpp"
+#include "version.hpp"
+#include "workspace.hpp"

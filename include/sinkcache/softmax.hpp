@@ -1,0 +1,160 @@
+#pragma once
+
+// The mathematics, on one page. A sink is a virtual key whose value is zero. Attention over any set of tokens is a
+// state {m, d, o}: the largest logit, the sum of exp(logit - m), and the sum of exp(logit - m) * value. States merge;
+// the identity is {-inf, 0, 0}; `finish` merges the sink once, as one more state {sink, 1, 0}, and divides by d. So
+// tiles, threads, caches and ranks make partial states and never see the sink.
+//
+// m is kept in base 2, logit * log2(e), and the weights are powers of two: the factor disappears into the query's
+// scale.
+
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <span>
+#include <vector>
+
+#include "config.hpp"
+#include "detail/simd.hpp"
+#include "matrix.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG {
+
+// What stands in the softmax's denominator beside the visible tokens.
+class softmax_variant {
+ public:
+  static softmax_variant standard() { return softmax_variant(-std::numeric_limits<float>::infinity()); }
+
+  // +1 in the denominator: a sink logit of 0 in every head (Miller 2023, "Attention Is Off By One").
+  static softmax_variant softmax1() { return softmax_variant(0.f); }
+
+  // One learned logit per query head (gpt-oss), copied. Not scaled, capped or masked; -inf means none, ln(n) softmax_n.
+  static softmax_variant sink_logits(std::span<const float> logits) {
+    detail::check(!logits.empty(), "sink_logits.size()", logits.size(), "one per query head");
+    for (float logit : logits)
+      detail::check(logit < std::numeric_limits<float>::infinity(), "a sink logit", logit, "below infinity");
+    softmax_variant variant(0.f);
+    variant.logits_.assign(logits.begin(), logits.end());
+    return variant;
+  }
+
+  float sink(index_t head) const { return logits_.empty() ? sink_ : logits_[static_cast<std::size_t>(head)]; }
+  index_t num_sink_logits() const { return static_cast<index_t>(logits_.size()); }  // 0: the same for every head
+
+ private:
+  explicit softmax_variant(float sink) : sink_(sink) {}
+
+  float sink_;
+  std::vector<float> logits_;
+};
+
+namespace detail {
+
+inline constexpr float log2_e = std::numbers::log2e_v<float>;
+inline constexpr float no_logit = -std::numeric_limits<float>::infinity();
+
+// States of several rows in somebody's memory: m and d [rows], o [rows, o_stride].
+struct states {
+  float *m, *d, *o;
+  index_t o_stride;
+
+  states from_row(index_t i) const { return {m + i, d + i, o + i * o_stride, o_stride}; }
+
+  void clear(index_t rows) const noexcept {
+    std::fill_n(m, rows, no_logit);
+    std::fill_n(d, rows, 0.f);
+    std::fill_n(o, rows * o_stride, 0.f);
+  }
+};
+
+// The factor that brings what was summed relative to `m` to a new maximum `to`.
+inline float rescale(float m, float to) noexcept { return m == to ? 1.f : exp2_nonpositive(m - to); }
+
+inline void merge_state(const states& into, const states& from, index_t dim) noexcept {
+  const float m = *from.m > *into.m ? *from.m : *into.m;
+  const float a = rescale(*into.m, m), b = rescale(*from.m, m);
+  *into.m = m;
+  *into.d = *into.d * a + *from.d * b;
+  for (index_t i = 0; i < dim; ++i) into.o[i] = into.o[i] * a + from.o[i] * b;
+}
+
+// Returns lse, the natural logarithm of the denominator, the sink included. Nothing visible and no sink: zeros, -inf.
+inline float finish_state(const states& state, float sink, index_t dim, float* out) noexcept {
+  const float sink2 = sink * log2_e;
+  const float m = sink2 > *state.m ? sink2 : *state.m;
+  const float scale = rescale(*state.m, m);
+  const float d = *state.d * scale + (sink == no_logit ? 0.f : rescale(sink2, m));
+  if (d == 0) {
+    std::fill_n(out, dim, 0.f);
+    return no_logit;
+  }
+  const float weight = scale / d;
+  for (index_t i = 0; i < dim; ++i) out[i] = state.o[i] * weight;
+  return static_cast<float>((static_cast<double>(m) + std::log2(static_cast<double>(d))) * std::numbers::ln2);
+}
+
+}  // namespace detail
+
+// What `finish` returns: out [1, v_head_dim], and lse, natural, the sink included.
+struct attention_output {
+  matrix out;
+  float lse;
+};
+
+// A partial result of attention for one query token: [num_heads, v_head_dim + 2] floats, m, d, o a head. Split the
+// tokens as you like, over caches or machines, attend to each part, merge in any order, finish once.
+class attention_state {
+ public:
+  attention_state(index_t num_heads, index_t v_head_dim) : num_heads_(num_heads), v_head_dim_(v_head_dim) {
+    detail::check(num_heads >= 1, "num_heads", num_heads, "at least 1");
+    detail::check(v_head_dim >= 1 && v_head_dim <= max_head_dim, "v_head_dim", v_head_dim, "from 1 to", max_head_dim);
+    floats_.resize(static_cast<std::size_t>(detail::checked_product("num_heads * v_head_dim", num_heads, stride())));
+    clear();
+  }
+
+  // Back to the identity: nothing seen yet.
+  void clear() noexcept {
+    for (index_t head = 0; head < num_heads_; ++head) row(head).clear(1);
+  }
+
+  void merge(const attention_state& other) {
+    detail::check(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
+    detail::check(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
+    for (index_t head = 0; head < num_heads_; ++head)
+      detail::merge_state(row(head), const_cast<attention_state&>(other).row(head), v_head_dim_);
+  }
+
+  // The head's output into `out`, v_head_dim floats; returns its lse. The state is left as it is.
+  float finish(const softmax_variant& variant, index_t head, float* out) const {
+    detail::check(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
+    const index_t sinks = variant.num_sink_logits();
+    detail::check(sinks == 0 || sinks == num_heads_, "sink_logits.size()", sinks, "exactly", num_heads_);
+    return detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_, out);
+  }
+  attention_output finish(const softmax_variant& variant, index_t head) const {
+    attention_output result{matrix(1, v_head_dim_), 0.f};
+    result.lse = finish(variant, head, result.out.data());
+    return result;
+  }
+
+  index_t num_heads() const { return num_heads_; }
+  index_t v_head_dim() const { return v_head_dim_; }
+
+  // [num_heads, v_head_dim + 2], to send or reduce elsewhere: m (in base 2), d, then o.
+  std::span<float> data() { return floats_; }
+  std::span<const float> data() const { return floats_; }
+
+ private:
+  friend class attention;
+
+  index_t stride() const { return v_head_dim_ + 2; }
+  detail::states row(index_t head) {
+    float* const at = floats_.data() + head * stride();
+    return {at, at + 1, at + 2, v_head_dim_};
+  }
+
+  index_t num_heads_, v_head_dim_;
+  std::vector<float> floats_;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG
