@@ -29,7 +29,7 @@ struct query_rows {
 
 // Scratch of one worker: decoded tiles [tile_keys, round_up(dim, 16)], logits [4, tile_stride].
 struct tile_scratch {
-  static constexpr index_t tile_keys = 64, tile_stride = tile_keys + 16;
+  static constexpr index_t tile_keys = 32, tile_stride = tile_keys + 16;
 
   float *k, *v, *logits;
 };

@@ -39,25 +39,29 @@ tile_rows rows_of(const std::byte* store, index_t block, index_t first, index_t 
 }
 
 // logits[r][j] = q[r] . k[j], for Rows rows, `lanes` dot products at a time: as many accumulators as hide the latency
-// of an FMA. Behind the n-th key the last one repeats.
+// of an FMA. Behind the n-th key the last one repeats. Meanwhile `ahead`, what is read next, comes into the L1.
 template <int Rows>
-void dot_products(const float* q, index_t dim, tile_rows k, index_t n, float* logits) noexcept {
+void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows ahead, float* logits) noexcept {
   constexpr int keys = lanes / Rows;
   for (index_t j = 0; j < n; j += keys) {
     const float* key[keys];
     for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
+    for (int i = 0; i < keys; ++i)
+      for (index_t d = 0; d < dim; d += 16) __builtin_prefetch(ahead.row(std::min(j + i, n - 1)) + d);
     vfloat sums[lanes] = {};
-    for (index_t d = 0; d < dim; d += lanes) {
-      vfloat query[Rows];
+    for (index_t d = 0; d < dim; d += 16)
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) query[r] = load(q + r * dim + d);
+      for (index_t part = d; part < d + 16; part += lanes) {
+        vfloat query[Rows];
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) query[r] = load(q + r * dim + part);
 #pragma GCC unroll 16
-      for (int i = 0; i < keys; ++i) {
-        const vfloat kd = load(key[i] + d);
+        for (int i = 0; i < keys; ++i) {
+          const vfloat kd = load(key[i] + part);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) sums[r * keys + i] += query[r] * kd;
+          for (int r = 0; r < Rows; ++r) sums[r * keys + i] += query[r] * kd;
+        }
       }
-    }
     const vfloat dots = sums_of_lanes(sums);
     for (int r = 0; r < Rows; ++r)
       std::memcpy(logits + r * tile_scratch::tile_stride + j, reinterpret_cast<const char*>(&dots) + r * keys * 4,
@@ -65,13 +69,16 @@ void dot_products(const float* q, index_t dim, tile_rows k, index_t n, float* lo
   }
 }
 
-// o[r] = o[r] * scale[r] + sum over j of weights[r][j] * v[j]: the tile is summed by itself and added once.
+// o[r] = o[r] * scale[r] + sum over j of weights[r][j] * v[j]: the tile is summed by itself and added once. Strips of
+// columns are a pattern that hardware does not prefetch, so each line of V brings in the same line of `ahead`.
 template <int Rows, int Vectors>
-void add_values(const float* weights, const float* scale, tile_rows v, index_t n, index_t column, float* o,
-                index_t o_stride) noexcept {
+void add_values(const float* weights, const float* scale, tile_rows v, index_t n, tile_rows ahead, index_t column,
+                float* o, index_t o_stride) noexcept {
   vfloat sums[Rows][Vectors] = {};
+#pragma GCC unroll 4
   for (index_t j = 0; j < n; ++j) {
     const float* const value = v.row(j) + column;
+    for (int line = 0; line < Vectors * lanes; line += 16) __builtin_prefetch(ahead.row(j) + column + line);
 #pragma GCC unroll 8
     for (int c = 0; c < Vectors; ++c) {
       const vfloat vc = load(value + c * lanes);
@@ -87,11 +94,11 @@ void add_values(const float* weights, const float* scale, tile_rows v, index_t n
 }
 
 template <int Rows, int Vectors>
-void add_columns(const float* weights, const float* scale, tile_rows v, index_t n, index_t column, index_t dim,
-                 float* o, index_t o_stride) noexcept {
+void add_columns(const float* weights, const float* scale, tile_rows v, index_t n, tile_rows ahead, index_t column,
+                 index_t dim, float* o, index_t o_stride) noexcept {
   for (; column + Vectors * lanes <= dim; column += Vectors * lanes)
-    add_values<Rows, Vectors>(weights, scale, v, n, column, o, o_stride);
-  if constexpr (Vectors > 1) add_columns<Rows, Vectors / 2>(weights, scale, v, n, column, dim, o, o_stride);
+    add_values<Rows, Vectors>(weights, scale, v, n, ahead, column, o, o_stride);
+  if constexpr (Vectors > 1) add_columns<Rows, Vectors / 2>(weights, scale, v, n, ahead, column, dim, o, o_stride);
 }
 
 // tanh(x), within 2e-7 of it.
@@ -144,18 +151,17 @@ inline float weigh(float* logits, index_t n, float* m, float* d) noexcept {
 
 // `Rows` query rows from `row` on take in n keys and values, of positions from `first` on.
 template <int Rows>
-void absorb_rows(const query_rows& rows, index_t row, const extent* extents, tile_rows k, tile_rows v, position_t first,
-                 index_t n, const states& to, float* logits) noexcept {
+void absorb_rows(const query_rows& rows, index_t row, const extent* extents, tile_rows k, tile_rows v, tile_rows next_k,
+                 position_t first, index_t n, const states& to, float* logits) noexcept {
   const index_t dim = round_up(rows.head_dim, 16);
   float scale[Rows];
-  dot_products<std::min(Rows, 2)>(rows.q + row * dim, dim, k, n, logits);
-  if constexpr (Rows == 4) dot_products<2>(rows.q + (row + 2) * dim, dim, k, n, logits + 2 * tile_scratch::tile_stride);
+  dot_products<Rows>(rows.q + row * dim, dim, k, n, v, logits);
   for (int r = 0; r < Rows; ++r) {
     float* const row_logits = logits + r * tile_scratch::tile_stride;
     adjust_logits(rows, row + r, extents[row + r].gap, first, n, row_logits);
     scale[r] = weigh(row_logits, n, to.m + row + r, to.d + row + r);
   }
-  add_columns<Rows, 8 / Rows>(logits, scale, v, n, 0, round_up(rows.v_head_dim, 16), to.o + row * to.o_stride,
+  add_columns<Rows, 8 / Rows>(logits, scale, v, n, next_k, 0, round_up(rows.v_head_dim, 16), to.o + row * to.o_stride,
                               to.o_stride);
 }
 
@@ -174,6 +180,8 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
     const tile_rows k = rows_of<K>(from.k, from.k_block, first_row, n, rows.head_dim, scratch.k);
     const tile_rows v = rows_of<V>(from.v, from.v_block, first_row, n, rows.v_head_dim, scratch.v);
+    tile_rows next_k = k;
+    if (std::same_as<K, f32> && end + n <= hi) next_k.data = k.row(n);
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0; r < rows.rows;) {
       const auto sees = [&](index_t row) {
@@ -188,8 +196,8 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
       }
       const index_t offset = static_cast<index_t>(seen.first - tile), keys = seen.size();
       const auto together = [&]<int Rows>() {
-        absorb_rows<Rows>(rows, r, extents, {k.row(offset), k.stride}, {v.row(offset), v.stride}, seen.first, keys, to,
-                          scratch.logits);
+        absorb_rows<Rows>(rows, r, extents, {k.row(offset), k.stride}, {v.row(offset), v.stride}, next_k, seen.first,
+                          keys, to, scratch.logits);
         r += Rows;
       };
       if (same - r >= 4)
