@@ -17,8 +17,9 @@ struct fmt::formatter<Cache> {
     const auto spans = cache.visible(cache.seen());
     if (spans.size() == 0) out = fmt::format_to(out, "empty");
     for (sinkcache::index_t i = 0; i < spans.size(); ++i)
-      out = fmt::format_to(out, "{}{} {}-{}", i > 0 ? " | " : "", i + 1 < spans.size() ? "sinks" : "window",
-                           spans[i].first, spans[i].last - 1);
+      out = fmt::format_to(out, "{}{} {}-{}", i > 0 ? " | " : "",
+                           spans.size() == 1 ? "tokens" : (i + 1 < spans.size() ? "sinks" : "window"), spans[i].first,
+                           spans[i].last - 1);
     return fmt::format_to(out, ", {:.1f} MB}}", static_cast<double>(cache.nbytes()) * 1e-6);
   }
 };

@@ -144,7 +144,8 @@ class kv_cache final : public any_kv_cache {
     detail::check(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
     const position_t smallest = std::max(floor_, detail::min_truncate(policy_, seen_, high_, seen));
     if (seen < smallest) {
-      detail::check(detail::can_go_back(policy_, seen, seen_, high_), "seen", seen, "at least", smallest);
+      if (!detail::can_go_back(policy_, seen, seen_, high_))
+        detail::fail(fmt::format("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest));
       high_ = floor_ = seen;
     }
     seen_ = seen;
