@@ -153,19 +153,22 @@ class attention {
   // One worker's memory, for up to rows_at_once rows.
   struct worker_scratch {
     worker_scratch(const memory_layout& layout, index_t worker) {
-      const index_t k_dim = detail::round_up(layout.config.head_dim, 16);
-      const index_t v_dim = detail::round_up(layout.config.v_head_dim, 16);
+      const auto [k_dim, v_dim, keys] = sizes(layout.config);
       auto* at = reinterpret_cast<float*>(layout.memory + worker * layout.scratch_bytes);
       const auto take = [&](index_t floats) { return std::exchange(at, at + floats); };
       q = take(rows_at_once * k_dim);
       state = {take(rows_at_once), take(rows_at_once), take(rows_at_once * v_dim), v_dim};
-      tile = {take(tile_scratch::tile_keys * k_dim), take(tile_scratch::tile_keys * v_dim),
-              take(4 * tile_scratch::tile_stride)};
+      tile = {take(keys * k_dim), take(keys * v_dim), take(4 * tile_scratch::stride)};
     }
     static index_t bytes(const cache_config& config) {
-      const index_t dims = detail::round_up(config.head_dim, 16) + detail::round_up(config.v_head_dim, 16);
+      const auto [k_dim, v_dim, keys] = sizes(config);
       return index_t{sizeof(float)} *
-             ((rows_at_once + tile_scratch::tile_keys) * dims + 2 * rows_at_once + 4 * tile_scratch::tile_stride);
+             ((rows_at_once + keys) * (k_dim + v_dim) + 2 * rows_at_once + 4 * tile_scratch::stride);
+    }
+    // Padded head_dim and v_head_dim, and the keys of a tile.
+    static std::array<index_t, 3> sizes(const cache_config& config) {
+      return {detail::round_up(config.head_dim, 16), detail::round_up(config.v_head_dim, 16),
+              tile_scratch::keys(config.head_dim, config.v_head_dim)};
     }
 
     float* q;

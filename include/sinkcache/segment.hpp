@@ -2,6 +2,7 @@
 
 // All that the kernel ever sees of a cache: segments of stored tokens, and what each query row sees of them.
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -27,9 +28,14 @@ struct query_rows {
   float soft_cap;              // in base 2; 0 for none
 };
 
-// Scratch of one worker: decoded tiles [tile_keys, round_up(dim, 16)], logits [4, tile_stride].
+// Scratch of one worker: decoded tiles [keys, round_up(dim, 16)], logits [4, stride].
 struct tile_scratch {
-  static constexpr index_t tile_keys = 32, tile_stride = tile_keys + 16;
+  static constexpr index_t max_keys = 128, stride = max_keys + 16;
+
+  // Keys in a tile: as many as leave room in a 32 KiB L1 for both K and V in float.
+  static constexpr index_t keys(index_t head_dim, index_t v_head_dim) {
+    return std::clamp<index_t>(8192 / (head_dim + v_head_dim) / 16 * 16, 16, max_keys);
+  }
 
   float *k, *v, *logits;
 };

@@ -46,7 +46,7 @@ struct sequential {
 
 // Memory that calls of `attention` work in, and the executor they run on. One for each call that is in flight: share it
 // among layers and sequences, not among concurrent calls. It grows when a call needs more and never shrinks; decode of
-// up to 64 heads of 128 fits what the constructor takes.
+// up to 128 heads of 256 fits what the constructor takes.
 class workspace {
  public:
   workspace() : workspace(sequential_) {}
@@ -93,7 +93,7 @@ class workspace {
   friend class attention;
 
   static constexpr std::align_val_t alignment{64};
-  static constexpr index_t initial_scratch = index_t{768} << 10, initial_shared = index_t{2} << 20;
+  static constexpr index_t initial_scratch = index_t{768} << 10, initial_shared = index_t{4} << 20;
   inline static constinit sequential sequential_{};
 
   template <class F>

@@ -64,7 +64,7 @@ void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows
       }
     const vfloat dots = sums_of_lanes(sums);
     for (int r = 0; r < Rows; ++r)
-      std::memcpy(logits + r * tile_scratch::tile_stride + j, reinterpret_cast<const char*>(&dots) + r * keys * 4,
+      std::memcpy(logits + r * tile_scratch::stride + j, reinterpret_cast<const char*>(&dots) + r * keys * 4,
                   keys * sizeof(float));
   }
 }
@@ -83,7 +83,7 @@ void add_values(const float* weights, const float* scale, tile_rows v, index_t n
     for (int c = 0; c < Vectors; ++c) {
       const vfloat vc = load(value + c * lanes);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) sums[r][c] += vc * weights[r * tile_scratch::tile_stride + j];
+      for (int r = 0; r < Rows; ++r) sums[r][c] += vc * weights[r * tile_scratch::stride + j];
     }
   }
   for (int r = 0; r < Rows; ++r)
@@ -157,7 +157,7 @@ void absorb_rows(const query_rows& rows, index_t row, const extent* extents, til
   float scale[Rows];
   dot_products<Rows>(rows.q + row * dim, dim, k, n, v, logits);
   for (int r = 0; r < Rows; ++r) {
-    float* const row_logits = logits + r * tile_scratch::tile_stride;
+    float* const row_logits = logits + r * tile_scratch::stride;
     adjust_logits(rows, row + r, extents[row + r].gap, first, n, row_logits);
     scale[r] = weigh(row_logits, n, to.m + row + r, to.d + row + r);
   }
@@ -175,8 +175,9 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     lo = std::min(lo, std::max(extents[r].lo, from.first));
     hi = std::max(hi, std::min(extents[r].hi, from.last));
   }
-  for (position_t tile = lo; tile < hi; tile += tile_scratch::tile_keys) {
-    const position_t end = std::min<position_t>(hi, tile + tile_scratch::tile_keys);
+  const index_t tile_keys = tile_scratch::keys(rows.head_dim, rows.v_head_dim);
+  for (position_t tile = lo; tile < hi; tile += tile_keys) {
+    const position_t end = std::min<position_t>(hi, tile + tile_keys);
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
     const tile_rows k = rows_of<K>(from.k, from.k_block, first_row, n, rows.head_dim, scratch.k);
     const tile_rows v = rows_of<V>(from.v, from.v_block, first_row, n, rows.v_head_dim, scratch.v);
