@@ -124,7 +124,7 @@ class attention {
   }
 
  private:
-  static constexpr index_t rows_at_once = 64, slice_tokens = 512, max_slices = 16;
+  static constexpr index_t rows_at_once = 64, slice_tokens = 512, stretch_tokens = 1024, max_slices = 16;
   static constexpr position_t everything = max_position;
 
   // One block of query tokens over one cache.
@@ -158,12 +158,13 @@ class attention {
       const auto take = [&](index_t floats) { return std::exchange(at, at + floats); };
       q = take(rows_at_once * k_dim);
       state = {take(rows_at_once), take(rows_at_once), take(rows_at_once * v_dim), v_dim};
+      stretch = {take(rows_at_once), take(rows_at_once), take(rows_at_once * v_dim), v_dim};
       tile = {take(keys * k_dim), take(keys * v_dim), take(4 * tile_scratch::stride)};
     }
     static index_t bytes(const cache_config& config) {
       const auto [k_dim, v_dim, keys] = sizes(config);
       return index_t{sizeof(float)} *
-             ((rows_at_once + keys) * (k_dim + v_dim) + 2 * rows_at_once + 4 * tile_scratch::stride);
+             ((rows_at_once + keys) * (k_dim + v_dim) + rows_at_once * (v_dim + 4) + 4 * tile_scratch::stride);
     }
     // Padded head_dim and v_head_dim, and the keys of a tile.
     static std::array<index_t, 3> sizes(const cache_config& config) {
@@ -172,7 +173,7 @@ class attention {
     }
 
     float* q;
-    detail::states state;
+    detail::states state, stretch;
     tile_scratch tile;
   };
 
@@ -272,9 +273,14 @@ class attention {
       turn_queries(call, kv_head, row, count, extents, scratch.q);
       if (has_terms) set_terms(call, kv_head, row, count, terms);
       while (lo < hi) {
-        const segment next = lo < call.cached ? call.cache.segment_at(kv_head, lo, std::min(hi, call.cached))
-                                              : call.cache.staged_segment(kv_head, lo, hi, call.tokens, call.block);
-        next.absorb(next, rows, extents, states, scratch.tile);
+        // Long sums drift: a stretch of tokens is summed by itself, and added once.
+        const position_t end = std::min(hi, lo + stretch_tokens);
+        const segment next = lo < call.cached ? call.cache.segment_at(kv_head, lo, std::min(end, call.cached))
+                                              : call.cache.staged_segment(kv_head, lo, end, call.tokens, call.block);
+        scratch.stretch.clear(count);
+        next.absorb(next, rows, extents, scratch.stretch, scratch.tile);
+        for (index_t r = 0; r < count; ++r)
+          detail::merge_state(states.from_row(r), scratch.stretch.from_row(r), states.o_stride);
         lo = next.last;
       }
     }

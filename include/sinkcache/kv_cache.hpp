@@ -142,20 +142,18 @@ class kv_cache final : public any_kv_cache {
   // Takes back tokens until `seen` are left, as long as none that becomes visible again was overwritten.
   void truncate(position_t seen) {
     detail::check(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
-    const position_t smallest = std::max(floor_, detail::min_truncate(policy_, seen_, high_, seen));
-    if (seen < smallest) {
-      if (!detail::can_go_back(policy_, seen, seen_, high_))
-        detail::fail(fmt::format("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest));
-      high_ = floor_ = seen;
-    }
+    const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
+    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_))
+      detail::fail(fmt::format("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest));
     seen_ = seen;
+    if (size() == seen) high_ = seen;  // all there ever was is still here, so what came after no longer matters
   }
 
   // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
-  position_t min_truncate() const { return std::max(floor_, detail::min_truncate(policy_, seen_, high_)); }
+  position_t min_truncate() const { return detail::min_truncate(policy_, seen_, high_); }
 
   // Forgets all tokens.
-  void clear() noexcept { seen_ = high_ = floor_ = 0; }
+  void clear() noexcept { seen_ = high_ = 0; }
 
   // A copy that goes on by itself, in memory from the same resource.
   kv_cache clone() const {
@@ -163,7 +161,6 @@ class kv_cache final : public any_kv_cache {
     std::memcpy(copy.rows_.data(), rows_.data(), rows_.nbytes());
     copy.seen_ = seen_;
     copy.high_ = high_;
-    copy.floor_ = floor_;
     return copy;
   }
 
@@ -286,8 +283,7 @@ class kv_cache final : public any_kv_cache {
 
   Policy policy_;
   rows rows_;
-  position_t high_ = 0;   // how far the stream got before it was last taken back: what was overwritten
-  position_t floor_ = 0;  // below it, tokens are lost though `high_` does not show it
+  position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

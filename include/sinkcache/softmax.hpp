@@ -1,12 +1,12 @@
 #pragma once
 
 // The mathematics, on one page. A sink is a virtual key whose value is zero. Attention over any set of tokens is a
-// state {m, d, o}: the largest logit, the sum of exp(logit - m), and the sum of exp(logit - m) * value. States merge;
-// the identity is {-inf, 0, 0}; `finish` merges the sink once, as one more state {sink, 1, 0}, and divides by d. So
-// tiles, threads, caches and ranks make partial states and never see the sink.
+// state {m, d, o}: a bound on the logits, the sum of exp(logit - m), and the sum of exp(logit - m) * value. States
+// merge; the identity is {-inf, 0, 0}; `finish` merges the sink once, as one more state {sink, 1, 0}, and divides by d.
+// So tiles, threads, caches and ranks make partial states and never see the sink.
 //
-// m is kept in base 2, logit * log2(e), and the weights are powers of two: the factor disappears into the query's
-// scale.
+// m is kept in base 2, logit * log2(e): the factor disappears into the query's scale. It is the largest logit rounded
+// up to a whole number, so that bringing a state to another m multiplies by a power of two, which rounds nothing.
 
 #include <cmath>
 #include <limits>
@@ -80,17 +80,20 @@ inline void merge_state(const states& into, const states& from, index_t dim) noe
 
 // Returns lse, the natural logarithm of the denominator, the sink included. Nothing visible and no sink: zeros, -inf.
 inline float finish_state(const states& state, float sink, index_t dim, float* out) noexcept {
-  const float sink2 = sink * log2_e;
-  const float m = sink2 > *state.m ? sink2 : *state.m;
-  const float scale = rescale(*state.m, m);
-  const float d = *state.d * scale + (sink == no_logit ? 0.f : rescale(sink2, m));
+  // In double: where the sink rules, lse is the sink to the last bit.
+  const double sink2 = static_cast<double>(sink) * std::numbers::log2e, state_m = static_cast<double>(*state.m);
+  const double m = sink2 > state_m ? sink2 : state_m;
+  const auto scale_of = [&](double from) { return from == m ? 1.f : exp2_nonpositive(static_cast<float>(from - m)); };
+  const float scale = scale_of(state_m);
+  const double d = static_cast<double>(*state.d) * static_cast<double>(scale) +
+                   (sink == no_logit ? 0 : static_cast<double>(scale_of(sink2)));
   if (d == 0) {
     std::fill_n(out, dim, 0.f);
     return no_logit;
   }
-  const float weight = scale / d;
+  const auto weight = static_cast<float>(static_cast<double>(scale) / d);
   for (index_t i = 0; i < dim; ++i) out[i] = state.o[i] * weight;
-  return static_cast<float>((static_cast<double>(m) + std::log2(static_cast<double>(d))) * std::numbers::ln2);
+  return static_cast<float>((m + std::log2(d)) * std::numbers::ln2);
 }
 
 }  // namespace detail

@@ -4,6 +4,7 @@
 // that see the same keys of a tile go through it together. A row's arithmetic does not depend on the rows beside it.
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 
 #include "../format.hpp"
@@ -69,27 +70,34 @@ void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows
   }
 }
 
-// o[r] = o[r] * scale[r] + sum over j of weights[r][j] * v[j]: the tile is summed by itself and added once. Strips of
-// columns are a pattern that hardware does not prefetch, so each line of V brings in the same line of `ahead`.
+// o[r] = o[r] * scale[r] + sum over j of weights[r][j] * v[j]. Long sums drift: 16 keys are summed by themselves, then
+// the tile, which is added once. Strips of columns are a pattern that hardware does not prefetch, so each line of V
+// brings in the same line of `ahead`.
 template <int Rows, int Vectors>
 void add_values(const float* weights, const float* scale, tile_rows v, index_t n, tile_rows ahead, index_t column,
                 float* o, index_t o_stride) noexcept {
-  vfloat sums[Rows][Vectors] = {};
+  vfloat tile[Rows][Vectors] = {};
+  for (index_t first = 0; first < n; first += 16) {
+    vfloat sums[Rows][Vectors] = {};
+    const index_t last = std::min<index_t>(n, first + 16);
 #pragma GCC unroll 4
-  for (index_t j = 0; j < n; ++j) {
-    const float* const value = v.row(j) + column;
-    for (int line = 0; line < Vectors * lanes; line += 16) __builtin_prefetch(ahead.row(j) + column + line);
+    for (index_t j = first; j < last; ++j) {
+      const float* const value = v.row(j) + column;
+      for (int line = 0; line < Vectors * lanes; line += 16) __builtin_prefetch(ahead.row(j) + column + line);
 #pragma GCC unroll 8
-    for (int c = 0; c < Vectors; ++c) {
-      const vfloat vc = load(value + c * lanes);
+      for (int c = 0; c < Vectors; ++c) {
+        const vfloat vc = load(value + c * lanes);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) sums[r][c] += vc * weights[r * tile_scratch::stride + j];
+        for (int r = 0; r < Rows; ++r) sums[r][c] += vc * weights[r * tile_scratch::stride + j];
+      }
     }
+    for (int r = 0; r < Rows; ++r)
+      for (int c = 0; c < Vectors; ++c) tile[r][c] += sums[r][c];
   }
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Vectors; ++c) {
       float* const to = o + r * o_stride + column + c * lanes;
-      store(to, load(to) * scale[r] + sums[r][c]);
+      store(to, load(to) * scale[r] + tile[r][c]);
     }
 }
 
@@ -136,10 +144,12 @@ inline float weigh(float* logits, index_t n, float* m, float* d) noexcept {
   std::fill(logits + n, logits + padded, no_logit);
   vfloat largest = load(logits);
   for (index_t j = lanes; j < padded; j += lanes) largest = max(largest, load(logits + j));
-  const float tile_max = max_of_lanes(largest), new_max = tile_max > *m ? tile_max : *m;
+  // A whole number, so that no later change of it rounds what was summed.
+  const float tile_max = std::ceil(max_of_lanes(largest)), new_max = tile_max > *m ? tile_max : *m;
+  const float subtract = new_max == no_logit ? 0.f : new_max;  // logits of -inf alone: weights 0, not NaN
   vfloat sum{};
   for (index_t j = 0; j < padded; j += lanes) {
-    const vfloat w = exp2_nonpositive(load(logits + j) - new_max);
+    const vfloat w = exp2_nonpositive(load(logits + j) - subtract);
     store(logits + j, w);
     sum += w;
   }
