@@ -142,7 +142,7 @@ class attention {
     memory_layout(const cache_config& of, const workspace& workspace)
         : config(of),
           scratch_bytes(worker_scratch::bytes(of)),
-          memory(workspace.memory_),
+          memory(workspace.memory_.get()),
           shared(memory + workspace.concurrency_ * scratch_bytes) {}
 
     const cache_config& config;

@@ -3,9 +3,9 @@
 // Rows of keys and values in one allocation, and where that memory comes from by default.
 
 #include <cstddef>
+#include <memory>
 #include <memory_resource>
 #include <new>
-#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -57,34 +57,10 @@ class storage {
 
  public:
   storage(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim, std::pmr::memory_resource* resource)
-      : nbytes_(required_bytes(num_kv_heads, rows, head_dim, v_head_dim)),
-        rows_(rows),
-        k_block_(block_bytes<K>(head_dim)),
-        v_block_(block_bytes<V>(v_head_dim)),
-        v_offset_(num_kv_heads * rows * k_block_),
-        resource_(resource),
-        memory_(static_cast<std::byte*>(resource->allocate(nbytes_, alignment))) {}
-
-  storage(storage&& other) noexcept
-      : nbytes_(other.nbytes_),
-        rows_(other.rows_),
-        k_block_(other.k_block_),
-        v_block_(other.v_block_),
-        v_offset_(other.v_offset_),
-        resource_(other.resource_),
-        memory_(std::exchange(other.memory_, nullptr)) {}
-  storage& operator=(storage&& other) noexcept {
-    std::swap(nbytes_, other.nbytes_);
-    std::swap(rows_, other.rows_);
-    std::swap(k_block_, other.k_block_);
-    std::swap(v_block_, other.v_block_);
-    std::swap(v_offset_, other.v_offset_);
-    std::swap(resource_, other.resource_);
-    std::swap(memory_, other.memory_);
-    return *this;
-  }
-  ~storage() {
-    if (memory_ != nullptr) resource_->deallocate(memory_, nbytes_, alignment);
+      : rows_(rows), k_block_(block_bytes<K>(head_dim)), v_block_(block_bytes<V>(v_head_dim)) {
+    const std::size_t bytes = required_bytes(num_kv_heads, rows, head_dim, v_head_dim);
+    v_offset_ = num_kv_heads * rows * k_block_;
+    memory_ = {static_cast<std::byte*>(resource->allocate(bytes, alignment)), {resource, bytes}};
   }
 
   static std::size_t required_bytes(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim) {
@@ -93,13 +69,13 @@ class storage {
     return static_cast<std::size_t>(checked_product("bytes of the cache", all_rows, row_bytes));
   }
 
-  std::byte* k(index_t kv_head, index_t row) const { return memory_ + (kv_head * rows_ + row) * k_block_; }
-  std::byte* v(index_t kv_head, index_t row) const { return memory_ + v_offset_ + (kv_head * rows_ + row) * v_block_; }
+  std::byte* k(index_t kv_head, index_t row) const { return data() + (kv_head * rows_ + row) * k_block_; }
+  std::byte* v(index_t kv_head, index_t row) const { return data() + v_offset_ + (kv_head * rows_ + row) * v_block_; }
   index_t k_block() const { return k_block_; }
   index_t v_block() const { return v_block_; }
-  std::size_t nbytes() const { return nbytes_; }
-  std::byte* data() const { return memory_; }
-  std::pmr::memory_resource* resource() const { return resource_; }
+  std::size_t nbytes() const { return memory_.get_deleter().bytes; }
+  std::byte* data() const { return memory_.get(); }
+  std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
  private:
   static constexpr std::size_t alignment = 64;
@@ -111,10 +87,15 @@ class storage {
     return bytes;
   }
 
-  std::size_t nbytes_;
-  index_t rows_, k_block_, v_block_, v_offset_;
-  std::pmr::memory_resource* resource_;
-  std::byte* memory_;
+  struct give_back {
+    std::pmr::memory_resource* resource;
+    std::size_t bytes;
+
+    void operator()(std::byte* memory) const { resource->deallocate(memory, bytes, alignment); }
+  };
+
+  index_t rows_, k_block_, v_block_, v_offset_ = 0;
+  std::unique_ptr<std::byte, give_back> memory_;
 };
 
 }  // namespace detail

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <memory>
 #include <new>
-#include <utility>
 
 #include "segment.hpp"
 
@@ -61,33 +61,14 @@ class workspace {
     reserve(detail::checked_product("bytes of scratch", concurrency_, initial_scratch) + initial_shared);
   }
 
-  workspace(workspace&& other) noexcept
-      : executor_(other.executor_),
-        concurrency_(other.concurrency_),
-        run_(other.run_),
-        memory_(std::exchange(other.memory_, nullptr)),
-        bytes_(std::exchange(other.bytes_, 0)) {}
-  workspace& operator=(workspace&& other) noexcept {
-    std::swap(executor_, other.executor_);
-    std::swap(concurrency_, other.concurrency_);
-    std::swap(run_, other.run_);
-    std::swap(memory_, other.memory_);
-    std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  ~workspace() { ::operator delete(memory_, alignment); }
-
   // Takes memory now for calls that need up to `bytes`, see attention::workspace_bytes. What it held is lost.
   void reserve(index_t bytes) {
-    if (bytes <= bytes_) return;
-    auto* const memory = static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment));
-    ::operator delete(memory_, alignment);
-    memory_ = memory;
-    bytes_ = bytes;
+    if (bytes <= nbytes()) return;
+    memory_ = {static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment)), {bytes}};
   }
 
   index_t concurrency() const { return concurrency_; }
-  index_t nbytes() const { return bytes_; }
+  index_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
 
  private:
   friend class attention;
@@ -95,6 +76,12 @@ class workspace {
   static constexpr std::align_val_t alignment{64};
   static constexpr index_t initial_scratch = index_t{768} << 10, initial_shared = index_t{4} << 20;
   inline static constinit sequential sequential_{};
+
+  struct give_back {
+    index_t bytes;
+
+    void operator()(std::byte* memory) const { ::operator delete(memory, alignment); }
+  };
 
   template <class F>
   void run(index_t n, F&& work) const {
@@ -104,8 +91,7 @@ class workspace {
   void* executor_;
   index_t concurrency_;
   void (*run_)(void*, index_t, const work_ref&);
-  std::byte* memory_ = nullptr;
-  index_t bytes_ = 0;
+  std::unique_ptr<std::byte, give_back> memory_;
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
