@@ -1,0 +1,36 @@
+#!/bin/sh
+# A header includes only headers from above it in this order, Eigen's core only from matrix.hpp on, and is read in
+# one sitting: 350 lines at most, the hot kernel 250.
+set -eu
+cd "$(dirname -- "$0")/../include/sinkcache"
+
+order='version config policy matrix detail/simd format rope softmax segment detail/absorb
+       workspace storage kv_cache detail/pack attention fmt sinkcache'
+
+# shellcheck disable=SC2016 # awk's own variables
+find . -name '*.hpp' | sort | xargs awk -v order="$order" '
+  function fault(text) { print "include/sinkcache/" header ".hpp:" FNR ": " text; faults = 1 }
+  BEGIN {
+    n = split(order, names, " ")
+    for (i = 1; i <= n; i++) layer[names[i]] = i
+  }
+  FNR == 1 {
+    header = FILENAME
+    gsub(/^\.\/|\.hpp$/, "", header)
+    if (!(header in layer)) fault("has no place in the order that cmake/check_layers.sh lists")
+  }
+  FNR == (header == "detail/absorb" ? 251 : 351) { fault("is too long for one sitting") }
+  /^[ \t]*#[ \t]*include/ {
+    path = $0
+    gsub(/^[^<"]*[<"]|[>"].*$/, "", path)
+    if (path ~ /^(unsupported\/)?Eigen\// && (path != "Eigen/Core" || layer[header] < layer["matrix"]))
+      fault("may not include <" path ">")
+    if (sub(/^sinkcache\//, "", path) || $0 ~ /"/) {
+      # The quoted form is relative to the header.
+      if ($0 ~ /"/ && header ~ /^detail\// && !sub(/^\.\.\//, "", path)) path = "detail/" path
+      sub(/\.hpp$/, "", path)
+      if (!(path in layer)) fault("includes an unknown header, " path ".hpp")
+      else if (layer[path] >= layer[header]) fault("may not include " path ".hpp, which is not above it")
+    }
+  }
+  END { exit faults }'

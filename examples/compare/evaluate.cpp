@@ -1,0 +1,211 @@
+#include "evaluate.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <limits>
+#include <mutex>
+#include <thread>
+
+namespace compare {
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+constexpr double not_scored = std::numeric_limits<double>::quiet_NaN();
+
+// A recomputed token costs a forward over the whole cache, so about this many of them stand for the others.
+constexpr index_t wanted_samples = 512;
+
+index_t sample_stride(index_t cache, index_t tokens) { return std::max<index_t>(1, (tokens - cache) / wanted_samples); }
+
+struct stopwatch {
+  clock::duration total{};
+  index_t tokens = 0;
+
+  template <class F>
+  auto time(F&& f) {
+    const clock::time_point start = clock::now();
+    const auto result = f();
+    total += clock::now() - start;
+    ++tokens;
+    return result;
+  }
+  double us_per_token() const {
+    return std::chrono::duration<double, std::micro>(total).count() / static_cast<double>(std::max<index_t>(tokens, 1));
+  }
+};
+
+double checked_loss(const subject& s, std::span<const float> logits, int target, index_t i) {
+  const double loss = engine::loss_bits(logits, target);
+  if (!std::isfinite(loss))
+    throw std::runtime_error(fmt::format("{}: the logits after token {} are not finite", s.name, i));
+  return loss;
+}
+
+void decode_all(run& r, engine::session& session, std::span<const int> ids, const std::function<void()>& on_token) {
+  stopwatch watch;
+  for (std::size_t i = 0; i < r.loss_bits.size(); ++i) {
+    const std::span<const float> logits = watch.time([&] { return session.decode(ids[i]); });
+    r.loss_bits[i] = checked_loss(*r.subject, logits, ids[i + 1], static_cast<index_t>(i));
+    on_token();
+  }
+  r.us_per_token = watch.us_per_token();
+}
+
+// Until the cache is full, recomputing is decoding. After that, a fresh pass over the first token and the newest ones.
+void recompute_samples(run& r, engine::session& session, std::span<const int> ids, index_t cache,
+                       const std::function<void()>& on_token) {
+  const index_t tokens = static_cast<index_t>(r.loss_bits.size());
+  std::vector<int> context(static_cast<std::size_t>(cache));
+  stopwatch decoding, recomputing;
+  const auto score = [&](std::size_t i, std::span<const float> logits) {
+    r.loss_bits[i] = checked_loss(*r.subject, logits, ids[i + 1], static_cast<index_t>(i));
+    on_token();
+  };
+  for (std::size_t i = 0; i < static_cast<std::size_t>(std::min(cache, tokens)); ++i)
+    score(i, decoding.time([&] { return session.decode(ids[i]); }));
+  for (index_t i = cache; i < tokens; i += sample_stride(cache, tokens)) {
+    const auto newest = ids.subspan(static_cast<std::size_t>(i - cache + 2), static_cast<std::size_t>(cache - 1));
+    context.front() = ids.front();
+    std::copy(newest.begin(), newest.end(), context.begin() + 1);
+    score(static_cast<std::size_t>(i), recomputing.time([&] {
+      session.clear();
+      return session.prefill(context);
+    }));
+  }
+  r.us_per_token = (recomputing.tokens > 0 ? recomputing : decoding).us_per_token();
+}
+
+run evaluate_one(const subject& s, const policy& p, std::span<const int> ids, index_t cache,
+                 const std::function<void()>& on_token) {
+  const index_t tokens = static_cast<index_t>(ids.size()) - 1;
+  const bool recompute = p.is == policy::kind::recompute;
+  run r{&s, p, p.is == policy::kind::full ? tokens : cache - p.num_sink_tokens, {}, 0, 0};
+  r.loss_bits.assign(static_cast<std::size_t>(tokens), not_scored);
+
+  // Recomputing pins nothing: its first token is simply the first of every pass.
+  engine::session_config config{.num_sink_tokens = recompute ? 0 : p.num_sink_tokens,
+                                .window = recompute ? cache : r.window};
+  if (s.remedy_removed) config.softmax = sinkcache::softmax_variant::standard();
+  engine::session session(*s.model, config);
+  r.cache_bytes = session.cache_bytes();
+  if (recompute)
+    recompute_samples(r, session, ids, cache, on_token);
+  else
+    decode_all(r, session, ids, on_token);
+  return r;
+}
+
+// Sum and count of what was scored, from `first` on; with `like`, only of what was scored there too.
+struct total {
+  double bits = 0;
+  index_t tokens = 0;
+
+  double mean() const { return tokens > 0 ? bits / static_cast<double>(tokens) : not_scored; }
+};
+
+total total_loss(const run& r, index_t first, index_t last, const run* like = nullptr) {
+  total t;
+  for (std::size_t i = static_cast<std::size_t>(first); i < static_cast<std::size_t>(last); ++i) {
+    if (std::isnan(r.loss_bits[i]) || (like && std::isnan(like->loss_bits[i]))) continue;
+    t.bits += r.loss_bits[i];
+    ++t.tokens;
+  }
+  return t;
+}
+
+}  // namespace
+
+index_t predictions_in(const engine::model& model, const std::string& text) {
+  return static_cast<index_t>(text.size()) - (model.config().bos_token_id ? 0 : 1);
+}
+
+std::vector<int> token_ids(const engine::model& model, const std::string& text, index_t tokens) {
+  std::vector<int> ids;
+  if (model.config().bos_token_id) ids.push_back(*model.config().bos_token_id);
+  for (std::size_t i = 0; static_cast<index_t>(ids.size()) < tokens + 1; ++i) {
+    const int byte = static_cast<unsigned char>(text.at(i));
+    if (byte >= model.config().vocab_size)
+      throw std::runtime_error(fmt::format("byte {} of the text is {}, the model's vocabulary ends at {}", i, byte,
+                                           model.config().vocab_size - 1));
+    ids.push_back(byte);
+  }
+  return ids;
+}
+
+index_t work(std::span<const subject> subjects, std::span<const policy> policies, index_t cache, index_t tokens) {
+  index_t total = 0;
+  for (const policy& p : policies) {
+    const index_t stride = p.is == policy::kind::recompute ? sample_stride(cache, tokens) : 1;
+    const index_t before = std::min(cache, tokens);
+    total += before + (tokens - before + stride - 1) / stride;
+  }
+  return total * static_cast<index_t>(subjects.size());
+}
+
+std::vector<run> evaluate(std::span<const subject> subjects, std::span<const policy> policies, const std::string& text,
+                          index_t cache, index_t tokens, std::size_t threads, const std::function<void()>& on_token) {
+  std::vector<std::vector<int>> ids;
+  for (const subject& s : subjects) ids.push_back(token_ids(*s.model, text, tokens));
+
+  std::vector<run> runs(subjects.size() * policies.size());
+  std::atomic<std::size_t> next = 0;
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  const auto worker = [&] {
+    try {
+      for (std::size_t i; (i = next++) < runs.size();) {
+        const std::size_t s = i / policies.size();
+        runs[i] = evaluate_one(subjects[s], policies[i % policies.size()], ids[s], cache, on_token);
+      }
+    } catch (...) {
+      const std::scoped_lock lock(failure_mutex);
+      failure = std::current_exception();
+      next = runs.size();
+    }
+  };
+  std::vector<std::thread> others;
+  for (std::size_t i = 1; i < std::min(threads, runs.size()); ++i) others.emplace_back(worker);
+  worker();
+  for (std::thread& other : others) other.join();
+  if (failure) std::rethrow_exception(failure);
+  return runs;
+}
+
+loss_summary summarise(const run& r, const run* recompute, index_t cache) {
+  const index_t tokens = static_cast<index_t>(r.loss_bits.size());
+  const index_t border = std::min(cache, tokens);  // predicting ids[i + 1] follows i + 1 appended tokens
+  const total before = total_loss(r, 0, border), after = total_loss(r, border, tokens);
+  const double weight = static_cast<double>(tokens - border) / static_cast<double>(tokens);
+  return {.all = border == tokens ? before.mean() : (1 - weight) * before.mean() + weight * after.mean(),
+          .before = before.mean(),
+          .after = after.mean(),
+          .after_sampled = recompute ? total_loss(r, border, tokens, recompute).mean() : not_scored,
+          .tokens_scored = before.tokens + after.tokens};
+}
+
+std::vector<segment_loss> loss_by_segment(const run& r, index_t cache) {
+  constexpr index_t shortest = 16;  // the mean of fewer tokens says little
+  const index_t tokens = static_cast<index_t>(r.loss_bits.size());
+  std::vector<index_t> edges = {0};
+  for (int half_doublings = -40;; ++half_doublings) {
+    const auto edge = static_cast<index_t>(std::lround(static_cast<double>(cache) * std::exp2(0.5 * half_doublings)));
+    if (edge > tokens - shortest) break;
+    if (edge == cache || edge - edges.back() >= shortest) edges.push_back(edge);
+  }
+  edges.push_back(tokens);
+
+  std::vector<segment_loss> segments;
+  for (std::size_t i = 1; i < edges.size(); ++i) {
+    const total t = total_loss(r, edges[i - 1], edges[i]);
+    segments.push_back({edges[i - 1], edges[i] - edges[i - 1], t.tokens, t.mean()});
+  }
+  return segments;
+}
+
+}  // namespace compare

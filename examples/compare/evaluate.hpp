@@ -1,0 +1,65 @@
+#pragma once
+
+// Runs a text through a model under each policy and keeps what every token cost.
+
+#include <cstddef>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../engine/model.hpp"
+#include "options.hpp"
+
+namespace compare {
+
+// A model as it is evaluated: with its own softmax, or with its remedy removed.
+struct subject {
+  const engine::model* model;
+  std::string name;
+  bool remedy_removed = false;  // plain softmax in place of softmax1 or of the sink logits
+};
+
+// One policy on one subject.
+struct run {
+  const compare::subject* subject;
+  compare::policy policy;
+  index_t window;
+  // [tokens] Bits that ids[i + 1] cost given the cache after ids[0..i]; NaN where recompute took no sample.
+  std::vector<double> loss_bits;
+  std::size_t cache_bytes;
+  double us_per_token;
+};
+
+// Plain means; NaN over nothing.
+struct loss_summary {
+  double all, before,
+      after;             // the first eviction. `all` weighs the two by their tokens, also where `after` is sampled.
+  double after_sampled;  // over the tokens that recompute sampled; NaN where it did not run
+  index_t tokens_scored;
+};
+
+struct segment_loss {
+  index_t first_token, tokens, tokens_scored;
+  double loss_bits;
+};
+
+// BOS, if the model has one, and as many bytes of the text as make `tokens` predictions.
+std::vector<int> token_ids(const engine::model&, const std::string& text, index_t tokens);
+index_t predictions_in(const engine::model&, const std::string& text);
+
+// All policies on all subjects, subject by subject, `threads` at a time. `on_token` is called from any of them.
+std::vector<run> evaluate(std::span<const subject>, std::span<const policy>, const std::string& text, index_t cache,
+                          index_t tokens, std::size_t threads, const std::function<void()>& on_token);
+
+// How often evaluate calls on_token.
+index_t work(std::span<const subject>, std::span<const policy>, index_t cache, index_t tokens);
+
+// `recompute`: the same subject's run of that policy, or null.
+loss_summary summarise(const run&, const run* recompute, index_t cache);
+
+// Segments grow with the distance from the start, by half a doubling each; one begins at the first eviction.
+std::vector<segment_loss> loss_by_segment(const run&, index_t cache);
+
+}  // namespace compare

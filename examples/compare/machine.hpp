@@ -1,0 +1,11 @@
+#pragma once
+
+#include <string>
+
+namespace compare {
+
+std::string cpu_name();
+std::string compiler_name();
+std::string git_commit();  // of the sources, "-dirty" where they differ from it; "unknown" outside a checkout
+
+}  // namespace compare

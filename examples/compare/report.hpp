@@ -1,0 +1,29 @@
+#pragma once
+
+// The tables, the words below them, and JSON.
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "comparison.hpp"
+
+namespace compare {
+
+// What all runs have in common.
+struct setting {
+  std::string text;  // its name
+  index_t cache, tokens;
+};
+
+std::string describe(const engine::model&);  // 0.77 M parameters, softmax
+
+std::string header(const setting&, std::span<const subject>);
+std::string table(const comparison&);
+std::string models_table(std::span<const comparison>);
+std::string models_sentence(std::span<const comparison>);
+// Names the subjects whose sinks an auxiliary loss seeded in training; empty where there are none.
+std::string seeded_note(std::span<const subject>);
+std::string to_json(const setting&, std::span<const comparison>);
+
+}  // namespace compare

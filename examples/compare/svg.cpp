@@ -1,0 +1,280 @@
+#include "svg.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <utility>
+#include <vector>
+
+namespace compare {
+namespace {
+
+constexpr double width = 960, height = 580, left = 60, right = 755, top = 136, bottom = 484;
+constexpr double label_height = 18;
+
+constexpr index_t enough_samples = 8;  // of recompute, to draw a segment
+
+// Okabe and Ito's colours, which most colour-blind readers tell apart; dashes for those that lie on one another.
+struct style {
+  const char *color, *dashes;
+};
+
+constexpr style sinks_styles[] = {{"#0072b2", ""}, {"#009e73", "8 8"}, {"#cc79a7", "4 6"}, {"#e69f00", "2 5"}};
+
+struct curve {
+  std::string name, label;
+  compare::style style;
+  std::vector<segment_loss> segments;
+  bool sets_scale;
+};
+
+std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == '<')
+      out += "&lt;";
+    else if (c == '&')
+      out += "&amp;";
+    else
+      out += c;
+  }
+  return out;
+}
+
+std::string text(double x, double y, const std::string& attributes, const std::string& content) {
+  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, attributes, escaped(content));
+}
+
+std::string line(double x1, double y1, double x2, double y2, const std::string& attributes) {
+  return fmt::format("<line x1=\"{:.1f}\" y1=\"{:.1f}\" x2=\"{:.1f}\" y2=\"{:.1f}\" {}/>\n", x1, y1, x2, y2,
+                     attributes);
+}
+
+// recompute scored too few tokens of a segment to compare with the other lines, which scored all: the text alone makes
+// more difference. So it is drawn at its distance from the best policy over the same tokens.
+std::vector<segment_loss> recompute_segments(const comparison& c, const run& r) {
+  const run& best = c.runs()[c.best()];
+  run same_tokens = best;
+  for (std::size_t i = 0; i < r.loss_bits.size(); ++i)
+    if (std::isnan(r.loss_bits[i])) same_tokens.loss_bits[i] = r.loss_bits[i];
+  std::vector<segment_loss> segments = loss_by_segment(r, c.cache());
+  const std::vector<segment_loss> all = loss_by_segment(best, c.cache()),
+                                  same = loss_by_segment(same_tokens, c.cache());
+  for (std::size_t i = 0; i < segments.size(); ++i) segments[i].loss_bits += all[i].loss_bits - same[i].loss_bits;
+  std::erase_if(segments, [](const segment_loss& s) { return s.tokens_scored < std::min(enough_samples, s.tokens); });
+  return segments;
+}
+
+std::vector<curve> curves_of(const comparison& c) {
+  std::vector<curve> curves;
+  std::size_t sinks = 0;
+  for (std::size_t i = 0; i < c.runs().size(); ++i) {
+    const run& r = c.runs()[i];
+    style line_style{};
+    switch (r.policy.is) {
+      case policy::kind::full:
+        line_style = {"#777777", ""};
+        break;
+      case policy::kind::window:
+        line_style = {"#d55e00", ""};
+        break;
+      case policy::kind::sinks:
+        line_style = sinks_styles[sinks++ % std::size(sinks_styles)];
+        break;
+      case policy::kind::recompute:
+        line_style = {"#000000", "1 7"};
+        break;
+    }
+    const bool sampled = &r == c.recompute() && c.sampled() && c.best() != comparison::none;
+    const double loss = c.evicted() ? c.summary(i).after : c.summary(i).before;
+    std::string label = r.policy.name;
+    if (!sampled) label += fmt::format(" {:.3f}", loss);
+    if (c.evicted() && c.best() != comparison::none)
+      label += i == c.best() ? " (best)" : fmt::format(" ({})", signed_percent(c.cost(i)));
+    curves.push_back({r.policy.name, label, line_style,
+                      sampled ? recompute_segments(c, r) : loss_by_segment(r, c.cache()),
+                      r.policy.is != policy::kind::full});
+  }
+  return curves;
+}
+
+// Positions of labels that want to be at `wanted`, none over another, in the order of `wanted`.
+std::vector<double> spread(const std::vector<double>& wanted) {
+  std::vector<std::size_t> order(wanted.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return wanted[a] < wanted[b]; });
+  std::vector<double> at = wanted;
+  // Down from the top, then up from the bottom as far as that went too far.
+  for (std::size_t i = 1; i < order.size(); ++i) at[order[i]] = std::max(at[order[i]], at[order[i - 1]] + label_height);
+  double limit = bottom;
+  for (std::size_t i = order.size(); i-- > 0; limit = at[order[i]] - label_height)
+    at[order[i]] = std::min(at[order[i]], limit);
+  return at;
+}
+
+// Lines of at most `columns` characters.
+std::vector<std::string> wrapped(const std::string& words, std::size_t columns) {
+  std::vector<std::string> lines = {""};
+  for (std::size_t first = 0; first < words.size();) {
+    const std::size_t last = std::min(words.find(' ', first), words.size());
+    if (!lines.back().empty() && lines.back().size() + 1 + last - first > columns) lines.emplace_back();
+    if (!lines.back().empty()) lines.back() += ' ';
+    lines.back().append(words, first, last - first);
+    first = last + 1;
+  }
+  return lines;
+}
+
+class chart {
+ public:
+  chart(const setting& s, const comparison& c) : setting_(s), comparison_(c), curves_(curves_of(c)) {
+    // The first few tokens cost many bits whatever the policy, and would flatten all that follows.
+    const index_t first = std::min(s.cache, s.tokens) / 2;
+    for (curve& each : curves_) {
+      std::erase_if(each.segments, [=](const segment_loss& l) { return l.first_token < first; });
+      for (const segment_loss& l : each.segments) first_ = std::min(first_, l.first_token);
+    }
+    const bool only_full =
+        std::none_of(curves_.begin(), curves_.end(), [](const curve& each) { return each.sets_scale; });
+    for (const curve& each : curves_) {
+      if (!each.sets_scale && !only_full) continue;
+      for (const segment_loss& l : each.segments) {
+        low_ = std::min(low_, l.loss_bits);
+        high_ = std::max(high_, l.loss_bits);
+      }
+    }
+    first_ = std::max<index_t>(first_, 1);
+    const double room = std::max(0.1, 0.08 * (high_ - low_));
+    low_ -= room;
+    high_ += room;
+  }
+
+  std::string draw() const {
+    std::string out = fmt::format(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {0} {1}\" width=\"{0}\" height=\"{1}\" "
+        "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n"
+        "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
+        "<clipPath id=\"plot\"><rect x=\"{2}\" y=\"{3}\" width=\"{4}\" height=\"{5}\"/></clipPath>\n",
+        width, height, left, top, right - left, bottom - top);
+    return out + titles() + axes() + marks() + lines() + "</svg>\n";
+  }
+
+ private:
+  double x(index_t token) const {
+    const double from = std::log2(static_cast<double>(first_)), to = std::log2(static_cast<double>(setting_.tokens));
+    return left + (right - left) * (std::log2(static_cast<double>(std::max<index_t>(token, 1))) - from) / (to - from);
+  }
+  double y(double loss) const { return bottom - (bottom - top) * (loss - low_) / (high_ - low_); }
+
+  std::string titles() const {
+    std::vector<std::string> findings = comparison_.findings();
+    const std::string title = findings.front();
+    findings.erase(findings.begin());
+    std::string out = text(20, 32, "font-size=\"19\" font-weight=\"bold\"", title);
+    if (!findings.empty()) {
+      findings.front()[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(findings.front()[0])));
+      double at = 54;
+      for (const std::string& each : wrapped(sentence(findings), 140)) {
+        out += text(20, at, "fill=\"#555\"", each);
+        at += 17;
+      }
+    }
+    const subject& s = comparison_.subject();
+    std::string about =
+        fmt::format("{} ({}) on {} bytes of {}, a cache of {} tokens.{}", s.name, describe(*s.model),
+                    grouped(setting_.tokens), setting_.text, grouped(setting_.cache),
+                    comparison_.evicted() ? " Labels: means after the first eviction (and against the best)." : "");
+    const std::string seeded = seeded_note(std::span(&s, 1));
+    out += text(20, height - 28, "fill=\"#555\" font-size=\"12\"", about);
+    if (!seeded.empty()) out += text(20, height - 10, "fill=\"#555\" font-size=\"12\"", seeded);
+    return out;
+  }
+
+  std::string axes() const {
+    std::string out = text(20, top - 42, "", "bits per byte, means over segments");
+    double step = 0.1;
+    for (const double larger : {0.2, 0.5, 1.0, 2.0, 5.0})
+      if ((high_ - low_) / step > 8) step = larger;
+    for (double tick = std::ceil(low_ / step) * step; tick <= high_; tick += step) {
+      out += line(left, y(tick), right, y(tick), "stroke=\"#e6e6e6\"");
+      out += text(left - 8, y(tick) + 4, "text-anchor=\"end\"", fmt::format("{:.1f}", tick));
+    }
+    out += line(left, bottom, right, bottom, "stroke=\"#222\"");
+    index_t tick = 1;
+    while (tick < first_) tick *= 2;
+    for (; tick <= setting_.tokens; tick *= 2) {
+      out += line(x(tick), bottom, x(tick), bottom + 5, "stroke=\"#222\"");
+      out += text(x(tick), bottom + 20, "text-anchor=\"middle\"", grouped(tick));
+    }
+    return out + text((left + right) / 2, bottom + 38, "text-anchor=\"middle\"", "tokens into the stream");
+  }
+
+  std::string marks() const {
+    std::string out;
+    const auto mark = [&](index_t token, double at, const char* color, const std::string& what) {
+      out += line(x(token), at - 10, x(token), bottom, fmt::format("stroke=\"{}\" stroke-dasharray=\"3 4\"", color));
+      out += text(x(token) + 5, at, fmt::format("fill=\"{}\" font-size=\"12\"", color), what);
+    };
+    if (comparison_.evicted()) mark(setting_.cache, top - 8, "#222", "first eviction");
+    const auto trained = comparison_.subject().model->config().max_position_embeddings;
+    if (trained && *trained > first_ && *trained < setting_.tokens && *trained != setting_.cache)
+      mark(*trained, top - 26, "#777", fmt::format("trained on contexts of {}", grouped(*trained)));
+    return out;
+  }
+
+  std::string lines() const {
+    std::string out;
+    std::vector<const curve*> labelled;
+    std::vector<double> ends;
+    for (const curve& each : curves_) {
+      if (each.segments.empty()) continue;
+      std::string path;
+      index_t end = -1;
+      for (const segment_loss& l : each.segments) {
+        path += fmt::format("{}{:.1f} {:.1f}H{:.1f}", l.first_token == end ? "L" : "M", x(l.first_token),
+                            y(l.loss_bits), x(l.first_token + l.tokens));
+        end = l.first_token + l.tokens;
+      }
+      out += fmt::format(
+          "<path d=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2.5\" stroke-linejoin=\"round\" "
+          "stroke-linecap=\"round\" stroke-dasharray=\"{}\" clip-path=\"url(#plot)\"/>\n",
+          path, each.style.color, *each.style.dashes ? each.style.dashes : "none");
+      if (each.segments.back().loss_bits > high_) {
+        out += leaving_label(each);
+        continue;
+      }
+      labelled.push_back(&each);
+      ends.push_back(y(each.segments.back().loss_bits));
+    }
+    const std::vector<double> at = spread(ends);
+    for (std::size_t i = 0; i < labelled.size(); ++i) {
+      out += line(right + 2, ends[i], right + 12, at[i], fmt::format("stroke=\"{}\"", labelled[i]->style.color));
+      out += text(right + 15, at[i] + 4, fmt::format("fill=\"{}\" font-weight=\"bold\"", labelled[i]->style.color),
+                  labelled[i]->label);
+    }
+    return out;
+  }
+
+  // Beside the place where the line leaves the chart for good.
+  std::string leaving_label(const curve& c) const {
+    std::size_t last = c.segments.size() - 1;
+    while (last > 0 && c.segments[last - 1].loss_bits > high_) --last;
+    return text(std::min(x(c.segments[last].first_token) + 7, right - 150), top + 11,
+                fmt::format("fill=\"{}\" font-weight=\"bold\"", c.style.color), c.label);
+  }
+
+  const setting& setting_;
+  const comparison& comparison_;
+  std::vector<curve> curves_;
+  index_t first_ = std::numeric_limits<index_t>::max();
+  double low_ = std::numeric_limits<double>::infinity(), high_ = -std::numeric_limits<double>::infinity();
+};
+
+}  // namespace
+
+std::string to_svg(const setting& s, const comparison& c) { return chart(s, c).draw(); }
+
+}  // namespace compare

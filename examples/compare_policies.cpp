@@ -1,0 +1,87 @@
+// What a small KV cache costs a trained language model, policy by policy. The model is run by examples/engine as a host
+// engine would run it; sinkcache does the caches and the attention.
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <memory>
+
+#include "compare/evaluate.hpp"
+#include "compare/files.hpp"
+#include "compare/options.hpp"
+#include "compare/progress.hpp"
+#include "compare/report.hpp"
+#include "compare/svg.hpp"
+
+namespace {
+
+using namespace compare;
+
+// The models of the command line, with --models each followed by itself without its remedy. Plain softmax has none of
+// its own: its remedy is the pinned token, so the window's row shows it removed.
+std::vector<subject> subjects_of(const options& o, std::vector<std::unique_ptr<engine::model>>& models) {
+  std::vector<subject> subjects;
+  for (const std::string& file : o.models) {
+    models.push_back(std::make_unique<engine::model>(file));
+    const engine::model* model = models.back().get();
+    const std::string name = std::filesystem::path(file).stem().string();
+    subjects.push_back({model, name, false});
+    if (o.remedies && model->config().attention != engine::attention_kind::softmax)
+      subjects.push_back({model, name, true});
+  }
+  return subjects;
+}
+
+index_t tokens_to_predict(const options& o, const std::vector<subject>& subjects, const std::string& text) {
+  index_t available = index_t{1} << 30;
+  for (const subject& s : subjects) available = std::min(available, predictions_in(*s.model, text));
+  if (available < 2)
+    throw std::runtime_error(fmt::format("{}: too short, there have to be 2 bytes to predict", o.text));
+  if (o.tokens && *o.tokens > available)
+    throw usage_error(fmt::format("--tokens is {}, but {} has only {} to predict", *o.tokens, o.text, available));
+  return o.tokens.value_or(std::min(default_tokens, available));
+}
+
+void compare_policies(const options& o) {
+  std::vector<std::unique_ptr<engine::model>> models;
+  const std::vector<subject> subjects = subjects_of(o, models);
+  const std::string text = read_file(o.text);
+  const setting s{shown_path(o.text), o.cache, tokens_to_predict(o, subjects, text)};
+  for (const std::string& path : {o.json, o.svg})
+    if (!path.empty()) check_writable(path);
+
+  std::vector<run> runs;
+  {
+    progress_bar progress(work(subjects, o.policies, s.cache, s.tokens));
+    runs = evaluate(subjects, o.policies, text, s.cache, s.tokens, o.threads, [&progress] { progress.step(); });
+  }
+  std::vector<comparison> comparisons;
+  for (std::size_t i = 0; i < subjects.size(); ++i)
+    comparisons.emplace_back(std::span(runs).subspan(i * o.policies.size(), o.policies.size()), s.cache);
+
+  fmt::print("{}\n", header(s, subjects));
+  fmt::print("{}\n", o.remedies ? models_table(comparisons) : table(comparisons.front()));
+  if (const std::string note = seeded_note(subjects); !note.empty()) fmt::print("{}\n", note);
+  fmt::print("{}\n", o.remedies ? models_sentence(comparisons) : sentence(comparisons.front().findings()));
+
+  if (!o.json.empty()) write_atomically(o.json, to_json(s, comparisons));
+  if (!o.svg.empty()) write_atomically(o.svg, to_svg(s, comparisons.front()));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    if (const auto options = parse_options(argc, argv)) compare_policies(*options);
+    if (std::fflush(stdout) != 0) throw std::runtime_error("the output cannot be written");
+  } catch (const usage_error& error) {
+    fmt::print(stderr, "compare_policies: {}\n{}", error.what(), usage);
+    return 2;
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "compare_policies: {}\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,371 @@
+#include "model.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <set>
+#include <utility>
+
+#include "safetensors.hpp"
+
+namespace engine {
+namespace {
+
+using rows_view = Eigen::Ref<matrix, 0, Eigen::OuterStride<>>;
+using const_rows_view = Eigen::Ref<const matrix, 0, Eigen::OuterStride<>>;
+
+constexpr index_t prefill_rows = 256;  // bounds the activations, whatever the prompt
+
+std::string joined(const std::vector<std::string>& parts, const char* between) {
+  std::string all;
+  for (const std::string& part : parts) all += (all.empty() ? "" : between) + part;
+  return all;
+}
+
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::vector<std::string> dims;
+  for (const std::int64_t dim : shape) dims.push_back(std::to_string(dim));
+  return fmt::format("[{}]", joined(dims, ", "));
+}
+
+// The file's metadata, strings all of them, as what they stand for.
+class metadata_reader {
+ public:
+  metadata_reader(const std::string& path, const std::map<std::string, std::string>& metadata)
+      : path_(path), metadata_(metadata) {}
+
+  const std::string* find(const std::string& key) const {
+    const auto it = metadata_.find(key);
+    return it == metadata_.end() ? nullptr : &it->second;
+  }
+
+  std::optional<index_t> optional_size(const std::string& key, index_t min, index_t max) const {
+    const std::string* text = find(key);
+    if (!text) return {};
+    index_t value = 0;
+    const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
+    if (error != std::errc() || end != text->data() + text->size() || value < min || value > max)
+      refuse(key, *text, fmt::format("a whole number from {} to {}", min, max));
+    return value;
+  }
+
+  index_t size(const std::string& key, index_t max) const {
+    required(key);
+    return *optional_size(key, 1, max);
+  }
+
+  double number(const std::string& key, double min, double max) const {
+    const std::string& text = required(key);
+    char* end = nullptr;
+    const double value = std::strtod(text.c_str(), &end);
+    const bool digit_first = !text.empty() && text.front() >= '0' && text.front() <= '9';  // strtod takes " +nan" too
+    if (!digit_first || end != text.data() + text.size() || !(value >= min && value <= max))
+      refuse(key, text, fmt::format("a number from {} to {}", min, max));
+    return value;
+  }
+
+  // The place of the value among `allowed`; 0 where the key is missing.
+  std::size_t one_of(const std::string& key, const std::vector<std::string>& allowed) const {
+    const std::string* text = find(key);
+    if (!text) return 0;
+    const auto it = std::find(allowed.begin(), allowed.end(), *text);
+    if (it == allowed.end()) refuse(key, *text, joined(allowed, " or "));
+    return static_cast<std::size_t>(it - allowed.begin());
+  }
+
+  [[noreturn]] void refuse(const std::string& key, std::string text, const std::string& had_to_be) const {
+    std::replace_if(
+        text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, '?');
+    throw file_error(fmt::format("{}: metadata: {} is '{:.40}', had to be {}", path_, key, text, had_to_be));
+  }
+
+ private:
+  const std::string& required(const std::string& key) const {
+    const std::string* text = find(key);
+    if (!text) throw file_error(fmt::format("{}: metadata: {} is missing", path_, key));
+    return *text;
+  }
+
+  const std::string& path_;
+  const std::map<std::string, std::string>& metadata_;
+};
+
+// Keys that change what a model computes, with what this decoder computes, which is what a missing key means too.
+void check_nothing_else_is_asked_for(const metadata_reader& metadata) {
+  metadata.one_of("hidden_act", {"silu"});
+  metadata.one_of("tokenizer", {"byte"});
+  metadata.one_of("rope_style", {"neox"});
+  for (const char* key : {"attention_bias", "mlp_bias"}) metadata.one_of(key, {"false", "False"});
+  for (const char* key : {"rope_scaling", "sliding_window", "attention_multiplier", "query_pre_attn_scalar",
+                          "attn_logit_softcapping", "final_logit_softcapping"})
+    metadata.one_of(key, {"null", "None"});
+  for (const char* key :
+       {"partial_rotary_factor", "embscale", "embedding_multiplier", "residual_multiplier", "logits_scaling"})
+    metadata.one_of(key, {"1.0", "1"});
+}
+
+model_config read_config(const metadata_reader& metadata, bool has_lm_head) {
+  check_nothing_else_is_asked_for(metadata);
+  model_config c{};
+  c.num_hidden_layers = metadata.size("num_hidden_layers", 1024);
+  c.hidden_size = metadata.size("hidden_size", 1 << 16);
+  c.num_attention_heads = metadata.size("num_attention_heads", 1 << 12);
+  c.num_key_value_heads =
+      metadata.optional_size("num_key_value_heads", 1, c.num_attention_heads).value_or(c.num_attention_heads);
+  if (c.num_attention_heads % c.num_key_value_heads != 0)
+    metadata.refuse("num_attention_heads", std::to_string(c.num_attention_heads),
+                    fmt::format("a multiple of num_key_value_heads, {}", c.num_key_value_heads));
+  if (const auto head_dim = metadata.optional_size("head_dim", 1, sinkcache::max_head_dim)) {
+    c.head_dim = *head_dim;
+  } else {
+    c.head_dim = c.hidden_size / c.num_attention_heads;
+    if (c.hidden_size % c.num_attention_heads != 0 || c.head_dim > sinkcache::max_head_dim)
+      metadata.refuse("hidden_size", std::to_string(c.hidden_size),
+                      fmt::format("head_dim (at most {}) times num_attention_heads, {}, as head_dim is missing",
+                                  sinkcache::max_head_dim, c.num_attention_heads));
+  }
+  if (c.head_dim % 2 != 0) metadata.refuse("head_dim", std::to_string(c.head_dim), "even: its halves turn together");
+  c.intermediate_size = metadata.size("intermediate_size", 1 << 20);
+  c.vocab_size = metadata.size("vocab_size", 1 << 22);
+  c.rope_theta = metadata.number("rope_theta", 1, 1e12);
+  c.rms_norm_eps = static_cast<float>(metadata.number("rms_norm_eps", 0, 1));
+  // In the order of attention_kind.
+  c.attention = static_cast<attention_kind>(metadata.one_of("attention", {"softmax", "softmax1", "sink"}));
+  c.tie_word_embeddings = metadata.find("tie_word_embeddings")
+                              ? metadata.one_of("tie_word_embeddings", {"false", "False", "true", "True"}) >= 2
+                              : !has_lm_head;
+  if (const auto bos = metadata.optional_size("bos_token_id", 0, c.vocab_size - 1))
+    c.bos_token_id = static_cast<int>(*bos);
+  c.max_position_embeddings = metadata.optional_size("max_position_embeddings", 1, index_t{1} << 40);
+  return c;
+}
+
+// Hands out the tensors of a file, only in the shape asked for.
+class tensor_reader {
+ public:
+  tensor_reader(const std::string& path, const safetensors& file) : path_(path), file_(file) {}
+
+  std::vector<float> read(const std::string& name, const std::vector<std::int64_t>& shape) {
+    check_shape(name, shape);
+    std::vector<float> values = file_.read(name).values;
+    for (const float value : values)
+      if (std::isnan(value) || value == std::numeric_limits<float>::infinity())  // a sink logit of -inf means none
+        throw file_error(fmt::format("{}: tensor {} holds {}", path_, name, value));
+    names_.insert(name);
+    num_parameters_ += static_cast<index_t>(values.size());
+    return values;
+  }
+
+  Eigen::RowVectorXf vector(const std::string& name, index_t size) {
+    const std::vector<float> values = read(name, {size});
+    return Eigen::Map<const Eigen::RowVectorXf>(values.data(), size);
+  }
+
+  // Tensors with the same input, one below the other, so that they are one product.
+  matrix stacked(const std::vector<std::string>& names, const std::vector<index_t>& rows, index_t cols) {
+    for (std::size_t i = 0; i < names.size(); ++i) check_shape(names[i], {rows[i], cols});  // before taking memory
+    matrix all(std::accumulate(rows.begin(), rows.end(), index_t{0}), cols);
+    index_t first = 0;
+    for (std::size_t i = 0; i < names.size(); first += rows[i++]) {
+      const std::vector<float> values = read(names[i], {rows[i], cols});
+      all.middleRows(first, rows[i]) = Eigen::Map<const matrix>(values.data(), rows[i], cols);
+    }
+    return all;
+  }
+
+  matrix whole(const std::string& name, index_t rows, index_t cols) { return stacked({name}, {rows}, cols); }
+
+  // A tensor that nobody asked for, a bias say, would silently change the result.
+  void refuse_others() const {
+    for (const std::string& name : file_.names())
+      if (!names_.contains(name))
+        throw file_error(fmt::format("{}: tensor {:.100} is unexpected: no part of such a model", path_, name));
+  }
+
+  index_t num_parameters() const { return num_parameters_; }
+
+ private:
+  void check_shape(const std::string& name, const std::vector<std::int64_t>& shape) const {
+    if (!file_.contains(name))
+      throw file_error(fmt::format("{}: tensor {} is missing, had to be {}", path_, name, shape_text(shape)));
+    if (file_.shape(name) != shape)
+      throw file_error(fmt::format("{}: tensor {} is {}, had to be {}", path_, name, shape_text(file_.shape(name)),
+                                   shape_text(shape)));
+  }
+
+  const std::string& path_;
+  const safetensors& file_;
+  std::set<std::string> names_;
+  index_t num_parameters_ = 0;
+};
+
+void rms_norm(const const_rows_view& x, const Eigen::RowVectorXf& weight, float eps, rows_view y) {
+  for (index_t t = 0; t < x.rows(); ++t) {
+    const float mean_square = x.row(t).squaredNorm() / static_cast<float>(x.cols());
+    y.row(t) = x.row(t).cwiseProduct(weight) / std::sqrt(mean_square + eps);
+  }
+}
+
+// y = x * w^T. A single row is a matrix-vector product, which reads w once and allocates nothing.
+void multiply(const const_rows_view& x, const matrix& w, rows_view y) {
+  if (x.rows() == 1)
+    y.row(0).transpose().noalias() = w * x.row(0).transpose();
+  else
+    y.noalias() = x * w.transpose();
+}
+
+// The gate, in the left half, becomes silu(gate) * up.
+void swiglu(rows_view gate_up) {
+  const index_t size = gate_up.cols() / 2;
+  rows_view gate = gate_up.leftCols(size), up = gate_up.rightCols(size);
+  gate.array() *= up.array() / (1 + (-gate.array()).exp());
+}
+
+sinkcache::softmax_variant softmax_of(attention_kind kind, std::span<const float> sinks) {
+  switch (kind) {
+    case attention_kind::softmax1:
+      return sinkcache::softmax_variant::softmax1();
+    case attention_kind::sink:
+      return sinkcache::softmax_variant::sink_logits(sinks);
+    case attention_kind::softmax:
+      break;
+  }
+  return sinkcache::softmax_variant::standard();
+}
+
+}  // namespace
+
+model::model(const std::string& path) {
+  const safetensors file = safetensors::load(path);
+  metadata_ = file.metadata();
+  config_ = read_config(metadata_reader(path, metadata_), file.contains("lm_head.weight"));
+  rope_ = sinkcache::rope::plain(config_.head_dim, config_.rope_theta);
+
+  const model_config& c = config_;
+  const index_t q_size = c.num_attention_heads * c.head_dim, kv_size = c.num_key_value_heads * c.head_dim;
+  tensor_reader tensors(path, file);
+  embed_ = tensors.whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
+  if (!c.tie_word_embeddings) lm_head_ = tensors.whole("lm_head.weight", c.vocab_size, c.hidden_size);
+  norm_ = tensors.vector("model.norm.weight", c.hidden_size);
+  for (index_t i = 0; i < c.num_hidden_layers; ++i) {
+    const std::string prefix = fmt::format("model.layers.{}.", i);
+    layer& l = layers_.emplace_back();
+    l.input_norm = tensors.vector(prefix + "input_layernorm.weight", c.hidden_size);
+    l.post_attention_norm = tensors.vector(prefix + "post_attention_layernorm.weight", c.hidden_size);
+    l.qkv = tensors.stacked(
+        {prefix + "self_attn.q_proj.weight", prefix + "self_attn.k_proj.weight", prefix + "self_attn.v_proj.weight"},
+        {q_size, kv_size, kv_size}, c.hidden_size);
+    l.o = tensors.whole(prefix + "self_attn.o_proj.weight", c.hidden_size, q_size);
+    l.gate_up = tensors.stacked({prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"},
+                                {c.intermediate_size, c.intermediate_size}, c.hidden_size);
+    l.down = tensors.whole(prefix + "mlp.down_proj.weight", c.hidden_size, c.intermediate_size);
+    if (c.attention == attention_kind::sink)
+      l.sinks = tensors.read(prefix + "self_attn.sinks", {c.num_attention_heads});
+  }
+  tensors.refuse_others();
+  num_parameters_ = tensors.num_parameters();
+}
+
+session::session(const model& m, const session_config& config) : model_(&m) {
+  const model_config& c = m.config_;
+  layers_.reserve(m.layers_.size());
+  for (const model::layer& layer : m.layers_) {
+    layers_.push_back(
+        {sinkcache::kv_cache<sinkcache::f32>({.num_kv_heads = c.num_key_value_heads,
+                                              .head_dim = c.head_dim,
+                                              .num_sink_tokens = config.num_sink_tokens,
+                                              .window = config.window,
+                                              .rope = m.rope_}),
+         sinkcache::attention({.num_qo_heads = c.num_attention_heads,
+                               .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)})});
+  }
+  logits_.resize(c.vocab_size);
+  reserve(1);
+}
+
+void session::reserve(index_t rows) {
+  if (hidden_.rows() >= rows) return;
+  const model_config& c = model_->config_;
+  hidden_.resize(rows, c.hidden_size);
+  normed_.resize(rows, c.hidden_size);
+  qkv_.resize(rows, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim);
+  attended_.resize(rows, c.num_attention_heads * c.head_dim);
+  gate_up_.resize(rows, 2 * c.intermediate_size);
+}
+
+std::span<const float> session::decode(int token) {
+  forward({&token, 1});
+  return {logits_.data(), static_cast<std::size_t>(logits_.size())};
+}
+
+std::span<const float> session::prefill(std::span<const int> tokens) {
+  reserve(std::min(static_cast<index_t>(tokens.size()), prefill_rows));
+  for (std::size_t first = 0; first < tokens.size(); first += prefill_rows)
+    forward(tokens.subspan(first, std::min<std::size_t>(prefill_rows, tokens.size() - first)));
+  return {logits_.data(), static_cast<std::size_t>(logits_.size())};
+}
+
+// Tokens -> logits of the last one.
+void session::forward(std::span<const int> tokens) {
+  const model_config& c = model_->config_;
+  const index_t n = static_cast<index_t>(tokens.size());
+  rows_view hidden = hidden_.topRows(n), normed = normed_.topRows(n), gate_up = gate_up_.topRows(n);
+  for (index_t t = 0; t < n; ++t) hidden.row(t) = model_->embed_.row(tokens[static_cast<std::size_t>(t)]);
+
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    const model::layer& layer = model_->layers_[i];
+    rms_norm(hidden, layer.input_norm, c.rms_norm_eps, normed);
+    multiply(normed, layer.qkv, qkv_.topRows(n));
+    attend(layers_[i], n);
+    multiply(attended_.topRows(n), layer.o, normed);
+    hidden += normed;
+
+    rms_norm(hidden, layer.post_attention_norm, c.rms_norm_eps, normed);
+    multiply(normed, layer.gate_up, gate_up);
+    swiglu(gate_up);
+    multiply(gate_up.leftCols(c.intermediate_size), layer.down, normed);
+    hidden += normed;
+  }
+  rms_norm(hidden.bottomRows(1), model_->norm_, c.rms_norm_eps, normed.topRows(1));
+  logits_.noalias() = model_->lm_head() * normed.row(0).transpose();
+}
+
+void session::attend(layer_state& layer, index_t rows) {
+  const model_config& c = model_->config_;
+  const index_t q_size = attended_.cols(), kv_size = c.num_key_value_heads * c.head_dim;
+  const const_rows_view q = qkv_.block(0, 0, rows, q_size);
+  const const_rows_view k = qkv_.block(0, q_size, rows, kv_size);
+  const const_rows_view v = qkv_.block(0, q_size + kv_size, rows, kv_size);
+  rows_view out = attended_.topRows(rows);
+  if (rows == 1) {
+    layer.cache.append(k, v);
+    layer.attention.decode(q, layer.cache, out, workspace_);
+  } else {
+    layer.attention.prefill(q, k, v, layer.cache, out, workspace_);
+  }
+}
+
+void session::clear() {
+  for (layer_state& layer : layers_) layer.cache.clear();
+}
+
+std::size_t session::cache_bytes() const {
+  std::size_t bytes = 0;
+  for (const layer_state& layer : layers_) bytes += layer.cache.nbytes();
+  return bytes;
+}
+
+double loss_bits(std::span<const float> logits, int target) {
+  const double max = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - max);
+  return (std::log(sum) + max - logits[static_cast<std::size_t>(target)]) / std::log(2.0);
+}
+
+}  // namespace engine

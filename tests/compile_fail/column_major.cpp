@@ -1,0 +1,7 @@
+// A column-major matrix would have to be copied.
+// expect: deleted
+// expect: basic_matrix_view
+
+#include <sinkcache/kv_cache.hpp>
+
+void append(sinkcache::kv_cache<sinkcache::f32>& cache, const Eigen::MatrixXf& k) { cache.append(k, k); }

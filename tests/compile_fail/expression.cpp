@@ -1,0 +1,7 @@
+// An expression has no memory: it would have to be evaluated into a copy.
+// expect: deleted
+// expect: basic_matrix_view
+
+#include <sinkcache/kv_cache.hpp>
+
+void append(sinkcache::kv_cache<sinkcache::f32>& cache, const sinkcache::matrix& k) { cache.append(k + k, k); }

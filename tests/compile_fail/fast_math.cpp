@@ -1,0 +1,5 @@
+// Infinities mean something here.
+// flags: -ffast-math
+// expect: lse is -inf where nothing is visible; compile without -ffast-math
+
+#include <sinkcache/sinkcache.hpp>

@@ -1,0 +1,410 @@
+#include "engine/model.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <numbers>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "effort.hpp"
+#include "engine/safetensors.hpp"
+
+namespace {
+
+using sinkcache::index_t;
+
+const std::string models_dir = SINKCACHE_SOURCE_DIR "/examples/models/";
+
+// A model as plain vectors, to be written to a file, and to be run by the loops below.
+struct plain_model {
+  struct tensor {
+    std::vector<std::int64_t> shape;
+    std::vector<float> values;
+  };
+
+  std::map<std::string, std::string> metadata;
+  std::map<std::string, tensor> tensors;
+
+  index_t size(const std::string& key) const { return std::stoll(metadata.at(key)); }
+  index_t head_dim() const {
+    return metadata.contains("head_dim") ? size("head_dim") : size("hidden_size") / size("num_attention_heads");
+  }
+  const std::vector<float>& values(const std::string& name) const { return tensors.at(name).values; }
+
+  void write(const std::string& path) const {
+    nlohmann::json header = {{"__metadata__", metadata}};
+    std::size_t offset = 0;
+    for (const auto& [name, t] : tensors) {
+      const std::size_t end = offset + 4 * t.values.size();
+      header[name] = {{"dtype", "F32"}, {"shape", t.shape}, {"data_offsets", {offset, end}}};
+      offset = end;
+    }
+    const std::string text = header.dump();
+    const std::uint64_t length = text.size();
+    std::ofstream file(path, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(&length), 8);
+    file << text;
+    for (const auto& [name, t] : tensors)
+      file.write(reinterpret_cast<const char*>(t.values.data()), static_cast<std::streamsize>(4 * t.values.size()));
+    REQUIRE(file.good());
+  }
+};
+
+// A path of this process's own; the file goes with the object.
+struct temporary_file {
+  std::string path =
+      (std::filesystem::temp_directory_path() / ("sinkcache_engine_test_" + std::to_string(getpid()) + ".safetensors"))
+          .string();
+  ~temporary_file() { std::filesystem::remove(path); }
+};
+
+struct sizes {
+  index_t layers, hidden, heads, kv_heads, head_dim /* 0: not in the metadata */, ff, vocab;
+  bool tied;
+  std::string attention;
+};
+
+plain_model random_model(const sizes& s, std::uint64_t seed) {
+  effort::dice dice(seed);
+  plain_model m;
+  m.metadata = {{"num_hidden_layers", std::to_string(s.layers)},
+                {"hidden_size", std::to_string(s.hidden)},
+                {"num_attention_heads", std::to_string(s.heads)},
+                {"num_key_value_heads", std::to_string(s.kv_heads)},
+                {"intermediate_size", std::to_string(s.ff)},
+                {"vocab_size", std::to_string(s.vocab)},
+                {"rope_theta", "5000.0"},
+                {"rms_norm_eps", "1e-05"},
+                {"attention", s.attention},
+                {"tie_word_embeddings", s.tied ? "true" : "false"}};
+  if (s.head_dim != 0) m.metadata["head_dim"] = std::to_string(s.head_dim);
+  const index_t head_dim = m.head_dim();
+
+  const auto add = [&](const std::string& name, std::vector<std::int64_t> shape, double scale, double mean = 0) {
+    plain_model::tensor t{shape, {}};
+    std::int64_t count = 1;
+    for (const std::int64_t dim : shape) count *= dim;
+    for (std::int64_t i = 0; i < count; ++i)
+      t.values.push_back(static_cast<float>(mean + scale * static_cast<double>(dice.signed_unit())));
+    m.tensors[name] = t;
+  };
+  const auto linear = [&](const std::string& name, index_t to, index_t from, double gain) {
+    add(name + ".weight", {to, from}, gain * std::sqrt(3.0 / static_cast<double>(from)));
+  };
+  linear("model.embed_tokens", s.vocab, s.hidden, 8);
+  if (!s.tied) linear("lm_head", s.vocab, s.hidden, 2);
+  add("model.norm.weight", {s.hidden}, 0.3, 1);
+  for (index_t i = 0; i < s.layers; ++i) {
+    const std::string prefix = "model.layers." + std::to_string(i) + ".";
+    add(prefix + "input_layernorm.weight", {s.hidden}, 0.3, 1);
+    add(prefix + "post_attention_layernorm.weight", {s.hidden}, 0.3, 1);
+    linear(prefix + "self_attn.q_proj", s.heads * head_dim, s.hidden, 1.5);
+    linear(prefix + "self_attn.k_proj", s.kv_heads * head_dim, s.hidden, 1.5);
+    linear(prefix + "self_attn.v_proj", s.kv_heads * head_dim, s.hidden, 1);
+    linear(prefix + "self_attn.o_proj", s.hidden, s.heads * head_dim, 1);
+    linear(prefix + "mlp.gate_proj", s.ff, s.hidden, 1);
+    linear(prefix + "mlp.up_proj", s.ff, s.hidden, 1);
+    linear(prefix + "mlp.down_proj", s.hidden, s.ff, 1);
+    if (s.attention == "sink") add(prefix + "self_attn.sinks", {s.heads}, 1);
+  }
+  return m;
+}
+
+using doubles = std::vector<double>;
+
+// The same model in double and plain loops, a token at a time. Keys are stored unturned, gathered from what the cache
+// keeps, and turned to their place in the cache, as StreamingLLM does it.
+class plain_session {
+ public:
+  plain_session(const plain_model& m, index_t num_sink_tokens, index_t window)
+      : m_(m), num_sink_tokens_(num_sink_tokens), window_(window), layers_(at(m.size("num_hidden_layers"))) {}
+
+  doubles decode(int token) {
+    const std::size_t hidden = at(m_.size("hidden_size"));
+    doubles x(hidden);
+    for (std::size_t i = 0; i < hidden; ++i) x[i] = m_.values("model.embed_tokens.weight")[at(token) * hidden + i];
+    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+      const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+      const doubles attended = attend(layer, prefix, norm(x, prefix + "input_layernorm.weight"));
+      add(x, linear(attended, prefix + "self_attn.o_proj.weight"));
+      const doubles n = norm(x, prefix + "post_attention_layernorm.weight");
+      doubles gate = linear(n, prefix + "mlp.gate_proj.weight");
+      const doubles up = linear(n, prefix + "mlp.up_proj.weight");
+      for (std::size_t i = 0; i < gate.size(); ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+      add(x, linear(gate, prefix + "mlp.down_proj.weight"));
+    }
+    ++seen_;
+    const bool tied = m_.metadata.at("tie_word_embeddings") == "true";
+    return linear(norm(x, "model.norm.weight"), tied ? "model.embed_tokens.weight" : "lm_head.weight");
+  }
+
+ private:
+  struct layer_state {
+    std::vector<doubles> keys, values;  // of every token
+  };
+
+  static std::size_t at(index_t i) { return static_cast<std::size_t>(i); }
+  static void add(doubles& to, const doubles& what) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] += what[i];
+  }
+
+  doubles linear(const doubles& x, const std::string& name) const {
+    const std::vector<float>& w = m_.values(name);
+    doubles y(w.size() / x.size());
+    for (std::size_t i = 0; i < y.size(); ++i)
+      for (std::size_t j = 0; j < x.size(); ++j) y[i] += w[i * x.size() + j] * x[j];
+    return y;
+  }
+
+  doubles norm(const doubles& x, const std::string& name) const {
+    double mean_square = 0;
+    for (const double value : x) mean_square += value * value / static_cast<double>(x.size());
+    doubles y(x.size());
+    for (std::size_t i = 0; i < x.size(); ++i) y[i] = x[i] / std::sqrt(mean_square + 1e-5) * m_.values(name)[i];
+    return y;
+  }
+
+  // One head of `row`, turned to `position`.
+  doubles turned(const doubles& row, index_t head, index_t position) const {
+    const std::size_t dim = at(m_.head_dim()), half = dim / 2;
+    const double* const in = row.data() + at(head) * dim;
+    doubles out(dim);
+    for (std::size_t i = 0; i < half; ++i) {
+      const double theta = std::stod(m_.metadata.at("rope_theta"));
+      const double angle =
+          static_cast<double>(position) * std::pow(theta, -2 * static_cast<double>(i) / static_cast<double>(dim));
+      out[i] = in[i] * std::cos(angle) - in[i + half] * std::sin(angle);
+      out[i + half] = in[i + half] * std::cos(angle) + in[i] * std::sin(angle);
+    }
+    return out;
+  }
+
+  doubles attend(std::size_t layer, const std::string& prefix, const doubles& x) {
+    layer_state& state = layers_[layer];
+    const doubles q = linear(x, prefix + "self_attn.q_proj.weight");
+    state.keys.push_back(linear(x, prefix + "self_attn.k_proj.weight"));
+    state.values.push_back(linear(x, prefix + "self_attn.v_proj.weight"));
+    std::vector<std::size_t> kept;
+    for (index_t p = 0; p <= seen_; ++p)
+      if (p < num_sink_tokens_ || p > seen_ - window_) kept.push_back(at(p));
+
+    const index_t heads = m_.size("num_attention_heads"), group = heads / m_.size("num_key_value_heads");
+    const std::size_t dim = at(m_.head_dim());
+    const std::string& attention = m_.metadata.at("attention");
+    doubles out(at(heads) * dim);
+    for (index_t head = 0; head < heads; ++head) {
+      const doubles query = turned(q, head, static_cast<index_t>(kept.size()) - 1);
+      doubles weights(kept.size());
+      for (std::size_t i = 0; i < kept.size(); ++i) {
+        const doubles key = turned(state.keys[kept[i]], head / group, static_cast<index_t>(i));
+        double score = 0;
+        for (std::size_t d = 0; d < dim; ++d) score += query[d] * key[d];
+        weights[i] = std::exp(score / std::sqrt(static_cast<double>(dim)));
+      }
+      double sum = attention == "softmax1" ? 1 : 0;
+      if (attention == "sink") sum = std::exp(static_cast<double>(m_.values(prefix + "self_attn.sinks")[at(head)]));
+      for (const double weight : weights) sum += weight;
+      for (std::size_t i = 0; i < kept.size(); ++i)
+        for (std::size_t d = 0; d < dim; ++d)
+          out[at(head) * dim + d] += weights[i] / sum * state.values[kept[i]][at(head / group) * dim + d];
+    }
+    return out;
+  }
+
+  const plain_model& m_;
+  index_t num_sink_tokens_, window_, seen_ = 0;
+  std::vector<layer_state> layers_;
+};
+
+std::vector<int> random_tokens(index_t n, index_t vocab, std::uint64_t seed) {
+  effort::dice dice(seed);
+  std::vector<int> tokens;
+  for (index_t i = 0; i < n; ++i) tokens.push_back(static_cast<int>(dice.from_to(0, vocab - 1)));
+  return tokens;
+}
+
+double worst_difference(std::span<const float> a, const doubles& b) {
+  REQUIRE(a.size() == b.size());
+  double worst = 0;
+  for (std::size_t i = 0; i < b.size(); ++i) worst = std::max(worst, std::abs(static_cast<double>(a[i]) - b[i]));
+  return worst;
+}
+
+std::string refusal(const plain_model& m) {
+  const temporary_file file;
+  m.write(file.path);
+  try {
+    const engine::model model(file.path);
+  } catch (const engine::file_error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+}  // namespace
+
+TEST_CASE("trained models repeat the losses that PyTorch computed for them") {
+  int models = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(models_dir)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.ends_with(".ref.json")) continue;
+    ++models;
+    const nlohmann::json reference = nlohmann::json::parse(std::ifstream(entry.path()));
+    const auto ids = reference.at("first_ids").get<std::vector<int>>();
+    const engine::model model(models_dir + name.substr(0, name.size() - 9) + ".safetensors");
+
+    engine::session causal(model, {.window = 16});
+    const auto logits = reference.at("logits_at_15_full_causal").get<doubles>();
+    INFO(name);
+    CHECK(worst_difference(causal.prefill(std::span(ids).first(16)), logits) < 1e-4);
+
+    for (const nlohmann::json& run : reference.at("runs")) {
+      const auto expected = run.at("nll_bits_first_512").get<doubles>();
+      engine::session session(model, {.num_sink_tokens = run.at("sinks"), .window = run.at("window")});
+      double worst = 0;
+      for (std::size_t i = 0; i < expected.size(); ++i)
+        worst = std::max(worst, std::abs(engine::loss_bits(session.decode(ids[i]), ids[i + 1]) - expected[i]));
+      INFO("sinks " << run.at("sinks"));
+      CHECK(worst < 2e-4);
+    }
+  }
+  CHECK(models == 6);
+}
+
+TEST_CASE("random models of odd sizes compute what plain loops in double compute") {
+  const std::vector<sizes> cases = {
+      {3, 60, 6, 3, 0, 77, 300, false, "softmax"}, {2, 35, 5, 1, 14, 9, 31, false, "softmax1"},
+      {1, 24, 4, 4, 2, 77, 300, true, "sink"},     {2, 7, 3, 3, 6, 1, 257, true, "softmax"},
+      {2, 66, 8, 2, 34, 50, 65, false, "sink"},
+  };
+  const std::vector<std::pair<index_t, index_t>> caches = {{0, 7}, {2, 5}, {4, 1}, {1, 100}};
+  std::uint64_t seed = 0;
+  for (const sizes& s : cases) {
+    const plain_model plain = random_model(s, ++seed);
+    const temporary_file file;
+    plain.write(file.path);
+    const engine::model model(file.path);
+    const std::vector<int> tokens = random_tokens(40, s.vocab, seed);
+    for (const auto& [num_sink_tokens, window] : caches) {
+      INFO("model " << seed << ", sinks " << num_sink_tokens << ", window " << window);
+      plain_session expected(plain, num_sink_tokens, window);
+      engine::session session(model, {.num_sink_tokens = num_sink_tokens, .window = window});
+      double worst = 0;
+      for (const int token : tokens)
+        worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
+      CHECK(worst < 2e-4);
+    }
+  }
+}
+
+TEST_CASE("prefill in any chunks is decode") {
+  const engine::model model(models_dir + "nano-sink.safetensors");
+  const std::vector<int> tokens = random_tokens(700, 256, 1);
+  engine::session decoded(model, {.num_sink_tokens = 2, .window = 50});
+  std::span<const float> logits;
+  for (const int token : tokens) logits = decoded.decode(token);
+  const doubles expected(logits.begin(), logits.end());
+
+  engine::session session(model, {.num_sink_tokens = 2, .window = 50});
+  for (const std::size_t chunk : {1u, 3u, 64u, 255u, 300u, 700u}) {
+    session.clear();
+    for (std::size_t first = 0; first < tokens.size(); first += chunk)
+      logits = session.prefill(std::span(tokens).subspan(first, std::min(chunk, tokens.size() - first)));
+    INFO("chunks of " << chunk);
+    CHECK(worst_difference(logits, expected) < 2e-4);
+  }
+}
+
+TEST_CASE("a session can leave out the model's own sink logits") {
+  sizes s{2, 24, 4, 2, 6, 20, 50, true, "sink"};
+  const plain_model with = random_model(s, 5);
+  plain_model without = with;
+  without.metadata["attention"] = "softmax";
+  const temporary_file file;
+  with.write(file.path);
+  const engine::model model(file.path);
+  engine::session session(model, {.window = 10, .softmax = sinkcache::softmax_variant::standard()});
+  plain_session expected(without, 0, 10);
+  for (const int token : random_tokens(20, s.vocab, 2))
+    CHECK(worst_difference(session.decode(token), expected.decode(token)) < 2e-4);
+}
+
+TEST_CASE("the loss is exact for logits of any size") {
+  const std::vector<float> even(8, 3e4f), sure = {0, 1e4f};
+  CHECK(engine::loss_bits(even, 5) == Approx(3));
+  CHECK(engine::loss_bits(sure, 1) == 0);
+  CHECK(engine::loss_bits(sure, 0) == Approx(1e4 * std::numbers::log2e));
+}
+
+TEST_CASE("a file that is not such a model is refused, and says why") {
+  const plain_model good = random_model({1, 8, 2, 1, 4, 6, 20, false, "softmax"}, 9);
+  CHECK(refusal(good) == "accepted");
+
+  using change = std::function<void(plain_model&)>;
+  const auto set = [](const char* key, const char* value) -> change {
+    return [=](plain_model& m) { m.metadata[key] = value; };
+  };
+  const auto unset = [](const char* key) -> change { return [=](plain_model& m) { m.metadata.erase(key); }; };
+  const auto tensor = [](const char* name, std::vector<std::int64_t> shape) -> change {
+    return [=](plain_model& m) {
+      std::int64_t count = 1;
+      for (const std::int64_t dim : shape) count *= dim;
+      m.tensors[name] = {shape, std::vector<float>(static_cast<std::size_t>(count), 0.5f)};
+    };
+  };
+  const std::vector<std::pair<change, std::string>> cases = {
+      {unset("hidden_size"), "metadata: hidden_size is missing"},
+      {unset("rope_theta"), "metadata: rope_theta is missing"},
+      {set("hidden_size", "8 "), "metadata: hidden_size is '8 ', had to be a whole number from 1 to 65536"},
+      {set("hidden_size", "+8"), "had to be a whole number"},
+      {set("hidden_size", "8.0"), "had to be a whole number"},
+      {set("hidden_size", "-8"), "had to be a whole number"},
+      {set("hidden_size", ""), "had to be a whole number"},
+      {set("vocab_size", "99999999999999999999"), "metadata: vocab_size"},
+      {set("num_hidden_layers", "0"), "metadata: num_hidden_layers is '0'"},
+      {set("num_key_value_heads", "4"), "metadata: num_key_value_heads is '4'"},
+      {[](plain_model& m) { m.metadata["num_attention_heads"] = "3", m.metadata.erase("head_dim"); },
+       "metadata: hidden_size is '8', had to be head_dim (at most 512) times num_attention_heads, 3"},
+      {set("head_dim", "3"), "metadata: head_dim is '3', had to be even"},
+      {set("head_dim", "514"), "metadata: head_dim is '514'"},
+      {set("rope_theta", "nan"), "metadata: rope_theta is 'nan', had to be a number"},
+      {set("rope_theta", "0x10p"), "metadata: rope_theta"},
+      {set("rms_norm_eps", "-1e-5"), "metadata: rms_norm_eps"},
+      {set("attention", "linear"), "metadata: attention is 'linear', had to be softmax or softmax1 or sink"},
+      {set("attention", "sink"), "tensor model.layers.0.self_attn.sinks is missing, had to be [2]"},
+      {set("rope_scaling", "{\"factor\": 8}"), "metadata: rope_scaling"},
+      {set("attention_bias", "true"), "metadata: attention_bias"},
+      {set("hidden_act", "gelu"), "metadata: hidden_act is 'gelu', had to be silu"},
+      {set("tokenizer", "bpe"), "metadata: tokenizer is 'bpe', had to be byte"},
+      {set("bos_token_id", "20"), "metadata: bos_token_id is '20', had to be a whole number from 0 to 19"},
+      {set("tie_word_embeddings", "maybe"), "metadata: tie_word_embeddings"},
+      {set("tie_word_embeddings", "true"), "tensor lm_head.weight is unexpected"},
+      // Bounded memory: refused before anything of such a size is asked for.
+      {set("intermediate_size", "1048576"),
+       "tensor model.layers.0.mlp.gate_proj.weight is [6, 8], had to be [1048576, 8]"},
+      {set("num_hidden_layers", "2"), "tensor model.layers.1.input_layernorm.weight is missing"},
+      {tensor("model.layers.0.self_attn.q_proj.bias", {8}),
+       "tensor model.layers.0.self_attn.q_proj.bias is unexpected"},
+      {tensor("model.layers.0.self_attn.sinks", {2}), "tensor model.layers.0.self_attn.sinks is unexpected"},
+      {tensor("model.layers.0.self_attn.k_proj.weight", {8, 8}),
+       "tensor model.layers.0.self_attn.k_proj.weight is [8, 8], had to be [4, 8]"},
+      {tensor("model.layers.0.mlp.down_proj.weight", {6, 8}), "is [6, 8], had to be [8, 6]"},
+      {tensor("model.norm.weight", {8, 1}), "tensor model.norm.weight is [8, 1], had to be [8]"},
+      {[](plain_model& m) { m.tensors.erase("model.norm.weight"); }, "tensor model.norm.weight is missing"},
+      {[](plain_model& m) { m.tensors.at("lm_head.weight").values[7] = NAN; }, "tensor lm_head.weight holds nan"},
+  };
+  for (const auto& [apply, message] : cases) {
+    plain_model bad = good;
+    apply(bad);
+    CHECK_THAT(refusal(bad), Catch::Contains(message));
+  }
+}

@@ -1,0 +1,247 @@
+// Storage formats against plain arithmetic in double: every 16-bit pattern, and every place where rounding turns.
+
+#include <sinkcache/format.hpp>
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "catch.hpp"
+#include "effort.hpp"
+
+using namespace sinkcache;
+
+namespace {
+
+static_assert(kv_format<f32> && kv_format<f16> && kv_format<bf16> && !kv_format<float>);
+static_assert(f32::block_rows == 1 && f16::block_rows == 1 && bf16::block_rows == 1);
+static_assert(f32::block_bytes(1) == 64 && f32::block_bytes(16) == 64 && f32::block_bytes(17) == 128);
+static_assert(f16::block_bytes(1) == 64 && f16::block_bytes(32) == 64 && f16::block_bytes(33) == 128);
+static_assert(bf16::block_bytes(128) == 256 && f32::block_bytes(128) == 512 && f32::block_bytes(512) == 2048);
+
+// IEEE binary formats of 16 bits in arithmetic: `digits` bits of significand, the leading one included.
+template <class F>
+struct ieee16;
+template <>
+struct ieee16<f16> {
+  static constexpr int digits = 11, lowest_exponent = -14, exponent_bits = 5;
+};
+template <>
+struct ieee16<bf16> {
+  static constexpr int digits = 8, lowest_exponent = -126, exponent_bits = 8;
+};
+
+template <class F>
+double value_of(std::uint16_t pattern) {
+  constexpr int fraction_bits = ieee16<F>::digits - 1, exponent_mask = (1 << ieee16<F>::exponent_bits) - 1;
+  const int exponent = pattern >> fraction_bits & exponent_mask, fraction = pattern & ((1 << fraction_bits) - 1);
+  const double sign = pattern & 0x8000 ? -1 : 1;
+  if (exponent == exponent_mask)
+    return fraction == 0 ? sign * std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
+  if (exponent == 0) return sign * std::ldexp(fraction, ieee16<F>::lowest_exponent - fraction_bits);
+  return sign * std::ldexp(fraction + (1 << fraction_bits), ieee16<F>::lowest_exponent + exponent - 1 - fraction_bits);
+}
+
+template <class F>
+constexpr std::uint16_t infinity = static_cast<std::uint16_t>(((1 << ieee16<F>::exponent_bits) - 1)
+                                                              << (ieee16<F>::digits - 1));
+
+// The nearest value of the format, ties to even: std::nearbyint on the multiples of the last place.
+template <class F>
+double rounded(float x) {
+  if (std::isnan(x) || std::isinf(x) || x == 0) return x;
+  const int exponent = std::max(std::ilogb(static_cast<double>(x)), ieee16<F>::lowest_exponent);
+  const int last_place = exponent - (ieee16<F>::digits - 1);
+  const double nearest = std::ldexp(std::nearbyint(std::ldexp(static_cast<double>(x), -last_place)), last_place);
+  const double limit = std::ldexp(1.0, -ieee16<F>::lowest_exponent + 2);  // one step above the largest
+  return std::abs(nearest) >= limit ? std::copysign(std::numeric_limits<double>::infinity(), x) : nearest;
+}
+
+bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
+
+// One row through the format, in a buffer with canaries around.
+template <class F>
+std::vector<float> encoded_and_decoded(const std::vector<float>& row, std::vector<std::byte>* stored = nullptr) {
+  const auto dim = static_cast<index_t>(row.size());
+  const auto bytes = static_cast<std::size_t>(F::block_bytes(dim));
+  constexpr std::size_t guard = 64;
+  std::vector<std::byte> block(bytes + 2 * guard, std::byte{0xa5});
+  F::encode(row.data(), dim, block.data() + guard);
+  for (std::size_t i = 0; i < guard; ++i)
+    if (block[i] != std::byte{0xa5} || block[guard + bytes + i] != std::byte{0xa5})
+      FAIL("encode wrote out of its block");
+  std::vector<float> out(row.size() + 2, 12345.f);
+  F::decode(block.data() + guard, 0, dim, out.data() + 1);
+  if (out.front() != 12345.f || out.back() != 12345.f) FAIL("decode wrote out of its row");
+  if (stored != nullptr) stored->assign(block.begin() + guard, block.end() - guard);
+  return {out.begin() + 1, out.end() - 1};
+}
+
+// Every value passes once among eight (the vector path, where there is one) and once among seven (what is left over).
+template <class F, class Check>
+void through_both_paths(const std::vector<float>& values, const Check& check) {
+  for (std::size_t at_once : {std::size_t{8}, std::size_t{7}})
+    for (std::size_t i = 0; i < values.size(); i += at_once) {
+      std::vector<float> row(at_once, 1.f);
+      const std::size_t n = std::min(at_once, values.size() - i);
+      std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(i), n, row.begin());
+      const std::vector<float> out = encoded_and_decoded<F>(row);
+      for (std::size_t j = 0; j < n; ++j)
+        if (!check(row[j], out[j])) FAIL(row[j] << " came back as " << out[j]);
+    }
+}
+
+std::uint16_t half_at(const std::byte* from, std::size_t i) {
+  std::uint16_t half;
+  std::memcpy(&half, from + 2 * i, 2);
+  return half;
+}
+
+TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to themselves", "", f16, bf16) {
+  for (std::size_t at_once : {std::size_t{8}, std::size_t{7}})
+    for (std::uint32_t first = 0; first < 65536; first += static_cast<std::uint32_t>(at_once)) {
+      const auto dim = static_cast<index_t>(at_once);
+      std::array<std::byte, 64> block{}, again{};
+      for (std::size_t i = 0; i < at_once; ++i) {
+        const auto pattern = static_cast<std::uint16_t>(first + i);
+        std::memcpy(block.data() + 2 * i, &pattern, 2);
+      }
+      std::array<float, 8> row{};
+      TestType::decode(block.data(), 0, dim, row.data());
+      TestType::encode(row.data(), dim, again.data());
+      for (std::size_t i = 0; i < at_once; ++i) {
+        const std::uint16_t pattern = half_at(block.data(), i);
+        const double value = value_of<TestType>(pattern);
+        // A signalling NaN comes back quiet.
+        const int quiet = std::isnan(value) ? 1 << (ieee16<TestType>::digits - 2) : 0;
+        if (!same(row[i], value) || half_at(again.data(), i) != (pattern | quiet)) {
+          CAPTURE(pattern, value, row[i], half_at(again.data(), i));
+          FAIL();
+        }
+      }
+    }
+}
+
+TEMPLATE_TEST_CASE("16-bit formats: round to nearest even, between any two neighbours", "", f16, bf16) {
+  std::vector<float> values;
+  for (std::uint16_t below = 0; below < infinity<TestType>; ++below) {
+    const auto above = static_cast<std::uint16_t>(below + 1);
+    const double low = value_of<TestType>(below);
+    // Behind the largest value, the next one would be where infinity is.
+    const double high = above == infinity<TestType> ? std::ldexp(1.0, 2 - ieee16<TestType>::lowest_exponent)
+                                                    : value_of<TestType>(above);
+    const auto middle = static_cast<float>((low + high) / 2);
+    REQUIRE(static_cast<double>(middle) == (low + high) / 2);
+    for (float x : {middle, std::nextafter(middle, 0.f), std::nextafter(middle, std::numeric_limits<float>::max()),
+                    std::nextafter(static_cast<float>(low), std::numeric_limits<float>::max())}) {
+      values.push_back(x);
+      values.push_back(-x);
+    }
+    const bool even_is_low = below % 2 == 0;
+    if (!same(rounded<TestType>(middle), even_is_low                   ? low
+                                         : above == infinity<TestType> ? std::numeric_limits<double>::infinity()
+                                                                       : high))
+      FAIL("the reference is wrong at " << middle);
+  }
+  through_both_paths<TestType>(values, [](float x, float out) { return same(out, rounded<TestType>(x)); });
+}
+
+TEMPLATE_TEST_CASE("16-bit formats: random floats of every size", "", f16, bf16) {
+  effort::dice dice(1);
+  std::vector<float> values(static_cast<std::size_t>(effort::cases(50000)));
+  for (float& x : values) x = std::bit_cast<float>(static_cast<std::uint32_t>(dice.bits()));
+  through_both_paths<TestType>(values, [](float x, float out) { return same(out, rounded<TestType>(x)); });
+}
+
+TEMPLATE_TEST_CASE("16-bit formats: the ends of the range", "", f16, bf16) {
+  constexpr float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float largest = std::numeric_limits<float>::max(), smallest = std::numeric_limits<float>::denorm_min();
+  const std::vector<float> values = {0.f,     -0.f,     inf,      -inf,      nan,      std::copysign(nan, -1.f),
+                                     largest, -largest, smallest, -smallest, 65504.f,  65519.996f,
+                                     65520.f, -65520.f, 65536.f,  0x1p-24f,  0x1p-25f, 0x1.000002p-25f};
+  through_both_paths<TestType>(values, [](float x, float out) { return same(out, rounded<TestType>(x)); });
+  // NaNs whose payload lies in the bits that are dropped stay NaNs.
+  for (std::uint32_t pattern : {0x7f800001u, 0xff800001u, 0x7fbfffffu, 0x7fc00000u, 0xffffffffu})
+    through_both_paths<TestType>({std::bit_cast<float>(pattern)}, [](float, float out) { return std::isnan(out); });
+}
+
+TEST_CASE("f16: largest and smallest") {
+  CHECK(encoded_and_decoded<f16>({65504.f, 65519.f, 65520.f, 0x1p-24f, 0x1p-25f}) ==
+        std::vector<float>{65504.f, 65504.f, std::numeric_limits<float>::infinity(), 0x1p-24f, 0.f});
+}
+
+TEST_CASE("f32: every bit") {
+  effort::dice dice(2);
+  for (std::size_t dim = 1; dim <= 70; ++dim) {
+    std::vector<float> row(dim);
+    for (float& x : row) x = std::bit_cast<float>(static_cast<std::uint32_t>(dice.bits()));
+    const std::vector<float> out = encoded_and_decoded<f32>(row);
+    REQUIRE(std::memcmp(out.data(), row.data(), dim * sizeof(float)) == 0);
+  }
+}
+
+TEMPLATE_TEST_CASE("formats: every width, padding zeroed", "", f32, f16, bf16) {
+  effort::dice dice(3);
+  for (std::size_t dim = 1; dim <= 70; ++dim) {
+    CAPTURE(dim);
+    REQUIRE(TestType::block_bytes(static_cast<index_t>(dim)) % 64 == 0);
+    std::vector<float> row(dim);
+    for (float& x : row) x = 4 * dice.signed_unit();
+    std::vector<std::byte> stored;
+    const std::vector<float> out = encoded_and_decoded<TestType>(row, &stored);
+    constexpr std::size_t width = std::is_same_v<TestType, f32> ? 4 : 2;
+    for (std::size_t i = 0; i < dim; ++i) {
+      if constexpr (width == 2)
+        REQUIRE(same(out[i], rounded<TestType>(row[i])));
+      else
+        REQUIRE(same(out[i], row[i]));
+    }
+    for (std::size_t i = dim * width; i < stored.size(); ++i) REQUIRE(stored[i] == std::byte{0});
+    // What was decoded is stored as the same bytes.
+    std::vector<std::byte> again;
+    REQUIRE(encoded_and_decoded<TestType>(out, &again) == out);
+    REQUIRE(again == stored);
+  }
+}
+
+// What storage costs.
+
+struct cost {
+  index_t bytes;          // of a row of 128
+  double relative_error;  // of a number in the format's normal range, at most: half a unit in the last place
+};
+
+template <class F>
+double worst_relative_error() {
+  double worst = 0;
+  for (int i = 0; i < 1 << 16; ++i) {
+    const float x = 1 + static_cast<float>(i) * 0x1p-16f;  // all of [1, 2), in steps of 2^-16
+    const auto out = static_cast<double>(encoded_and_decoded<F>({x})[0]);
+    worst = std::max(worst, std::abs(out - static_cast<double>(x)) / static_cast<double>(x));
+  }
+  return worst;
+}
+
+TEST_CASE("formats: what each costs") {
+  //             bytes  relative error
+  const cost in_f32{512, 0};
+  const cost in_f16{256, 0x1p-11};  // 4.9e-4
+  const cost in_bf16{256, 0x1p-8};  // 3.9e-3
+
+  CHECK(f32::block_bytes(128) == in_f32.bytes);
+  CHECK(f16::block_bytes(128) == in_f16.bytes);
+  CHECK(bf16::block_bytes(128) == in_bf16.bytes);
+  CHECK(worst_relative_error<f32>() == in_f32.relative_error);
+  for (const auto& [found, stated] : {std::pair(worst_relative_error<f16>(), in_f16.relative_error),
+                                      std::pair(worst_relative_error<bf16>(), in_bf16.relative_error)}) {
+    CHECK(found <= stated);
+    CHECK(found > 0.99 * stated);
+  }
+}
+
+}  // namespace

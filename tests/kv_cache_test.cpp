@@ -1,0 +1,618 @@
+// The cache as an object: what it asks for, what it holds, what can be taken back, what it refuses.
+
+#include <sinkcache/attention.hpp>
+#include <sinkcache/kv_cache.hpp>
+
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "catch.hpp"
+#include "counting_resource.hpp"
+#include "effort.hpp"
+
+using namespace sinkcache;
+
+namespace {
+
+constexpr index_t most = std::numeric_limits<index_t>::max();
+
+static_assert(std::is_nothrow_move_constructible_v<kv_cache<f32>> && std::is_nothrow_move_assignable_v<kv_cache<f32>>);
+static_assert(!std::is_copy_constructible_v<kv_cache<f32>> && !std::is_copy_assignable_v<kv_cache<f32>>);
+static_assert(std::is_base_of_v<any_kv_cache, kv_cache<bf16, f16>>);
+static_assert(!std::is_convertible_v<cache_config, kv_cache<f32>>);
+
+cache_config small_config() {
+  return {.num_kv_heads = 2,
+          .head_dim = 4,
+          .v_head_dim = 3,
+          .num_sink_tokens = 2,
+          .window = 5,
+          .rope = rope::plain(4, 100.0),
+          .prefill_block = 4};
+}
+
+matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
+  matrix m(rows, cols);
+  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = dice.signed_unit();
+  return m;
+}
+
+// Keys and values of token number `id`, the same whenever asked.
+struct token_rows {
+  matrix k, v;
+};
+token_rows rows_of(const cache_config& config, const std::vector<int>& ids) {
+  const auto n = static_cast<index_t>(ids.size());
+  token_rows rows{matrix(n, config.num_kv_heads * config.head_dim), matrix(n, config.num_kv_heads * config.v_head_dim)};
+  for (index_t i = 0; i < n; ++i) {
+    effort::dice dice(static_cast<std::uint64_t>(ids[static_cast<std::size_t>(i)]) + 1000);
+    rows.k.row(i) = random_matrix(dice, 1, rows.k.cols());
+    rows.v.row(i) = random_matrix(dice, 1, rows.v.cols());
+  }
+  return rows;
+}
+
+template <class Cache>
+void append(Cache& cache, const std::vector<int>& ids) {
+  const token_rows rows = rows_of(cache.config(), ids);
+  cache.append(rows.k, rows.v);
+}
+
+std::vector<int> numbers(int from, int to) {
+  std::vector<int> ids;
+  for (int i = from; i < to; ++i) ids.push_back(i);
+  return ids;
+}
+
+// Four query heads' attention now, and lse.
+std::vector<float> attend(const any_kv_cache& cache) {
+  static workspace scratch;
+  effort::dice dice(7);
+  const attention attention({.num_qo_heads = 4});
+  const matrix q = random_matrix(dice, 1, 4 * cache.config().head_dim);
+  matrix out(1, 4 * cache.config().v_head_dim);
+  float lse[4];
+  attention.decode(q, cache, out, scratch, lse);
+  std::vector<float> result(out.data(), out.data() + out.size());
+  result.insert(result.end(), lse, lse + 4);
+  return result;
+}
+
+std::vector<std::byte> bytes_of(const counting_resource& resource) {
+  const auto* const memory = static_cast<const std::byte*>(resource.last);
+  return {memory, memory + resource.last_bytes};
+}
+
+// Configuration.
+
+TEST_CASE("kv_cache: a bad configuration is refused in exact words, before memory is asked for") {
+  struct bad {
+    std::function<void(cache_config&)> set;
+    const char* message;
+  };
+  const bad table[] = {
+      {[](auto& c) { c.num_kv_heads = 0; }, "num_kv_heads was 0, had to be at least 1"},
+      {[](auto& c) { c.num_kv_heads = -1; }, "num_kv_heads was -1, had to be at least 1"},
+      {[](auto& c) { c.num_kv_heads = most; }, "num_kv_heads * tokens was 9223372036854775807 * 7, had to fit 63 bits"},
+      {[](auto& c) { c.num_kv_heads = most / 8; },
+       "bytes of the cache was 8070450532247928825 * 128, had to fit 63 bits"},
+      {[](auto& c) { c.head_dim = 0; }, "head_dim was 0, had to be from 1 to 512"},
+      {[](auto& c) { c.head_dim = -4; }, "head_dim was -4, had to be from 1 to 512"},
+      {[](auto& c) { c.head_dim = 513; }, "head_dim was 513, had to be from 1 to 512"},
+      {[](auto& c) { c.head_dim = most; }, "head_dim was 9223372036854775807, had to be from 1 to 512"},
+      {[](auto& c) { c.v_head_dim = -1; }, "v_head_dim was -1, had to be from 1 to 512"},
+      {[](auto& c) { c.v_head_dim = 513; }, "v_head_dim was 513, had to be from 1 to 512"},
+      {[](auto& c) { c.num_sink_tokens = -1; }, "num_sink_tokens was -1, had to be at least 0"},
+      {[](auto& c) { c.num_sink_tokens = most; },
+       "num_sink_tokens + window + rollback was 9223372036854775807 + 5, had to fit 63 bits"},
+      {[](auto& c) { c.num_sink_tokens = most - 5; },
+       "num_kv_heads * tokens was 2 * 9223372036854775807, had to fit 63 bits"},
+      {[](auto& c) { c.window = 0; }, "window was 0, had to be at least 1"},
+      {[](auto& c) { c.window = -5; }, "window was -5, had to be at least 1"},
+      {[](auto& c) { c.window = most; },
+       "num_sink_tokens + window + rollback was 2 + 9223372036854775807, had to fit 63 bits"},
+      {[](auto& c) { c.window = (most >> 2) + 1; },
+       "bytes of the cache was 4611686018427387908 * 128, had to fit 63 bits"},
+      {[](auto& c) { c.rollback = -1; }, "rollback was -1, had to be at least 0"},
+      {[](auto& c) { c.rollback = most; }, "window + rollback was 5 + 9223372036854775807, had to fit 63 bits"},
+      {[](auto& c) { c.prefill_block = 0; }, "prefill_block was 0, had to be at least 1"},
+      {[](auto& c) { c.prefill_block = -512; }, "prefill_block was -512, had to be at least 1"},
+      {[](auto& c) { c.first_position = -1; }, "first_position was -1, had to be from 0 to 4611686018427387904"},
+      {[](auto& c) { c.first_position = (position_t{1} << 62) + 1; },
+       "first_position was 4611686018427387905, had to be from 0 to 4611686018427387904"},
+      {[](auto& c) { c.rope.reset(); },
+       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+      {[](auto& c) { c.rope.reset(), c.positions = positions::absolute; },
+       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+      {[](auto& c) { c.rope.reset(), c.inputs = inputs::rotated; },
+       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+      {[](auto& c) { c.rope = rope::plain(6, 100.0); }, "rope's width was 6, had to be at most head_dim, 4"},
+  };
+  for (const bad& row : table) {
+    cache_config config = small_config();
+    row.set(config);
+    counting_resource resource;
+    const std::string message = std::string("sinkcache: ") + row.message;
+    CHECK_THROWS_WITH(kv_cache<f32>(config, &resource), message);
+    CHECK_THROWS_WITH(kv_cache<f32>::required_bytes(config), message);
+    CHECK(resource.last_bytes == 0);
+  }
+}
+
+TEST_CASE("kv_cache: what a configuration may leave out, and its ends") {
+  cache_config config = small_config();
+  config.v_head_dim = 0;
+  CHECK(kv_cache<f32>(config).config().v_head_dim == 4);
+  config.rope.reset();
+  config.positions = positions::absolute;
+  config.inputs = inputs::rotated;
+  CHECK_NOTHROW(kv_cache<f32>(config));
+  config.num_sink_tokens = 0;
+  config.window = 1;
+  config.first_position = position_t{1} << 62;
+  config.head_dim = config.v_head_dim = 512;
+  config.rollback = 3;
+  const kv_cache<f32> cache(config);
+  CHECK(cache.capacity() == 1);
+  CHECK(cache.config().rollback == 3);
+  CHECK(cache.config().first_position == position_t{1} << 62);
+}
+
+TEST_CASE("kv_cache: required_bytes is what the resource is asked for, once, and nbytes()") {
+  effort::dice dice(1);
+  for (int i = 0; i < 50; ++i) {
+    const cache_config config{.num_kv_heads = static_cast<index_t>(dice.from_to(1, 5)),
+                              .head_dim = static_cast<index_t>(dice.from_to(1, 512)),
+                              .v_head_dim = static_cast<index_t>(dice.from_to(0, 512)),
+                              .num_sink_tokens = static_cast<index_t>(dice.from_to(0, 5)),
+                              .window = static_cast<index_t>(dice.from_to(1, 50)),
+                              .rope = rope::none(),
+                              .rollback = static_cast<index_t>(dice.from_to(0, 5))};
+    const auto check = [&]<class Cache>(std::type_identity<Cache>) {
+      counting_resource resource;
+      {
+        const Cache cache(config, &resource);
+        CHECK(resource.allocations == 1);
+        CHECK(resource.last_bytes == Cache::required_bytes(config));
+        CHECK(resource.last_bytes == cache.nbytes());
+        CHECK(resource.last_alignment == 64);
+      }
+      CHECK(resource.all_returned());
+    };
+    check(std::type_identity<kv_cache<f32>>());
+    check(std::type_identity<kv_cache<bf16>>());
+    check(std::type_identity<kv_cache<f16, f32>>());
+    const index_t rows = config.num_kv_heads * (config.num_sink_tokens + config.window + config.rollback);
+    const index_t v_dim = config.v_head_dim == 0 ? config.head_dim : config.v_head_dim;
+    CHECK(kv_cache<bf16, f32>::required_bytes(config) ==
+          static_cast<std::size_t>(rows * (bf16::block_bytes(config.head_dim) + f32::block_bytes(v_dim))));
+  }
+}
+
+TEST_CASE("kv_cache: a resource that has no more leaves nothing behind") {
+  counting_resource resource;
+  resource.exhausted = true;
+  CHECK_THROWS_AS(kv_cache<f32>(small_config(), &resource), std::bad_alloc);
+  resource.exhausted = false;
+  {
+    kv_cache<f32> cache(small_config(), &resource);
+    append(cache, numbers(0, 9));
+    const std::vector<float> before = attend(cache);
+    resource.exhausted = true;
+    CHECK_THROWS_AS(cache.clone(), std::bad_alloc);
+    CHECK(cache.seen() == 9);
+    CHECK(attend(cache) == before);
+    CHECK(resource.allocations == 1);  // nor does anything else ask for memory
+  }
+  CHECK(resource.all_returned());
+}
+
+// The stream.
+
+TEST_CASE("kv_cache: capacity, size and seen along a stream") {
+  for (index_t rollback : {0, 3}) {
+    cache_config config = small_config();
+    config.rollback = rollback;
+    kv_cache<f32> cache(config);
+    CHECK(cache.capacity() == 7);
+    CHECK(cache.policy().num_sink_tokens == 2);
+    for (int seen = 0; seen < 40; ++seen) {
+      REQUIRE(cache.seen() == seen);
+      REQUIRE(cache.size() == std::min(seen, 7));
+      REQUIRE(cache.capacity() == 7);
+      append(cache, {seen});
+    }
+  }
+}
+
+// The row that holds a position, as bytes: the keys', then the values'.
+template <class Cache>
+std::pair<const std::byte*, const std::byte*> row_of(const Cache& cache, index_t head, position_t position) {
+  const segment at = cache.segment_at(head, position, position + 1);
+  return {at.k + at.row * at.k_block, at.v + at.row * at.v_block};
+}
+
+TEMPLATE_TEST_CASE("kv_cache: stores keys turned to their position and values as they are, in the format", "",
+                   (std::pair<f32, f32>), (std::pair<bf16, f16>), (std::pair<f16, f32>)) {
+  using K = typename TestType::first_type;
+  using V = typename TestType::second_type;
+  for (const bool raw : {true, false}) {
+    cache_config config = small_config();
+    config.head_dim = 21;
+    config.v_head_dim = 37;
+    config.rope = rope::plain(20, 1000.0);
+    config.inputs = raw ? inputs::raw : inputs::rotated;
+    config.first_position = 1'000'000'007;
+    kv_cache<K, V> cache(config);
+    const token_rows rows = rows_of(config, numbers(0, 19));
+    cache.append(rows.k.topRows(12), rows.v.topRows(12));
+    cache.append(rows.k.bottomRows(7), rows.v.bottomRows(7));
+    for (const position_span& span : cache.visible(19))
+      for (position_t p = span.first; p < span.last; ++p)
+        for (index_t head = 0; head < 2; ++head) {
+          std::vector<float> key(rows.k.row(p).data() + head * 21, rows.k.row(p).data() + (head + 1) * 21);
+          rope::angles angles;
+          config.rope->angles_at(config.first_position + p, true, angles);
+          if (raw) config.rope->turn(angles, key.data(), 21, key.data());
+          std::vector<std::byte> k(static_cast<std::size_t>(K::block_bytes(21))),
+              v(static_cast<std::size_t>(V::block_bytes(37)));
+          K::encode(key.data(), 21, k.data());
+          V::encode(rows.v.row(p).data() + head * 37, 37, v.data());
+          const auto [k_row, v_row] = row_of(cache, head, p);
+          REQUIRE(std::memcmp(k_row, k.data(), k.size()) == 0);
+          REQUIRE(std::memcmp(v_row, v.data(), v.size()) == 0);
+        }
+  }
+}
+
+TEST_CASE("kv_cache: many tokens at once are as many one by one") {
+  effort::dice dice(2);
+  for (int i = 0; i < 20; ++i) {
+    counting_resource one_resource, many_resource;
+    kv_cache<f16> one(small_config(), &one_resource), many(small_config(), &many_resource);
+    for (int next = 0; next < 60;) {
+      const int n = static_cast<int>(dice.from_to(0, 20));
+      append(many, numbers(next, next + n));
+      for (const int end = next + n; next < end; ++next) append(one, {next});
+      REQUIRE(one.seen() == many.seen());
+      REQUIRE(bytes_of(one_resource) == bytes_of(many_resource));
+    }
+  }
+}
+
+TEST_CASE("kv_cache: appending nothing changes nothing") {
+  counting_resource resource;
+  kv_cache<f32> cache(small_config(), &resource);
+  append(cache, {});
+  CHECK((cache.seen() == 0 && cache.size() == 0));
+  append(cache, numbers(0, 9));
+  const auto before = bytes_of(resource);
+  append(cache, {});
+  CHECK(cache.seen() == 9);
+  CHECK(bytes_of(resource) == before);
+}
+
+TEST_CASE("kv_cache: wrong shapes are refused, and change nothing") {
+  counting_resource resource;
+  kv_cache<f32> cache(small_config(), &resource);
+  append(cache, numbers(0, 9));
+  const auto before = bytes_of(resource);
+  const auto appending = [&](index_t k_rows, index_t k_cols, index_t v_rows, index_t v_cols) {
+    const matrix k = matrix::Ones(k_rows, k_cols), v = matrix::Ones(v_rows, v_cols);
+    cache.append(k, v);
+  };
+  CHECK_THROWS_WITH(appending(1, 7, 1, 6), "sinkcache: k.cols() was 7, had to be exactly 8");
+  CHECK_THROWS_WITH(appending(1, 0, 1, 6), "sinkcache: k.cols() was 0, had to be exactly 8");
+  CHECK_THROWS_WITH(appending(1, 8, 1, 8), "sinkcache: v.cols() was 8, had to be exactly 6");
+  CHECK_THROWS_WITH(appending(3, 8, 2, 6), "sinkcache: v.rows() was 2, had to be exactly 3");
+  CHECK_THROWS_WITH(appending(0, 8, 1, 6), "sinkcache: v.rows() was 1, had to be exactly 0");
+  CHECK_THROWS_WITH(appending(0, 9, 0, 6), "sinkcache: k.cols() was 9, had to be exactly 8");
+  CHECK(cache.seen() == 9);
+  CHECK(cache.size() == 7);
+  CHECK(bytes_of(resource) == before);
+}
+
+// Policies of one's own.
+
+// Whole pages of two tokens: the newest two, the one that is being filled among them, and a spare one in memory.
+struct page_window {
+  index_t capacity() const { return 6; }
+  span_list visible(position_t seen) const {
+    span_list list;
+    list.push_back({std::max<position_t>(0, (seen + 1) / 2 - 2) * 2, seen});
+    return list;
+  }
+  placed place(position_t position) const {
+    const index_t slot = static_cast<index_t>(position % 6);
+    return {slot, 5 - slot};
+  }
+};
+
+// Pins tokens 2 and 3 beside a window of 2. So token 1 leaves while the stream is shorter than what stays for ever.
+struct late_pins {
+  index_t capacity() const { return 4; }
+  span_list visible(position_t seen) const {
+    const position_t first = std::max<position_t>(0, seen - 2);
+    span_list list;
+    list.push_back({2, std::min<position_t>(first, 4)});
+    list.push_back({first, seen});
+    return list;
+  }
+  placed place(position_t position) const {
+    if (position == 2 || position == 3) return {static_cast<index_t>(position - 2), 0};
+    return {2 + static_cast<index_t>(position % 2), 0};
+  }
+};
+
+struct nothing_kept {
+  index_t capacity() const { return 0; }
+  span_list visible(position_t) const { return {}; }
+  placed place(position_t) const { return {}; }
+};
+
+TEST_CASE("kv_cache: a policy of one's own brings its own rows") {
+  cache_config config = small_config();
+  CHECK((kv_cache<f32, f32, page_window>(config, {}).capacity()) == 6);
+  CHECK((kv_cache<f32, f32, page_window>::required_bytes(config, {})) == 2 * 6 * 128);
+  CHECK_THROWS_WITH((kv_cache<f32, f32, nothing_kept>(config, {})),
+                    "sinkcache: the policy's capacity() was 0, had to be at least 1");
+  config.rollback = 3;
+  counting_resource resource;
+  CHECK_THROWS_WITH((kv_cache<f32, f32, page_window>(config, {}, &resource)),
+                    "sinkcache: rollback was 3, had to be 0: a policy of one's own brings its own rows for it");
+  CHECK(resource.all_returned());
+}
+
+// Going back.
+
+template <class Policy>
+kv_cache<f32, f32, Policy> make_cache(const cache_config& config, const Policy& policy, counting_resource* resource) {
+  if constexpr (std::same_as<Policy, sink_window>)
+    return kv_cache<f32>(config, resource);
+  else
+    return kv_cache<f32, f32, Policy>(config, policy, resource);
+}
+
+// Beside the cache: the tokens of the stream, and which token was written last into each slot.
+template <class Policy>
+struct simulation {
+  const cache_config& config;
+  const Policy& policy;
+  counting_resource resource{};
+  kv_cache<f32, f32, Policy> cache = make_cache(config, policy, &resource);
+  std::vector<int> stream{};
+  std::map<index_t, int> slots{};
+
+  void wrote(const std::vector<int>& ids) {
+    for (int id : ids) {
+      slots[policy.place(static_cast<position_t>(stream.size())).slot] = id;
+      stream.push_back(id);
+    }
+  }
+  bool still_has(position_t seen) const {
+    for (const position_span& span : policy.visible(seen))
+      for (position_t p = span.first; p < span.last; ++p)
+        if (slots.at(policy.place(p).slot) != stream[static_cast<std::size_t>(p)]) return false;
+    return true;
+  }
+  // Down to here, any count can be gone back to.
+  position_t smallest() const {
+    auto n = static_cast<position_t>(stream.size());
+    while (n > 0 && still_has(n - 1)) --n;
+    return n;
+  }
+  void check_outputs() {
+    REQUIRE(cache.seen() == static_cast<position_t>(stream.size()));
+    counting_resource fresh_resource;
+    auto fresh = make_cache(config, policy, &fresh_resource);
+    append(fresh, stream);
+    REQUIRE(attend(cache) == attend(fresh));
+  }
+};
+
+// `exact`: the cache goes back whenever it could; else it may refuse though it could.
+template <class Policy>
+void go_back_at_random(const cache_config& config, const Policy& policy, std::uint64_t seed, bool exact) {
+  effort::dice dice(seed);
+  CAPTURE(seed, config.num_sink_tokens, config.window, config.rollback);
+  simulation<Policy> run{config, policy};
+  workspace scratch;
+  int next = 0;
+  for (int step = 0; step < 60; ++step) {
+    const auto seen = static_cast<position_t>(run.stream.size());
+    const auto draw = dice.from_to(0, 99);
+    CAPTURE(step, seen, draw);
+    if (draw < 35) {
+      const std::vector<int> ids = numbers(next, next + static_cast<int>(dice.from_to(0, 4)));
+      append(run.cache, ids);
+      run.wrote(ids);
+      next += static_cast<int>(ids.size());
+    } else if (draw < 55) {
+      const std::vector<int> ids = numbers(next, next + static_cast<int>(dice.from_to(0, 20)));
+      const token_rows rows = rows_of(config, ids);
+      const matrix q = random_matrix(dice, rows.k.rows(), 4 * config.head_dim);
+      matrix out(rows.k.rows(), 4 * config.v_head_dim);
+      attention({.num_qo_heads = 4}).prefill(q, rows.k, rows.v, run.cache, out, scratch);
+      REQUIRE(out.allFinite());
+      run.wrote(ids);
+      next += static_cast<int>(ids.size());
+    } else if (draw < 58) {
+      run.cache.clear();
+      run.stream.clear();
+    } else {
+      const position_t back = dice.one_in(3) ? dice.from_to(0, std::min<position_t>(seen, 6))
+                                             : dice.from_to(std::max<position_t>(0, seen - 12), seen);
+      CAPTURE(back);
+      const position_t smallest = run.smallest();
+      if (exact) REQUIRE(run.cache.min_truncate() == smallest);
+      const auto before = bytes_of(run.resource);
+      const position_t min_before = run.cache.min_truncate();
+      bool went = true;
+      std::string message;
+      try {
+        run.cache.truncate(back);
+      } catch (const std::invalid_argument& refused) {
+        went = false;
+        message = refused.what();
+      }
+      REQUIRE(bytes_of(run.resource) == before);
+      if (exact)
+        REQUIRE(went == run.still_has(back));
+      else if (went)
+        REQUIRE(run.still_has(back));
+      if (went) {
+        run.stream.resize(static_cast<std::size_t>(back));
+      } else {
+        REQUIRE(message == "sinkcache: seen was " + std::to_string(back) + ", had to be at least " +
+                               std::to_string(min_before) + ": older tokens are overwritten");
+        REQUIRE(run.cache.min_truncate() == min_before);
+      }
+    }
+    run.check_outputs();
+    REQUIRE(run.cache.min_truncate() >= run.smallest());
+    if (exact) REQUIRE(run.cache.min_truncate() == run.smallest());
+  }
+}
+
+TEST_CASE("kv_cache: truncate goes back exactly where nothing needed was overwritten") {
+  const auto rounds = static_cast<std::uint64_t>(effort::cases(60));
+  for (std::uint64_t seed = 0; seed < rounds; ++seed) {
+    effort::dice dice(seed + 1'000'000);
+    cache_config config = small_config();
+    config.num_sink_tokens = static_cast<index_t>(dice.from_to(0, 4));
+    config.window = static_cast<index_t>(dice.from_to(1, 8));
+    go_back_at_random(config, sink_window{config.num_sink_tokens, config.window, 0}, seed, true);
+    config.rollback = static_cast<index_t>(dice.from_to(1, 8));
+    go_back_at_random(config, sink_window{config.num_sink_tokens, config.window, config.rollback}, seed, true);
+    config.rollback = 0;
+    go_back_at_random(config, page_window{}, seed, true);
+    go_back_at_random(config, late_pins{}, seed, false);
+  }
+}
+
+TEST_CASE("kv_cache: what was lost before a return to the pinned tokens stays lost") {
+  kv_cache<f32, f32, late_pins> cache(small_config(), {});
+  append(cache, numbers(0, 7));  // 5 lies where 1 was
+  cache.truncate(4);             // {2, 3}, pinned
+  CHECK_THROWS_WITH(cache.truncate(3),
+                    "sinkcache: seen was 3, had to be at least 4: older tokens are overwritten");  // {1, 2}
+  CHECK(cache.seen() == 4);
+}
+
+TEST_CASE("kv_cache: truncate, by example") {
+  cache_config config = small_config();
+  config.rollback = 2;
+  kv_cache<f32> cache(config);
+  CHECK(cache.min_truncate() == 0);
+  cache.truncate(0);
+  append(cache, numbers(0, 9));
+  CHECK(cache.min_truncate() == 0);  // seven visible, two more in the rows for rollback
+  append(cache, numbers(9, 10));
+  CHECK(cache.min_truncate() == 8);
+  CHECK_THROWS_WITH(cache.truncate(7), "sinkcache: seen was 7, had to be at least 8: older tokens are overwritten");
+  CHECK_THROWS_WITH(cache.truncate(-1), "sinkcache: seen was -1, had to be from 0 to what was seen, 10");
+  CHECK_THROWS_WITH(cache.truncate(11), "sinkcache: seen was 11, had to be from 0 to what was seen, 10");
+  CHECK(cache.seen() == 10);
+  cache.truncate(10);
+  cache.truncate(9);
+  cache.truncate(8);
+  CHECK(cache.min_truncate() == 8);
+  CHECK_THROWS_WITH(cache.truncate(7), "sinkcache: seen was 7, had to be at least 8: older tokens are overwritten");
+  append(cache, numbers(100, 102));
+  CHECK(cache.seen() == 10);
+  CHECK(cache.min_truncate() == 8);
+  CHECK_THROWS_WITH(cache.truncate(3), "sinkcache: seen was 3, had to be at least 8: older tokens are overwritten");
+  cache.truncate(2);  // the pinned tokens alone
+  CHECK(cache.size() == 2);
+  cache.truncate(1);
+  append(cache, numbers(200, 203));
+  CHECK(cache.seen() == 4);
+  CHECK(cache.min_truncate() <= 1);
+  cache.truncate(0);
+  CHECK(cache.min_truncate() == 0);
+}
+
+// Copies.
+
+TEST_CASE("kv_cache: a clone goes on by itself") {
+  cache_config config = small_config();
+  config.rollback = 3;
+  counting_resource resource;
+  {
+    kv_cache<bf16, f32> cache(config, &resource);
+    append(cache, numbers(0, 20));
+    cache.truncate(18);
+    kv_cache<bf16, f32> copy = cache.clone();
+    CHECK(resource.allocations == 2);
+    CHECK(resource.last_bytes == cache.nbytes());
+    CHECK((copy.seen() == 18 && copy.min_truncate() == cache.min_truncate() && copy.capacity() == 7));
+    CHECK(attend(copy) == attend(cache));
+
+    const std::vector<float> before = attend(cache);
+    append(copy, numbers(500, 510));
+    CHECK(cache.seen() == 18);
+    CHECK(attend(cache) == before);
+    std::vector<int> stream = numbers(0, 18);
+    for (int id : numbers(500, 510)) stream.push_back(id);
+    kv_cache<bf16, f32> fresh(config);
+    append(fresh, stream);
+    CHECK(attend(copy) == attend(fresh));
+
+    const std::vector<float> copys = attend(copy);
+    append(cache, numbers(900, 930));
+    cache.clear();
+    CHECK(attend(copy) == copys);
+  }
+  CHECK(resource.all_returned());
+  kv_cache<f32, f32, page_window> paged(small_config(), {});
+  append(paged, numbers(0, 5));
+  CHECK(attend(paged.clone()) == attend(paged));
+}
+
+TEST_CASE("kv_cache: moves") {
+  counting_resource resource, other_resource;
+  {
+    kv_cache<f32> a(small_config(), &resource);
+    append(a, numbers(0, 9));
+    const std::vector<float> before = attend(a);
+    kv_cache<f32> b(std::move(a));
+    CHECK(attend(b) == before);
+
+    cache_config config = small_config();
+    config.window = 50;
+    kv_cache<f32> c(config, &other_resource);
+    append(c, numbers(0, 3));
+    c = std::move(b);
+    CHECK((c.seen() == 9 && c.capacity() == 7 && c.config().window == 5));
+    CHECK(attend(c) == before);
+    append(c, numbers(9, 30));
+    kv_cache<f32> fresh(small_config());
+    append(fresh, numbers(0, 30));
+    CHECK(attend(c) == attend(fresh));
+    CHECK(resource.allocations == 1);
+  }
+  CHECK(resource.all_returned());
+  CHECK(other_resource.all_returned());
+}
+
+TEST_CASE("kv_cache: clear forgets all, and keeps the memory") {
+  counting_resource resource;
+  kv_cache<f32> cache(small_config(), &resource), fresh(small_config());
+  append(cache, numbers(0, 33));
+  cache.clear();
+  CHECK((cache.seen() == 0 && cache.size() == 0 && cache.min_truncate() == 0 && cache.capacity() == 7));
+  CHECK(attend(cache) == attend(fresh));
+  append(cache, numbers(50, 54));
+  append(fresh, numbers(50, 54));
+  CHECK(attend(cache) == attend(fresh));
+  CHECK(cache.min_truncate() == 0);
+  CHECK(resource.allocations == 1);
+}
+
+}  // namespace

@@ -1,0 +1,131 @@
+// Which Eigen objects become views, without a copy, and which are refused: all settled when compiling.
+
+#include <sinkcache/matrix.hpp>
+
+#include <type_traits>
+#include <utility>
+
+#include "catch.hpp"
+
+using namespace sinkcache;
+
+namespace {
+
+using column_major = Eigen::MatrixXf;
+using doubles = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using fixed = Eigen::Matrix<float, 2, 3, Eigen::RowMajor>;
+
+// Reads and writes / only reads / neither.
+template <class M>
+constexpr bool writes = std::is_convertible_v<M, matrix_view>&& std::is_convertible_v<M, const_matrix_view>;
+template <class M>
+constexpr bool only_reads = std::is_convertible_v<M, const_matrix_view> && !std::is_constructible_v<matrix_view, M>;
+template <class M>
+constexpr bool refused = !std::is_constructible_v<matrix_view, M> && !std::is_constructible_v<const_matrix_view, M>;
+
+template <class M>
+M& made();  // an lvalue to take blocks of, never called
+
+static_assert(writes<matrix&> && writes<matrix>);
+static_assert(only_reads<const matrix&>);
+static_assert(writes<fixed&> && only_reads<const fixed&>);
+static_assert(writes<Eigen::RowVectorXf&> && only_reads<const Eigen::RowVectorXf&>);
+static_assert(writes<Eigen::Matrix<float, 1, 5>&>);
+static_assert(writes<Eigen::Array<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>&>);
+
+static_assert(writes<Eigen::Map<matrix>> && only_reads<Eigen::Map<const matrix>>);
+static_assert(writes<Eigen::Map<matrix, Eigen::Aligned64>>);
+static_assert(writes<Eigen::Map<matrix, 0, Eigen::OuterStride<>>>);
+static_assert(writes<Eigen::Map<matrix, 0, Eigen::OuterStride<16>>>);
+static_assert(only_reads<Eigen::Map<const matrix, 0, Eigen::OuterStride<>>>);
+static_assert(writes<Eigen::Map<Eigen::RowVectorXf>>);
+static_assert(writes<Eigen::Ref<matrix>> && only_reads<const Eigen::Ref<const matrix>&>);
+
+// Rows and columns of a row-major matrix keep its outer stride.
+static_assert(writes<decltype(made<matrix>().topRows(2))>);
+static_assert(writes<decltype(made<matrix>().middleRows(1, 2))>);
+static_assert(writes<decltype(made<matrix>().row(1))>);
+static_assert(writes<decltype(made<matrix>().leftCols(2))>);
+static_assert(writes<decltype(made<matrix>().block(0, 1, 2, 2))>);
+static_assert(writes<decltype(made<fixed>().bottomRows<1>())>);
+static_assert(only_reads<decltype(made<const matrix>().topRows(2))>);
+static_assert(only_reads<decltype(made<const matrix>().row(1))>);
+
+// Column-major, whatever its shape.
+static_assert(refused<column_major&> && refused<const column_major&>);
+static_assert(refused<Eigen::VectorXf&> && refused<Eigen::Matrix<float, 2, 3>&>);
+static_assert(refused<Eigen::Map<column_major>> && refused<Eigen::Ref<column_major>>);
+static_assert(refused<decltype(made<column_major>().topRows(2))>);
+static_assert(refused<decltype(made<column_major>().row(1))>, "a row of a column-major matrix has an inner stride");
+static_assert(refused<decltype(made<matrix>().col(1))>);
+static_assert(refused<decltype(made<matrix>().transpose())>);
+
+// Strided along a row.
+static_assert(refused<Eigen::Map<matrix, 0, Eigen::InnerStride<>>>);
+static_assert(refused<Eigen::Map<matrix, 0, Eigen::InnerStride<2>>>);
+static_assert(refused<Eigen::Map<matrix, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>>);
+static_assert(refused<Eigen::Ref<matrix, 0, Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>>>);
+
+// Expressions have no memory.
+static_assert(refused<decltype(made<matrix>() + made<matrix>())>);
+static_assert(refused<decltype(made<matrix>() * made<matrix>())>);
+static_assert(refused<decltype(2.f * made<matrix>())>);
+static_assert(refused<decltype(matrix::Zero(2, 3))>);
+static_assert(refused<decltype(made<doubles>().cast<float>())>);
+
+// Not float.
+static_assert(refused<doubles&> && refused<Eigen::MatrixXd&>);
+static_assert(refused<Eigen::Matrix<int, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>&>);
+static_assert(refused<Eigen::Map<doubles>>);
+static_assert(refused<float*> && refused<int>);
+
+template <class View, class M>
+void check_view(M&& m) {
+  const View view = std::forward<M>(m);
+  REQUIRE(view.rows() == m.rows());
+  REQUIRE(view.cols() == m.cols());
+  for (index_t i = 0; i < m.rows(); ++i) REQUIRE(view.row(i) == &m.coeffRef(i, 0));
+}
+
+TEST_CASE("matrix views: the floats themselves, no copy") {
+  matrix m(5, 6);
+  m.setZero();
+  check_view<matrix_view>(m);
+  check_view<const_matrix_view>(m);
+  check_view<const_matrix_view>(std::as_const(m));
+  check_view<matrix_view>(m.middleRows(1, 3));
+  check_view<matrix_view>(m.block(1, 2, 3, 4));
+  check_view<matrix_view>(m.row(4));
+  check_view<const_matrix_view>(std::as_const(m).block(1, 2, 3, 4));
+  check_view<matrix_view>(Eigen::Ref<matrix>(m.block(1, 2, 3, 4)));
+
+  fixed f;
+  check_view<matrix_view>(f);
+  check_view<matrix_view>(f.row(1));
+  Eigen::RowVectorXf row(7);
+  check_view<matrix_view>(row);
+  check_view<matrix_view>(Eigen::Map<matrix, 0, Eigen::OuterStride<>>(m.data() + 1, 3, 4, Eigen::OuterStride<>(9)));
+
+  const Eigen::Ref<const matrix> read_only(m.middleRows(2, 2));
+  const const_matrix_view view = read_only;
+  CHECK(view.row(1) == m.data() + 3 * 6);
+}
+
+TEST_CASE("matrix views: of plain pointers") {
+  float floats[12] = {};
+  const matrix_view strided(floats, 3, 2, 4), dense(floats, 3, 4);
+  CHECK((strided.row(2) == floats + 8 && strided.rows() == 3 && strided.cols() == 2));
+  CHECK((dense.row(2) == floats + 8 && dense.rows() == 3 && dense.cols() == 4));
+  strided.row(1)[1] = 5.f;
+  CHECK(floats[5] == 5.f);
+  const const_matrix_view read(static_cast<const float*>(floats), 3, 4);
+  CHECK(read.row(1)[1] == 5.f);
+}
+
+TEST_CASE("matrix views: of nothing") {
+  const matrix none(0, 6), no_columns(3, 0);
+  CHECK((const_matrix_view(none).rows() == 0 && const_matrix_view(none).cols() == 6));
+  CHECK((const_matrix_view(no_columns).rows() == 3 && const_matrix_view(no_columns).cols() == 0));
+}
+
+}  // namespace

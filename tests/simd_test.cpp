@@ -1,0 +1,222 @@
+// Every operation that the kernel is written in, against its definition on single floats.
+
+#include <sinkcache/detail/absorb.hpp>
+#include <sinkcache/detail/simd.hpp>
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "catch.hpp"
+#include "effort.hpp"
+
+using namespace sinkcache;
+using detail::lanes, detail::vfloat;
+
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+constexpr auto width = static_cast<std::size_t>(lanes);
+using floats = std::array<float, width>;
+
+vfloat vector_of(const floats& from) { return detail::load(from.data()); }
+floats lanes_of(vfloat v) {
+  floats to;
+  detail::store(to.data(), v);
+  return to;
+}
+bool same_bits(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b); }
+
+floats random_floats(effort::dice& dice) {
+  floats f;
+  for (float& x : f) x = dice.signed_unit() * 100;
+  return f;
+}
+
+TEST_CASE("simd: as wide as the instruction set says") {
+  const std::string set = isa();
+  CHECK(lanes == (set == "avx512" ? 16 : set == "avx2" || set == "avx" ? 8 : 4));
+  CHECK(sizeof(vfloat) == lanes * sizeof(float));
+}
+
+TEST_CASE("simd: load, store, broadcast") {
+  effort::dice dice(1);
+  std::array<float, 2 * width + 3> memory{};
+  for (float& x : memory) x = dice.signed_unit();
+  const auto before = memory;
+  for (std::size_t at = 0; at <= width; ++at) {  // no alignment needed
+    std::array<float, 2 * width + 3> to{};
+    detail::store(to.data() + at, detail::load(memory.data() + at));
+    for (std::size_t i = 0; i < to.size(); ++i) REQUIRE(to[i] == (i >= at && i < at + width ? before[i] : 0.f));
+  }
+  for (float x : {0.f, -0.f, 1.5f, inf, -inf, std::numeric_limits<float>::denorm_min()})
+    for (float lane : lanes_of(detail::broadcast(x))) REQUIRE(same_bits(lane, x));
+  for (float lane : lanes_of(detail::broadcast(nan))) REQUIRE(std::isnan(lane));
+}
+
+TEST_CASE("simd: max, the second where either is NaN") {
+  effort::dice dice(2);
+  const float specials[] = {0.f, -0.f, 1.f, -1.f, inf, -inf, nan, 3e38f, -3e38f};
+  for (float a : specials)
+    for (float b : specials) {
+      const float expected = std::isnan(a) || std::isnan(b) ? b : std::max(b, a);
+      for (float lane : lanes_of(detail::max(detail::broadcast(a), detail::broadcast(b))))
+        REQUIRE((std::isnan(expected) ? std::isnan(lane) : lane == expected));
+    }
+  for (int i = 0; i < 100; ++i) {
+    const floats a = random_floats(dice), b = random_floats(dice),
+                 m = lanes_of(detail::max(vector_of(a), vector_of(b)));
+    for (std::size_t j = 0; j < width; ++j) REQUIRE(m[j] == std::max(a[j], b[j]));
+  }
+}
+
+TEST_CASE("simd: over the lanes") {
+  effort::dice dice(3);
+  for (int i = 0; i < 1000; ++i) {
+    floats f = random_floats(dice);
+    double sum = 0, size = 0;
+    float largest = -inf;
+    for (float x : f) {
+      sum += static_cast<double>(x);
+      size += std::abs(static_cast<double>(x));
+      largest = std::max(largest, x);
+    }
+    REQUIRE(std::abs(static_cast<double>(detail::sum_of_lanes(vector_of(f))) - sum) <= 4 * 0x1p-24 * size);
+    REQUIRE(detail::max_of_lanes(vector_of(f)) == largest);
+  }
+  floats powers;
+  for (std::size_t i = 0; i < width; ++i) powers[i] = static_cast<float>(1 << i);
+  CHECK(detail::sum_of_lanes(vector_of(powers)) == static_cast<float>((1 << lanes) - 1));  // each lane once
+  for (std::size_t i = 0; i < width; ++i) {
+    floats one;
+    one.fill(-inf);
+    one[i] = -7;
+    CHECK(detail::max_of_lanes(vector_of(one)) == -7);
+    one[i] = nan;
+    CHECK(std::isnan(detail::sum_of_lanes(vector_of(one))));
+  }
+  CHECK(detail::max_of_lanes(detail::broadcast(-inf)) == -inf);
+}
+
+TEST_CASE("simd: sums_of_lanes keeps the sums apart, and associates all alike") {
+  effort::dice dice(4);
+  for (int trial = 0; trial < 200; ++trial) {
+    vfloat rows[width];
+    std::array<floats, width> plain;
+    for (std::size_t i = 0; i < width; ++i) rows[i] = vector_of(plain[i] = random_floats(dice));
+    const floats sums = lanes_of(detail::sums_of_lanes(rows));
+    for (std::size_t i = 0; i < width; ++i) {
+      double sum = 0, size = 0;
+      for (float x : plain[i]) {
+        sum += static_cast<double>(x);
+        size += std::abs(static_cast<double>(x));
+      }
+      REQUIRE(std::abs(static_cast<double>(sums[i]) - sum) <= 4 * 0x1p-24 * size);
+    }
+    // The same row among other rows, in another lane, even beside NaNs: the same bits.
+    const auto moved = static_cast<std::size_t>(dice.from_to(0, lanes - 1));
+    vfloat others[width];
+    for (vfloat& other : others) other = detail::broadcast(nan);
+    others[moved] = rows[0];
+    REQUIRE(same_bits(lanes_of(detail::sums_of_lanes(others))[moved], sums[0]));
+  }
+}
+
+TEST_CASE("simd: exp2_nonpositive over its whole range") {
+  double worst = 0, worst_absolute = 0;
+  const auto lowest = std::bit_cast<std::uint32_t>(-100.f);
+  const auto step = static_cast<std::uint32_t>(std::max(1, 20000 / effort::cases(10)));
+  float at = 0;
+  for (std::uint32_t pattern = 0x80000000u; pattern <= lowest; pattern += step) {
+    const auto x = std::bit_cast<float>(pattern);
+    const double exact = std::exp2(static_cast<double>(x)),
+                 error = static_cast<double>(detail::exp2_nonpositive(x)) - exact;
+    worst_absolute = std::max(worst_absolute, std::abs(error));
+    if (std::abs(error) / exact > worst) worst = std::abs(error) / exact, at = x;
+  }
+  CAPTURE(worst, worst_absolute, at);
+  CHECK(worst <= 1.2e-7);
+  CHECK(worst_absolute <= 1e-7);
+
+  CHECK(detail::exp2_nonpositive(0.f) == 1.f);
+  CHECK(detail::exp2_nonpositive(-0.f) == 1.f);
+  for (int n = 0; n <= 100; ++n) REQUIRE(detail::exp2_nonpositive(static_cast<float>(-n)) == std::ldexp(1.f, -n));
+  // Never above 1, and never rising as x falls: weights keep the order of their logits.
+  float last = 1;
+  for (float x = 0; x > -0.01f; x = std::nextafter(x - 1e-7f, -inf)) {
+    const float y = detail::exp2_nonpositive(x);
+    REQUIRE(y <= 1.f);
+    REQUIRE(y <= last * (1 + 0x1p-22f));
+    last = y;
+  }
+}
+
+TEST_CASE("simd: exp2_nonpositive is cut at -100") {
+  CHECK(detail::exp2_nonpositive(-100.f) == 0x1p-100f);
+  for (float x : {std::nextafter(-100.f, -inf), -100.5f, -126.f, -127.f, -150.f, -1e4f, -0x1p23f, -3e9f, -1e38f,
+                  std::numeric_limits<float>::lowest(), -inf})
+    CHECK(same_bits(detail::exp2_nonpositive(x), 0.f));
+  CHECK(std::isnan(detail::exp2_nonpositive(nan)));
+  CHECK(std::isnan(detail::exp2_nonpositive(-nan)));
+
+  // Lane by lane as one by one.
+  floats mixed;
+  for (std::size_t i = 0; i < width; ++i) mixed[i] = -20.25f * static_cast<float>(i);
+  mixed[1] = nan;
+  mixed[2] = -inf;
+  const floats powers = lanes_of(detail::exp2_nonpositive(vector_of(mixed)));
+  for (std::size_t i = 0; i < width; ++i)
+    CHECK((i == 1 ? std::isnan(powers[i]) : same_bits(powers[i], detail::exp2_nonpositive(mixed[i]))));
+}
+
+TEST_CASE("simd: tanh") {
+  double worst = 0;
+  const auto highest = std::bit_cast<std::uint32_t>(40.f);
+  const auto step = static_cast<std::uint32_t>(std::max(1, 40000 / effort::cases(10)));
+  for (std::uint32_t pattern = 0; pattern <= highest; pattern += step) {
+    const auto x = std::bit_cast<float>(pattern);
+    const float y = lanes_of(detail::tanh(detail::broadcast(x)))[0],
+                minus = lanes_of(detail::tanh(detail::broadcast(-x)))[0];
+    worst = std::max(worst, std::abs(static_cast<double>(y) - std::tanh(static_cast<double>(x))));
+    REQUIRE(minus == -y);
+  }
+  CAPTURE(worst);
+  CHECK(worst <= 2e-7);
+  CHECK(lanes_of(detail::tanh(detail::broadcast(inf)))[0] == 1.f);
+  CHECK(lanes_of(detail::tanh(detail::broadcast(-inf)))[0] == -1.f);
+  CHECK(lanes_of(detail::tanh(detail::broadcast(1e30f)))[0] == 1.f);
+  CHECK(lanes_of(detail::tanh(detail::broadcast(0.f)))[0] == 0.f);
+  CHECK(std::isnan(lanes_of(detail::tanh(detail::broadcast(nan)))[0]));
+}
+
+// format_test.cpp knows what is right; here, that one by one and many at once are the same.
+template <class Convert, class ToHalf, class FromHalf>
+void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
+  effort::dice dice(5);
+  for (std::size_t n = 0; n <= 40; ++n)
+    for (int trial = 0; trial < effort::cases(200); ++trial) {
+      std::vector<float> from(n), back(n + 1, 77.f);
+      for (float& x : from) {
+        x = std::bit_cast<float>(static_cast<std::uint32_t>(dice.bits()));
+        if (dice.one_in(2))
+          x = static_cast<float>(std::ldexp(dice.signed_unit(), static_cast<int>(dice.from_to(-30, 20))));
+      }
+      std::vector<std::uint16_t> halves(n + 1, 0x7777);
+      Convert::narrow(from.data(), static_cast<index_t>(n), reinterpret_cast<std::byte*>(halves.data()));
+      Convert::widen(reinterpret_cast<const std::byte*>(halves.data()), static_cast<index_t>(n), back.data());
+      for (std::size_t i = 0; i < n; ++i) {
+        REQUIRE(halves[i] == to_half(from[i]));
+        REQUIRE((std::isnan(from[i]) ? std::isnan(back[i]) : same_bits(back[i], from_half(halves[i]))));
+      }
+      REQUIRE((halves[n] == 0x7777 && back[n] == 77.f));
+    }
+}
+
+TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
+  compare_conversions<detail::f16_convert>(detail::to_f16, detail::from_f16);
+  compare_conversions<detail::bf16_convert>(detail::to_bf16, detail::from_bf16);
+}
+
+}  // namespace

@@ -1,0 +1,314 @@
+// Executors of every kind give the same bits; scratch memory grows once and is then left alone.
+
+#include <sinkcache/attention.hpp>
+#include <sinkcache/workspace.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "catch.hpp"
+#include "effort.hpp"
+
+using namespace sinkcache;
+
+// Counting what is allocated.
+
+// Sanitizers bring their own operator new, and their own checks with it.
+#if defined(__SANITIZE_ADDRESS__)
+#define COUNTS_ALLOCATIONS 0
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define COUNTS_ALLOCATIONS 0
+#endif
+#endif
+#ifndef COUNTS_ALLOCATIONS
+#define COUNTS_ALLOCATIONS 1
+#endif
+
+namespace {
+
+std::atomic<long> allocations{0};
+
+}  // namespace
+
+#if COUNTS_ALLOCATIONS
+// Never inlined, or g++ sees a `free` of what came from `new` and warns.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  ++allocations;
+  if (void* const memory = std::malloc(std::max<std::size_t>(bytes, 1))) return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  ++allocations;
+  const auto align = static_cast<std::size_t>(alignment);
+  if (void* const memory = std::aligned_alloc(align, (std::max<std::size_t>(bytes, 1) + align - 1) / align * align))
+    return memory;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+#endif
+
+namespace {
+
+// Executors.
+
+// Threads that take the next item when they are done with one.
+struct thread_pool {
+  index_t threads;
+
+  index_t concurrency() const { return threads; }
+  void run(index_t n, const work_ref& work) const {
+    std::atomic<index_t> next{0};
+    std::vector<std::thread> pool;
+    for (index_t worker = 0; worker < threads; ++worker)
+      pool.emplace_back([&, worker] {
+        for (index_t item = next++; item < n; item = next++) work(item, worker);
+      });
+    for (std::thread& thread : pool) thread.join();
+  }
+};
+
+// Items out of order, workers at random.
+struct shuffling {
+  effort::dice dice;
+  index_t workers;
+
+  int concurrency() const { return static_cast<int>(workers); }
+  void run(index_t n, const work_ref& work) {
+    std::vector<index_t> order;
+    for (index_t item = 0; item < n; ++item) order.push_back(item);
+    for (index_t i = n - 1; i > 0; --i)
+      std::swap(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(dice.from_to(0, i))]);
+    for (index_t item : order) work(item, static_cast<index_t>(dice.from_to(0, workers - 1)));
+  }
+};
+
+struct cannot_run {
+  index_t concurrency() const { return 1; }
+};
+struct cannot_tell {
+  void run(index_t, const work_ref&) const {}
+};
+struct tells_nonsense {
+  const char* concurrency() const { return ""; }
+  void run(index_t, const work_ref&) const {}
+};
+
+static_assert(executor<sequential> && executor<thread_pool> && executor<shuffling>);
+static_assert(!executor<cannot_run> && !executor<cannot_tell> && !executor<tells_nonsense> && !executor<int>);
+static_assert(std::is_constructible_v<workspace, thread_pool&> && !std::is_constructible_v<workspace, cannot_run&>);
+static_assert(!std::is_constructible_v<workspace, thread_pool>, "a temporary executor would be gone at once");
+static_assert(!std::is_convertible_v<thread_pool&, workspace>);
+static_assert(!std::is_copy_constructible_v<workspace> && !std::is_copy_assignable_v<workspace>);
+static_assert(std::is_nothrow_move_constructible_v<workspace> && std::is_nothrow_move_assignable_v<workspace>);
+
+TEST_CASE("work_ref: calls what it was made of") {
+  std::vector<std::pair<index_t, index_t>> calls;
+  auto work = [&](index_t item, index_t worker) { calls.emplace_back(item, worker); };
+  const work_ref ref(work);
+  const work_ref copy = ref;
+  ref(3, 1);
+  copy(5, 0);
+  sequential().run(3, ref);
+  CHECK(calls == std::vector<std::pair<index_t, index_t>>{{3, 1}, {5, 0}, {0, 0}, {1, 0}, {2, 0}});
+  sequential().run(0, ref);
+  CHECK(calls.size() == 5);
+  static_assert(noexcept(ref(0, 0)));
+}
+
+// A layer to run.
+
+matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
+  matrix m(rows, cols);
+  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = dice.signed_unit();
+  return m;
+}
+
+struct layer {
+  effort::dice dice{3};
+  kv_cache<f32> cache{{.num_kv_heads = 2,
+                       .head_dim = 20,
+                       .v_head_dim = 12,
+                       .num_sink_tokens = 4,
+                       .window = 1300,
+                       .rope = rope::plain(20, 1000.0)}};
+  attention layer_attention{{.num_qo_heads = 6, .softmax = softmax_variant::softmax1()}};
+  matrix q = random_matrix(dice, 90, 6 * 20), k = random_matrix(dice, 90, 2 * 20), v = random_matrix(dice, 90, 2 * 12);
+
+  layer() { cache.append(random_matrix(dice, 1500, 2 * 20), random_matrix(dice, 1500, 2 * 12)); }
+
+  // Outputs and lse of a decode, a partial state, and a prefill of 90 tokens into a clone.
+  std::vector<float> run(workspace& workspace) const {
+    std::vector<float> all;
+    const auto keep = [&](const float* from, index_t n) { all.insert(all.end(), from, from + n); };
+    matrix out(1, 6 * 12), outs(90, 6 * 12);
+    std::vector<float> lse(90 * 6);
+    layer_attention.decode(q.topRows(1), cache, out, workspace, lse.data());
+    keep(out.data(), out.size());
+    keep(lse.data(), 6);
+    attention_state state(6, 12);
+    layer_attention.attend(q.topRows(1), cache, state, workspace);
+    keep(state.data().data(), static_cast<index_t>(state.data().size()));
+    kv_cache<f32> copy = cache.clone();
+    layer_attention.prefill(q, k, v, copy, outs, workspace, lse.data());
+    keep(outs.data(), outs.size());
+    keep(lse.data(), 90 * 6);
+    return all;
+  }
+};
+
+TEST_CASE("workspace: the same bits on any executor") {
+  const layer layer;
+  workspace alone;
+  const std::vector<float> expected = layer.run(alone);
+  for (float x : expected) REQUIRE(std::isfinite(x));
+  for (index_t threads : {1, 2, 3, 7}) {
+    CAPTURE(threads);
+    thread_pool pool{threads};
+    workspace with_pool(pool);
+    CHECK(with_pool.concurrency() == threads);
+    CHECK(layer.run(with_pool) == expected);
+    CHECK(layer.run(with_pool) == expected);
+    shuffling shuffled{effort::dice(static_cast<std::uint64_t>(threads)), threads};
+    workspace with_shuffled(shuffled);
+    CHECK(layer.run(with_shuffled) == expected);
+  }
+}
+
+// Runs in order, and notes what it was asked for.
+struct recording {
+  index_t workers = 3;
+  std::vector<index_t> runs = {};
+
+  index_t concurrency() const { return workers; }
+  void run(index_t n, const work_ref& work) {
+    runs.push_back(n);
+    for (index_t item = 0; item < n; ++item) work(item, item % workers);
+  }
+};
+
+TEST_CASE("workspace: work is cut by the shape alone") {
+  const layer layer;
+  recording one{1}, three{3};
+  workspace with_one(one), with_three(three);
+  const std::vector<float> expected = layer.run(with_one);
+  CHECK(layer.run(with_three) == expected);
+  CHECK(one.runs == three.runs);
+  CHECK(*std::max_element(one.runs.begin(), one.runs.end()) >= 6);  // there is work for several
+}
+
+// Memory.
+
+TEST_CASE("workspace: reserve takes memory, and never gives it back") {
+  workspace scratch;
+  CHECK(scratch.concurrency() == 1);
+  const index_t initial = scratch.nbytes();
+  CHECK(initial > 0);
+  scratch.reserve(0);
+  scratch.reserve(-1);
+  scratch.reserve(initial);
+  CHECK(scratch.nbytes() == initial);
+  scratch.reserve(initial + 1);
+  CHECK(scratch.nbytes() >= initial + 1);
+  const index_t more = scratch.nbytes();
+  scratch.reserve(1);
+  CHECK(scratch.nbytes() == more);
+
+  thread_pool pool{4};
+  CHECK(workspace(pool).nbytes() > initial);
+}
+
+TEST_CASE("workspace: executors without workers are refused") {
+  thread_pool none{0}, negative{-2}, endless{std::numeric_limits<index_t>::max()};
+  CHECK_THROWS_WITH(workspace(none), "sinkcache: executor.concurrency() was 0, had to be at least 1");
+  CHECK_THROWS_WITH(workspace(negative), "sinkcache: executor.concurrency() was -2, had to be at least 1");
+  CHECK_THROWS_AS(workspace(endless), std::invalid_argument);
+}
+
+TEST_CASE("workspace: moves with its executor and its memory") {
+  const layer layer;
+  workspace alone;
+  const std::vector<float> expected = layer.run(alone);
+
+  recording executor;
+  workspace a(executor);
+  const index_t bytes = a.nbytes();
+  workspace b(std::move(a));
+  CHECK((b.nbytes() == bytes && b.concurrency() == 3));
+  CHECK(layer.run(b) == expected);
+  CHECK(!executor.runs.empty());
+
+  workspace c;
+  c = std::move(b);
+  executor.runs.clear();
+  CHECK(c.concurrency() == 3);
+  CHECK(layer.run(c) == expected);
+  CHECK(!executor.runs.empty());
+
+  // What was moved from is empty, and grows again when it is used.
+  CHECK(layer.run(a) == expected);  // NOLINT(bugprone-use-after-move)
+  CHECK(layer.run(b) == expected);  // NOLINT(bugprone-use-after-move)
+}
+
+TEST_CASE("workspace: workspace_bytes is what calls need") {
+  const layer layer;
+  for (index_t workers : {1, 3}) {
+    recording executor{workers};
+    workspace scratch(executor);
+    const index_t initial = scratch.nbytes();
+    CHECK(layer.layer_attention.workspace_bytes(layer.cache, 1, workers) <= initial);
+    matrix out(1, 6 * 12);
+    layer.layer_attention.decode(layer.q.topRows(1), layer.cache, out, scratch);
+    CHECK(scratch.nbytes() == initial);  // an ordinary decode fits from the start
+  }
+}
+
+TEST_CASE("workspace: decode never allocates, prefill not after as long a chunk, append never") {
+  if (!COUNTS_ALLOCATIONS) return;
+  layer layer;
+  kv_cache<f32> cache({.num_kv_heads = 8, .head_dim = 256, .window = 40, .rope = rope::plain(256, 1e4)});
+  const attention attention({.num_qo_heads = 8});
+  const matrix k = matrix::Ones(400, 8 * 256), &q = k;
+  matrix out(400, 8 * 256);
+
+  workspace scratch;
+  const auto allocated_by = [&](auto&& call) {
+    const long before = allocations;
+    call();
+    return allocations - before;
+  };
+  matrix small_out(1, 6 * 12);
+  CHECK(allocated_by([&] {
+          layer.cache.append(layer.k.topRows(3), layer.v.topRows(3));
+          layer.layer_attention.decode(layer.q.topRows(1), layer.cache, small_out, scratch);
+        }) == 0);
+
+  scratch.reserve(attention.workspace_bytes(cache, 1));
+  CHECK(allocated_by([&] { attention.decode(q.topRows(1), cache, out.topRows(1), scratch); }) == 0);
+  REQUIRE(attention.workspace_bytes(cache, 400) > scratch.nbytes());
+  CHECK(allocated_by([&] { attention.prefill(q, k, k, cache, out, scratch); }) == 1);
+  for (index_t tokens : {400, 400, 17})
+    CHECK(allocated_by([&] {
+            attention.prefill(q.topRows(tokens), k.topRows(tokens), k.topRows(tokens), cache, out.topRows(tokens),
+                              scratch);
+          }) == 0);
+  CHECK(allocated_by([&] { attention.decode(q.topRows(1), cache, out.topRows(1), scratch); }) == 0);
+  CHECK(allocated_by([&] {
+          cache.append(k, k);
+          cache.truncate(cache.seen());
+          cache.clear();
+        }) == 0);
+}
+
+}  // namespace
