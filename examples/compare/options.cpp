@@ -107,8 +107,8 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   count("--tokens", 2, index_t{1} << 30, "tokens to predict (default: 20480, or all of a shorter text)",
         [&o](index_t n) { o.tokens = n; });
   count("--threads", 1, 1024,
-        "policies evaluated at a time, which changes no result (default: 1)\n"
-        "times per token are honest with 1 only: runs share memory bandwidth",
+        "policies evaluated at a time, which changes no result (default: one a core)\n"
+        "times per token are undisturbed with 1 only: runs share memory bandwidth",
         [&o](index_t n) { o.threads = static_cast<std::size_t>(n); });
   text("--json", o.json, "FILE", "write all results there");
   CLI::Option* svg = text("--svg", o.svg, "FILE", "draw the loss along the stream there");

@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <optional>
 #include <sinkcache/config.hpp>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace compare {
@@ -31,7 +33,7 @@ struct options {
   index_t cache = 128;
   std::optional<index_t> tokens;  // missing: default_tokens, or all of a shorter text
   std::vector<policy> policies;
-  std::size_t threads = 1;
+  std::size_t threads = std::max(1U, std::thread::hardware_concurrency());
   std::string json, svg;  // empty: none
 };
 
