@@ -866,6 +866,10 @@ TEST_CASE("attention: any split of the visible tokens over caches, merged in any
       }
     const auto exact = oracle::attend(c.layer, q.data(), c.tokens - 1, visible, k.data(), v.data());
     CHECK(far_from(exact, out.data(), lse.data()) == "");
+    for (index_t head = 0; head < heads; ++head) {  // m is a whole number: merging rounds nothing but the sums
+      const float m = states[0].data()[as_size(head * (v_dim + 2))];
+      CHECK(m == std::ceil(m));
+    }
     for (index_t head = 0; head < heads; ++head)
       lse[as_size(head)] = states[0].finish(c.params.softmax, head, &out(0, head * v_dim));
     CHECK(far_from(exact, out.data(), lse.data()) == "");

@@ -299,6 +299,26 @@ TEST_CASE("attention: prefill gives what decode gives, with every way to keep po
 
 // Edges.
 
+TEST_CASE("attention: a decode long enough to be cut into slices") {
+  effort::dice dice(16);
+  cache_config config = small_config();
+  // Slices of 512 tokens each, then sixteen longer ones.
+  for (index_t window : {509, 510, 511, 1022, 1023, 8189, 8190, 8300}) {
+    CAPTURE(window);
+    config.window = window;
+    const index_t tokens = window + 20;
+    const stream s(dice, tokens, config, 4);
+    const attention_params params{.num_qo_heads = 4, .softmax = softmax_variant::softmax1()};
+    kv_cache<f32> cache(config);
+    cache.append(s.k, s.v);
+    workspace scratch;
+    matrix out(1, 12);
+    std::vector<float> lse(4);
+    attention(params).decode(s.q.row(tokens - 1), cache, out, scratch, lse.data());
+    check_close(plain_attention(s, config, params, tokens, 0.f), out.data(), lse.data());
+  }
+}
+
 TEST_CASE("attention: an empty cache gives zeros, and the sink's lse") {
   const kv_cache<f32> cache(small_config());
   workspace scratch;
@@ -314,6 +334,30 @@ TEST_CASE("attention: an empty cache gives zeros, and the sink's lse") {
   CHECK(lse_of(softmax_variant::softmax1()) == std::vector<float>(4, 0.f));
   const std::vector<float> sinks = {-inf, -1.f, 0.f, 1.f};
   CHECK(lse_of(softmax_variant::sink_logits(sinks)) == sinks);
+}
+
+TEST_CASE("attention: a logit of -inf is a weight of 0, also where there is no other") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 1, .window = 400, .rope = rope::none()});
+  workspace scratch;
+  const attention attention({.num_qo_heads = 1});
+  const auto append = [&](index_t tokens, float key) {
+    const matrix k = matrix::Constant(tokens, 1, key), v = matrix::Constant(tokens, 1, 3.f);
+    cache.append(k, v);
+  };
+  const auto decode = [&] {
+    const matrix q = matrix::Ones(1, 1);
+    matrix out(1, 1);
+    float lse = 0;
+    attention.decode(q, cache, out, scratch, &lse);
+    return std::pair(out(0, 0), lse);
+  };
+  append(300, -inf);  // more than a tile
+  CHECK(decode() == std::pair(0.f, -inf));
+  append(1, 2.f);
+  CHECK(std::abs(decode().first - 3.f) < 1e-6f);
+  CHECK(std::abs(decode().second - 2.f) < 1e-6f);
+  append(1, inf);
+  CHECK(std::isnan(decode().first));
 }
 
 TEST_CASE("attention: lse is optional") {

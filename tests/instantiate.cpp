@@ -6,9 +6,21 @@
 template class sinkcache::kv_cache<sinkcache::f32>;
 template class sinkcache::kv_cache<sinkcache::f16>;
 template class sinkcache::kv_cache<sinkcache::bf16>;
-template class sinkcache::kv_cache<sinkcache::f32, sinkcache::bf16>;  // keys and values in different formats
+// Keys and values in different formats.
+template class sinkcache::kv_cache<sinkcache::f32, sinkcache::bf16>;
+template class sinkcache::kv_cache<sinkcache::bf16, sinkcache::f16>;
 
 template class sinkcache::basic_matrix_view<float>;
 template class sinkcache::basic_matrix_view<const float>;
 template sinkcache::workspace::workspace(sinkcache::sequential&);
+
+// An executor of a user's.
+struct backwards {
+  int concurrency() const { return 1; }
+  void run(sinkcache::index_t n, const sinkcache::work_ref& work) {
+    while (n > 0) work(--n, 0);
+  }
+};
+template sinkcache::workspace::workspace(backwards&);
+
 template struct fmt::formatter<sinkcache::kv_cache<sinkcache::f32>>;

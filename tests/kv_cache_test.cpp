@@ -356,6 +356,23 @@ struct nothing_kept {
   placed place(position_t) const { return {}; }
 };
 
+TEST_CASE("kv_cache: a sink_window of one's own is checked like that of a configuration") {
+  cache_config config = small_config();
+  config.num_sink_tokens = config.window = 0;
+  counting_resource resource;
+  const auto make = [&](sink_window policy) { return kv_cache<f32>(config, policy, &resource); };
+  CHECK(make({2, 5}).capacity() == 7);
+  CHECK(make({2, 5, 3}).capacity() == 7);
+  CHECK(make({2, 5, 3}).nbytes() == 2 * 10 * 128);
+  CHECK_THROWS_WITH(make({-3, 8}), "sinkcache: num_sink_tokens was -3, had to be at least 0");
+  CHECK_THROWS_WITH(make({4, 0, 2}), "sinkcache: window was 0, had to be at least 1");
+  CHECK_THROWS_WITH(make({4, 8, -1}), "sinkcache: rollback was -1, had to be at least 0");
+  CHECK_THROWS_WITH(make({1, most, 0}),
+                    "sinkcache: num_sink_tokens + window + rollback was 1 + 9223372036854775807, had to fit 63 bits");
+  CHECK_THROWS_AS(kv_cache<f32>::required_bytes(config, sink_window{4, 0}), std::invalid_argument);
+  CHECK(resource.all_returned());
+}
+
 TEST_CASE("kv_cache: a policy of one's own brings its own rows") {
   cache_config config = small_config();
   CHECK((kv_cache<f32, f32, page_window>(config, {}).capacity()) == 6);

@@ -103,25 +103,25 @@ proof::plain_policy plain(const page_window& p) {
 
 // A policy: three spans.
 
-// The first tokens, a few in the middle once they have left the window, and a window: two gaps of different sizes.
+// The first tokens, a few later ones until they expire all at once, and a window: two gaps of different sizes.
 struct bookmarks {
-  index_t pinned, first_kept, kept, window;
+  index_t pinned, first_kept, kept, expire, window;
 
   index_t capacity() const { return pinned + kept + window + kept; }
   sinkcache::span_list visible(position_t seen) const {
     const position_t newest = std::max<position_t>(0, seen - window);
     sinkcache::span_list spans;
     spans.push_back({0, std::min<position_t>(newest, pinned)});
-    spans.push_back({first_kept, std::min<position_t>(newest, first_kept + kept)});
+    if (seen <= expire) spans.push_back({first_kept, std::min<position_t>(newest, first_kept + kept)});
     spans.push_back({newest, seen});
     return spans;
   }
   sinkcache::placed place(position_t position) const {
-    if (position < pinned) return {static_cast<index_t>(position), 0};
-    if (position >= first_kept && position < first_kept + kept)
-      return {static_cast<index_t>(pinned + position - first_kept),
-              static_cast<index_t>(first_kept + kept - 1 - position)};
-    return {pinned + kept + static_cast<index_t>(position % (window + kept)), 0};
+    const auto p = static_cast<index_t>(position), end_kept = first_kept + kept;
+    if (p < pinned) return {p, pinned - 1 - p};
+    if (p >= first_kept && p < end_kept) return {pinned + p - first_kept, end_kept - 1 - p};
+    const index_t turn = p % (window + kept), to_end = window + kept - 1 - turn;
+    return {pinned + kept + turn, p < first_kept ? std::min(to_end, first_kept - 1 - p) : to_end};
   }
 };
 static_assert(sinkcache::eviction_policy<bookmarks>);
@@ -130,7 +130,8 @@ proof::plain_policy plain(const bookmarks& p) {
   return {[=](position_t seen) {
             std::vector<position_t> list;
             for (position_t i = 0; i < seen; ++i)
-              if (i < p.pinned || (i >= p.first_kept && i < p.first_kept + p.kept) || i >= seen - p.window)
+              if (i < p.pinned || i >= seen - p.window ||
+                  (i >= p.first_kept && i < p.first_kept + p.kept && seen <= p.expire))
                 list.push_back(i);
             return list;
           },
@@ -191,8 +192,9 @@ TEST_CASE("user's policy: three spans with different gaps") {
     const proof::random_case c = draw(90000 + i, false);
     effort::dice dice(c.seed + 5);
     const index_t pinned = c.config.num_sink_tokens;
-    check<sinkcache::f32, six_bits>(
-        c, bookmarks{pinned, dice.from_to(pinned, pinned + 30), dice.from_to(1, 6), c.config.window});
+    const index_t first_kept = dice.from_to(pinned, pinned + 30), kept = dice.from_to(1, 6);
+    const index_t expire = first_kept + kept + c.config.window + dice.from_to(0, 60);
+    check<sinkcache::f32, six_bits>(c, bookmarks{pinned, first_kept, kept, expire, c.config.window});
   }
 }
 

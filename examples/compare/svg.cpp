@@ -12,7 +12,7 @@
 namespace compare {
 namespace {
 
-constexpr double width = 960, height = 580, left = 60, right = 755, top = 136, bottom = 484;
+constexpr double width = 960, height = 600, left = 60, right = 755, top = 136, bottom = 484;
 constexpr double label_height = 18;
 
 constexpr index_t enough_samples = 8;  // of recompute, to draw a segment
@@ -132,9 +132,11 @@ class chart {
  public:
   chart(const setting& s, const comparison& c) : setting_(s), comparison_(c), curves_(curves_of(c)) {
     // The first few tokens cost many bits whatever the policy, and would flatten all that follows.
-    const index_t first = std::min(s.cache, s.tokens) / 2;
+    const index_t first = c.evicted() ? s.cache / 2 : s.tokens / 8;
     for (curve& each : curves_) {
-      std::erase_if(each.segments, [=](const segment_loss& l) { return l.first_token < first; });
+      if (each.segments.empty()) continue;
+      const index_t shown = std::min(first, each.segments.back().first_token);  // something is, however short the text
+      std::erase_if(each.segments, [=](const segment_loss& l) { return l.first_token < shown; });
       for (const segment_loss& l : each.segments) first_ = std::min(first_, l.first_token);
     }
     const bool only_full =
@@ -183,18 +185,23 @@ class chart {
       }
     }
     const subject& s = comparison_.subject();
-    std::string about =
-        fmt::format("{} ({}) on {} bytes of {}, a cache of {} tokens.{}", s.name, describe(*s.model),
-                    grouped(setting_.tokens), setting_.text, grouped(setting_.cache),
-                    comparison_.evicted() ? " Labels: means after the first eviction (and against the best)." : "");
-    const std::string seeded = seeded_note(std::span(&s, 1));
-    out += text(20, height - 28, "fill=\"#555\" font-size=\"12\"", about);
-    if (!seeded.empty()) out += text(20, height - 10, "fill=\"#555\" font-size=\"12\"", seeded);
+    std::vector<std::string> notes = {fmt::format("{} ({}) on {} bytes of {}, a cache of {} tokens.", s.name,
+                                                  describe(*s.model), grouped(setting_.tokens), setting_.text,
+                                                  grouped(setting_.cache))};
+    if (comparison_.evicted())
+      notes.push_back(
+          "Lines are means over segments; labels are means after the first eviction, and against the best.");
+    if (const std::string seeded = seeded_note(std::span(&s, 1)); !seeded.empty()) notes.push_back(seeded);
+    double at = bottom + 68;
+    for (const std::string& note : notes) {
+      out += text(20, at, "fill=\"#555\" font-size=\"12\"", note);
+      at += 17;
+    }
     return out;
   }
 
   std::string axes() const {
-    std::string out = text(20, top - 42, "", "bits per byte, means over segments");
+    std::string out = text(20, top - 42, "", "bits per byte");
     double step = 0.1;
     for (const double larger : {0.2, 0.5, 1.0, 2.0, 5.0})
       if ((high_ - low_) / step > 8) step = larger;
@@ -209,7 +216,7 @@ class chart {
       out += line(x(tick), bottom, x(tick), bottom + 5, "stroke=\"#222\"");
       out += text(x(tick), bottom + 20, "text-anchor=\"middle\"", grouped(tick));
     }
-    return out + text((left + right) / 2, bottom + 38, "text-anchor=\"middle\"", "tokens into the stream");
+    return out + text((left + right) / 2, bottom + 38, "text-anchor=\"middle\"", "tokens into the stream (log scale)");
   }
 
   std::string marks() const {

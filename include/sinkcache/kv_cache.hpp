@@ -164,8 +164,12 @@ class kv_cache final : public any_kv_cache {
     return copy;
   }
 
-  index_t capacity() const { return policy_.capacity() - config_.rollback; }  // most tokens visible at once
-  std::size_t nbytes() const { return rows_.nbytes(); }                       // memory held
+  // Most tokens visible at once; of a policy of one's own, its capacity().
+  index_t capacity() const {
+    if constexpr (std::same_as<Policy, sink_window>) return policy_.num_sink_tokens + policy_.window;
+    return policy_.capacity();
+  }
+  std::size_t nbytes() const { return rows_.nbytes(); }  // memory held
   const Policy& policy() const { return policy_; }
 
   span_list visible(position_t seen) const noexcept override { return policy_.visible(seen); }
@@ -194,15 +198,19 @@ class kv_cache final : public any_kv_cache {
   }
 
   static sink_window window_policy(const cache_config& config) {
-    detail::check(config.num_sink_tokens >= 0, "num_sink_tokens", config.num_sink_tokens, "at least 0");
-    detail::check(config.window >= 1, "window", config.window, "at least 1");
-    detail::check(config.rollback >= 0, "rollback", config.rollback, "at least 0");
-    detail::checked_sum("num_sink_tokens + window + rollback", config.num_sink_tokens,
-                        detail::checked_sum("window + rollback", config.window, config.rollback));
     return {config.num_sink_tokens, config.window, config.rollback};
   }
 
+  static void check_window(const sink_window& policy) {
+    detail::check(policy.num_sink_tokens >= 0, "num_sink_tokens", policy.num_sink_tokens, "at least 0");
+    detail::check(policy.window >= 1, "window", policy.window, "at least 1");
+    detail::check(policy.rollback >= 0, "rollback", policy.rollback, "at least 0");
+    detail::checked_sum("num_sink_tokens + window + rollback", policy.num_sink_tokens,
+                        detail::checked_sum("window + rollback", policy.window, policy.rollback));
+  }
+
   static cache_config checked_with(const cache_config& config, const Policy& policy) {
+    if constexpr (std::same_as<Policy, sink_window>) check_window(policy);
     detail::check(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
     return checked(config);
   }
