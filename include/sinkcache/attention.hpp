@@ -6,41 +6,21 @@
 // Work is cut by positions into items (KV head, block of query rows, slice of the visible tokens), never by threads or
 // slots, and partial states merge in item order: the result is the same to the bit for any number of threads.
 
-#include <optional>
 #include <vector>
 
+#include "attention_params.hpp"
 #include "kv_cache.hpp"
-#include "softmax.hpp"
 #include "workspace.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-struct attention_params {
-  index_t num_qo_heads = 0;  // query and output heads, a multiple of the cache's num_kv_heads; at least 1
-  softmax_variant softmax = softmax_variant::standard();
-  std::optional<float> sm_scale = std::nullopt;  // 1 / sqrt(head_dim)
-  float logits_soft_cap = 0;                     // cap * tanh(logit / cap); 0 for none
-  std::vector<float> alibi_slopes = {};  // per query head, or none: logit += slope * (key - query), Press et al. 2022
-  std::vector<float> sink_bias = {};     // per query head, or none: added to the logits of pinned tokens
-};
-
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
 // concurrently, each with a workspace of its own; no output may overlap an input.
+//
+// A try_ function returns why it refused, and then has changed nothing; an executor that throws ends the program in it.
 class attention {
  public:
-  explicit attention(attention_params params) : params_(std::move(params)) {
-    using detail::check;
-    const index_t heads = params_.num_qo_heads;
-    check(heads >= 1, "num_qo_heads", heads, "at least 1");
-    check_per_head("sink_logits.size()", params_.softmax.num_sink_logits());
-    check_per_head("alibi_slopes.size()", static_cast<index_t>(params_.alibi_slopes.size()));
-    check_per_head("sink_bias.size()", static_cast<index_t>(params_.sink_bias.size()));
-    if (params_.sm_scale) check(std::isfinite(*params_.sm_scale), "sm_scale", *params_.sm_scale, "finite");
-    check(std::isfinite(params_.logits_soft_cap) && params_.logits_soft_cap >= 0, "logits_soft_cap",
-          params_.logits_soft_cap, "finite and at least 0");
-    for (float slope : params_.alibi_slopes) check(std::isfinite(slope), "an alibi slope", slope, "finite");
-    for (float bias : params_.sink_bias) check(std::isfinite(bias), "a sink bias", bias, "finite");
-  }
+  explicit attention(attention_params params) : params_(std::move(params)) { validate(params_).or_fail(); }
 
   const attention_params& params() const { return params_; }
 
@@ -48,28 +28,31 @@ class attention {
   // v_head_dim], lse [num_qo_heads] if given. Allocates nothing beyond what `workspace` says.
   void decode(const_matrix_view q, const any_kv_cache& cache, matrix_view out, workspace& workspace,
               float* lse = nullptr) const {
-    check_queries(q, 1, cache);
-    check_outputs(out, 1, cache);
+    detail::check_decode(params_, q, cache, out).or_fail();
     workspace.reserve(workspace_bytes(cache, 1, workspace.concurrency()));
-    const query_block call{cache, q, 0, 1, cache.seen() - 1, cache.seen(), nullptr};
-    decode_slices(call, workspace, [&](index_t head, const detail::states& state) {
-      finish(head, state, cache.config().v_head_dim, out.row(0), lse);
-    });
+    decode_checked(q, cache, out, workspace, lse);
+  }
+  status try_decode(const_matrix_view q, const any_kv_cache& cache, matrix_view out, workspace& workspace,
+                    float* lse = nullptr) const noexcept {
+    status found = detail::check_decode(params_, q, cache, out);
+    make_room(found, cache, 1, workspace);
+    if (found) decode_checked(q, cache, out, workspace, lse);
+    return found;
   }
 
   // As decode, but merges the partial result into `state`, without the sink: for tokens that are split over several
   // caches. `state.finish` completes it.
   void attend(const_matrix_view q, const any_kv_cache& cache, attention_state& state, workspace& workspace) const {
-    check_queries(q, 1, cache);
-    detail::check(state.num_heads() == params_.num_qo_heads, "state.num_heads()", state.num_heads(), "exactly",
-                  params_.num_qo_heads);
-    detail::check(state.v_head_dim() == cache.config().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
-                  cache.config().v_head_dim);
+    detail::check_attend(params_, q, cache, state).or_fail();
     workspace.reserve(workspace_bytes(cache, 1, workspace.concurrency()));
-    const query_block call{cache, q, 0, 1, cache.seen() - 1, cache.seen(), nullptr};
-    decode_slices(call, workspace, [&](index_t head, const detail::states& partial) {
-      detail::merge_state(state.row(head), partial, cache.config().v_head_dim);
-    });
+    attend_checked(q, cache, state, workspace);
+  }
+  status try_attend(const_matrix_view q, const any_kv_cache& cache, attention_state& state,
+                    workspace& workspace) const noexcept {
+    status found = detail::check_attend(params_, q, cache, state);
+    make_room(found, cache, 1, workspace);
+    if (found) attend_checked(q, cache, state, workspace);
+    return found;
   }
 
   // Attends with and appends any number of tokens: q [tokens, num_qo_heads * head_dim], k and v as in append, out
@@ -77,50 +60,24 @@ class attention {
   // decode. Allocates only where the workspace has seen no chunk as long.
   void prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache, matrix_view out,
                workspace& workspace, float* lse = nullptr) const {
-    const index_t tokens = q.rows();
-    const cache_config& config = cache.config();
-    check_queries(q, tokens, cache);
-    detail::check_shape("k.rows()", "k.cols()", k, tokens, config.num_kv_heads * config.head_dim);
-    detail::check_shape("v.rows()", "v.cols()", v, tokens, config.num_kv_heads * config.v_head_dim);
-    check_outputs(out, tokens, cache);
-    cache.check_room_for(tokens);
-    const index_t block_tokens = std::min(tokens, config.prefill_block);
-    workspace.reserve(workspace_bytes(cache, block_tokens, workspace.concurrency()));
-    const memory_layout layout(config, workspace);
-    for (index_t first_row = 0; first_row < tokens; first_row += block_tokens) {
-      const index_t n = std::min(block_tokens, tokens - first_row);
-      workspace.run(config.num_kv_heads,
-                    [&](index_t head, index_t) { cache.stage(head, k, v, first_row, n, layout.shared); });
-      const query_block call{cache, q, first_row, n, cache.seen(), cache.seen(), layout.shared};
-      const index_t rows = n * group_size(cache), blocks = (rows + rows_at_once - 1) / rows_at_once;
-      workspace.run(config.num_kv_heads * blocks, [&](index_t item, index_t worker) {
-        const index_t kv_head = item / blocks, row = item % blocks * rows_at_once;
-        const index_t count = std::min(rows_at_once, rows - row);
-        const worker_scratch scratch(layout, worker);
-        scratch.state.clear(count);
-        absorb(call, kv_head, row, count, 0, everything, scratch, scratch.state);
-        for (index_t r = 0; r < count; ++r) {
-          const index_t token = first_row + (row + r) / group_size(cache);
-          const index_t head = kv_head * group_size(cache) + (row + r) % group_size(cache);
-          finish(head, scratch.state.from_row(r), config.v_head_dim, out.row(token),
-                 lse == nullptr ? nullptr : lse + token * params_.num_qo_heads);
-        }
-      });
-      cache.commit(n, layout.shared);
-    }
+    detail::check_prefill(params_, q, k, v, cache, out).or_fail();
+    workspace.reserve(workspace_bytes(cache, q.rows(), workspace.concurrency()));
+    prefill_checked(q, k, v, cache, out, workspace, lse);
+  }
+  status try_prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache,
+                     matrix_view out, workspace& workspace, float* lse = nullptr) const noexcept {
+    status found = detail::check_prefill(params_, q, k, v, cache, out);
+    make_room(found, cache, q.rows(), workspace);
+    if (found) prefill_checked(q, k, v, cache, out, workspace, lse);
+    return found;
   }
 
   // What a workspace needs for decode (tokens = 1) or prefill of so many tokens, with an executor of that concurrency.
   index_t workspace_bytes(const any_kv_cache& cache, index_t tokens, index_t concurrency = 1) const {
-    using detail::checked_product, detail::checked_sum;
-    const cache_config& config = cache.config();
-    const index_t block = std::min(tokens, config.prefill_block);
-    const index_t staging = checked_product("bytes of a block", block, cache.staged_token_bytes());
-    const index_t head_states = checked_product("bytes of partial states", params_.num_qo_heads,
-                                                max_slices * state_floats(config) * index_t{sizeof(float)});
-    return checked_sum("bytes of the workspace",
-                       checked_product("bytes of scratch", concurrency, worker_scratch::bytes(config)),
-                       std::max(staging, head_states));
+    status found;
+    const index_t bytes = workspace_bytes(found, cache, tokens, concurrency);
+    found.or_fail();
+    return bytes;
   }
 
  private:
@@ -181,22 +138,65 @@ class attention {
 
   index_t group_size(const any_kv_cache& cache) const { return params_.num_qo_heads / cache.config().num_kv_heads; }
 
-  void check_per_head(const char* what, index_t size) const {
-    detail::check(size == 0 || size == params_.num_qo_heads, what, size, "one per query head,", params_.num_qo_heads);
-  }
-
-  void check_queries(const_matrix_view q, index_t tokens, const any_kv_cache& cache) const {
+  index_t workspace_bytes(status& found, const any_kv_cache& cache, index_t tokens,
+                          index_t concurrency) const noexcept {
+    using detail::checked_product, detail::checked_sum;
     const cache_config& config = cache.config();
-    detail::check(params_.num_qo_heads % config.num_kv_heads == 0, "num_qo_heads", params_.num_qo_heads,
-                  "a multiple of the cache's num_kv_heads,", config.num_kv_heads);
-    detail::check_shape("q.rows()", "q.cols()", q, tokens,
-                        detail::checked_product("num_qo_heads * head_dim", params_.num_qo_heads, config.head_dim));
+    const index_t block = std::min(tokens, config.prefill_block);
+    const index_t staging = checked_product(found, "bytes of a block", block, cache.staged_token_bytes());
+    const index_t head_states = checked_product(found, "bytes of partial states", params_.num_qo_heads,
+                                                max_slices * state_floats(config) * index_t{sizeof(float)});
+    const index_t scratch = checked_product(found, "bytes of scratch", concurrency, worker_scratch::bytes(config));
+    return checked_sum(found, "bytes of the workspace", scratch, std::max(staging, head_states));
   }
 
-  void check_outputs(matrix_view out, index_t tokens, const any_kv_cache& cache) const {
-    detail::check_shape(
-        "out.rows()", "out.cols()", out, tokens,
-        detail::checked_product("num_qo_heads * v_head_dim", params_.num_qo_heads, cache.config().v_head_dim));
+  void make_room(status& found, const any_kv_cache& cache, index_t tokens, workspace& workspace) const noexcept {
+    const index_t bytes = workspace_bytes(found, cache, tokens, workspace.concurrency());
+    if (found) found = workspace.try_reserve(bytes);
+  }
+
+  void decode_checked(const_matrix_view q, const any_kv_cache& cache, matrix_view out, const workspace& workspace,
+                      float* lse) const {
+    const query_block call{cache, q, 0, 1, cache.seen() - 1, cache.seen(), nullptr};
+    decode_slices(call, workspace, [&](index_t head, const detail::states& state) {
+      finish(head, state, cache.config().v_head_dim, out.row(0), lse);
+    });
+  }
+
+  void attend_checked(const_matrix_view q, const any_kv_cache& cache, attention_state& state,
+                      const workspace& workspace) const {
+    const query_block call{cache, q, 0, 1, cache.seen() - 1, cache.seen(), nullptr};
+    decode_slices(call, workspace, [&](index_t head, const detail::states& partial) {
+      detail::merge_state(state.row(head), partial, cache.config().v_head_dim);
+    });
+  }
+
+  void prefill_checked(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache,
+                       matrix_view out, const workspace& workspace, float* lse) const {
+    const cache_config& config = cache.config();
+    const index_t tokens = q.rows(), block_tokens = std::min(tokens, config.prefill_block);
+    const memory_layout layout(config, workspace);
+    for (index_t first_row = 0; first_row < tokens; first_row += block_tokens) {
+      const index_t n = std::min(block_tokens, tokens - first_row);
+      workspace.run(config.num_kv_heads,
+                    [&](index_t head, index_t) { cache.stage(head, k, v, first_row, n, layout.shared); });
+      const query_block call{cache, q, first_row, n, cache.seen(), cache.seen(), layout.shared};
+      const index_t rows = n * group_size(cache), blocks = (rows + rows_at_once - 1) / rows_at_once;
+      workspace.run(config.num_kv_heads * blocks, [&](index_t item, index_t worker) {
+        const index_t kv_head = item / blocks, row = item % blocks * rows_at_once;
+        const index_t count = std::min(rows_at_once, rows - row);
+        const worker_scratch scratch(layout, worker);
+        scratch.state.clear(count);
+        absorb(call, kv_head, row, count, 0, everything, scratch, scratch.state);
+        for (index_t r = 0; r < count; ++r) {
+          const index_t token = first_row + (row + r) / group_size(cache);
+          const index_t head = kv_head * group_size(cache) + (row + r) % group_size(cache);
+          finish(head, scratch.state.from_row(r), config.v_head_dim, out.row(token),
+                 lse == nullptr ? nullptr : lse + token * params_.num_qo_heads);
+        }
+      });
+      cache.commit(n, layout.shared);
+    }
   }
 
   void finish(index_t head, const detail::states& state, index_t v_head_dim, float* out, float* lse) const noexcept {

@@ -1,16 +1,21 @@
 #pragma once
 
 // Integer types, the checks that are always on, and the one place where the library gives up.
+//
+// A rule is written once, as a line that adds to a status. Functions throw what it found, or abort where exceptions are
+// off; functions named try_... return it, after having changed nothing.
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "version.hpp"
 
@@ -32,40 +37,110 @@ inline constexpr index_t max_head_dim = 512;
 #endif
 #endif
 
+// What a check found: nothing, or the first rule that was broken. The message lies inside, so that nothing is
+// allocated, and nothing but its length is touched where all is well.
+class [[nodiscard]] status {
+ public:
+  status() noexcept {}
+  status(const status& other) noexcept { *this = other; }
+  status& operator=(const status& other) noexcept {
+    length_ = other.length_;
+    if (!ok() && this != &other) std::memcpy(text_, other.text_, length_ + 1);
+    return *this;
+  }
+
+  bool ok() const noexcept { return length_ == 0; }
+  explicit operator bool() const noexcept { return ok(); }
+
+  // What an exception says: "sinkcache: window was 0, had to be at least 1". Empty if ok.
+  std::string_view message() const noexcept { return {c_str(), length_}; }
+  const char* c_str() const noexcept { return ok() ? "" : text_; }
+
+  // Throws the message as a std::invalid_argument, or does what SINKCACHE_FAIL says.
+  void or_fail() const {
+    if (!ok()) [[unlikely]]
+      fail();
+  }
+
+  // Unless a rule was broken before: "`argument` was `value`, had to be `had_to_be`[ `bound`]".
+  template <class T, class... Bound>
+  void require(bool holds, const char* argument, const T& value, const char* had_to_be,
+               const Bound&... bound) noexcept {
+    if (!holds) [[unlikely]]
+      refuse_value(argument, value, had_to_be, bound...);
+  }
+
+  // The same in any words; what is too long is cut off.
+  template <class... T>
+  [[gnu::cold, gnu::noinline]] void refuse(fmt::format_string<const T&...> words, const T&... values) noexcept {
+    if (!ok()) return;
+    constexpr std::string_view library = "sinkcache: ";
+    constexpr std::size_t room = max_length - library.size();
+    library.copy(text_, library.size());
+    const std::size_t length = fmt::format_to_n(text_ + library.size(), room, words, values...).size;
+    length_ = library.size() + std::min(length, room);
+    text_[length_] = '\0';
+  }
+
+ private:
+  static constexpr std::size_t max_length = 239;
+
+  [[noreturn, gnu::cold, gnu::noinline]] void fail() const { SINKCACHE_FAIL(std::string(message())); }
+
+  template <class T>
+  [[gnu::cold, gnu::noinline]] void refuse_value(const char* argument, const T& value, const char* had_to_be) noexcept {
+    refuse("{} was {}, had to be {}", argument, value, had_to_be);
+  }
+  template <class T, class U>
+  [[gnu::cold, gnu::noinline]] void refuse_value(const char* argument, const T& value, const char* had_to_be,
+                                                 const U& bound) noexcept {
+    refuse("{} was {}, had to be {} {}", argument, value, had_to_be, bound);
+  }
+
+  std::size_t length_ = 0;
+  char text_[max_length + 1];  // with a 0 behind it
+};
+
 namespace detail {
 
-[[noreturn, gnu::cold, gnu::noinline]] inline void fail(const std::string& message) {
-  SINKCACHE_FAIL("sinkcache: " + message);
+template <class... T>
+[[gnu::cold, gnu::noinline]] void fail_check(const T&... broken) {
+  status found;
+  found.require(false, broken...);
+  found.or_fail();
 }
 
-template <class T>
-[[noreturn, gnu::cold, gnu::noinline]] void fail_check(const char* argument, const T& value, const char* had_to_be) {
-  fail(fmt::format("{} was {}, had to be {}", argument, value, had_to_be));
-}
-
-template <class T, class U>
-[[noreturn, gnu::cold, gnu::noinline]] void fail_check(const char* argument, const T& value, const char* had_to_be,
-                                                       const U& bound) {
-  fail(fmt::format("{} was {}, had to be {} {}", argument, value, had_to_be, bound));
-}
-
-// "`argument` was `value`, had to be `had_to_be`[ `bound`]"
+// One rule by itself, for code that throws at once.
 template <class T, class... Bound>
 constexpr void check(bool holds, const char* argument, const T& value, const char* had_to_be, const Bound&... bound) {
   if (!holds) [[unlikely]]
     fail_check(argument, value, had_to_be, bound...);
 }
 
-// Sizes of memory, each product checked.
-inline index_t checked_product(const char* what, index_t a, index_t b) {
+// Sizes of memory, each product checked. What does not fit is 0.
+inline index_t checked_product(status& found, const char* what, index_t a, index_t b) noexcept {
   index_t product = 0;
-  if (__builtin_mul_overflow(a, b, &product)) fail(fmt::format("{} was {} * {}, had to fit 63 bits", what, a, b));
+  if (!__builtin_mul_overflow(a, b, &product)) return product;
+  found.refuse("{} was {} * {}, had to fit 63 bits", what, a, b);
+  return 0;
+}
+inline index_t checked_product(const char* what, index_t a, index_t b) {
+  status found;
+  const index_t product = checked_product(found, what, a, b);
+  found.or_fail();
   return product;
 }
 
-inline index_t checked_sum(const char* what, index_t a, index_t b) {
+inline index_t checked_sum(status& found, const char* what, index_t a, index_t b) noexcept {
   index_t sum = 0;
-  if (__builtin_add_overflow(a, b, &sum)) fail(fmt::format("{} was {} + {}, had to fit 63 bits", what, a, b));
+  if (!__builtin_add_overflow(a, b, &sum)) return sum;
+  found.refuse("{} was {} + {}, had to fit 63 bits", what, a, b);
+  return 0;
+}
+inline index_t checked_sum(const char* what, index_t a, index_t b) {
+  status found;
+  const index_t sum = checked_sum(found, what, a, b);
+  found.or_fail();
   return sum;
 }
 

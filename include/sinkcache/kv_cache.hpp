@@ -2,97 +2,19 @@
 
 // The cache: keys and values of the tokens that its policy keeps, in constant memory, for one sequence and one layer.
 
+#include <algorithm>
+#include <concepts>
+#include <cstring>
 #include <memory_resource>
 #include <optional>
 #include <utility>
 
+#include "any_kv_cache.hpp"
 #include "detail/absorb.hpp"
 #include "format.hpp"
-#include "matrix.hpp"
-#include "policy.hpp"
-#include "rope.hpp"
-#include "segment.hpp"
 #include "storage.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
-
-enum class positions {
-  in_cache,  // tokens count as neighbours of those that are still visible before and after them (StreamingLLM)
-  absolute   // tokens keep their true positions (gpt-oss and other models trained with a window)
-};
-
-enum class inputs {
-  raw,     // keys and queries come without rotary positions; the library turns them
-  rotated  // the engine has turned them, at their true positions
-};
-
-struct cache_config {
-  index_t num_kv_heads = 0;     // at least 1
-  index_t head_dim = 0;         // of keys and queries, 1 to 512
-  index_t v_head_dim = 0;       // of values and outputs, 1 to 512; 0: head_dim
-  index_t num_sink_tokens = 0;  // the first tokens, pinned for ever
-  index_t window = 0;           // the newest tokens, the current one included; at least 1
-  sinkcache::positions positions = sinkcache::positions::in_cache;
-  sinkcache::inputs inputs = sinkcache::inputs::raw;
-  std::optional<sinkcache::rope> rope = std::nullopt;  // must be given (rope::none() counts) unless positions are
-                                                       // absolute and inputs rotated
-  position_t first_position = 0;                       // where the stream starts: enters phases only
-  index_t rollback = 0;         // evicted tokens kept a while, so that so many appended ones can be taken back
-  index_t prefill_block = 512;  // prefill stages at most so many tokens at a time
-};
-
-// What attention needs of a cache, whatever its formats and policy.
-class any_kv_cache : public segment_source {
- public:
-  virtual ~any_kv_cache() = default;
-
-  const cache_config& config() const { return config_; }
-  index_t size() const { return visible(seen_).num_tokens(); }  // visible tokens now
-  position_t seen() const { return seen_; }                     // tokens appended, less those taken back
-
- protected:
-  explicit any_kv_cache(const cache_config& config) : config_(checked(config)) {}
-  any_kv_cache(any_kv_cache&&) = default;
-  any_kv_cache& operator=(any_kv_cache&&) = default;
-
-  void check_room_for(index_t tokens) const {
-    detail::check(tokens <= max_position - seen_, "tokens seen and appended", tokens + seen_, "at most", max_position);
-  }
-
-  static cache_config checked(cache_config config) {
-    using detail::check;
-    check(config.num_kv_heads >= 1, "num_kv_heads", config.num_kv_heads, "at least 1");
-    check(config.head_dim >= 1 && config.head_dim <= max_head_dim, "head_dim", config.head_dim, "from 1 to",
-          max_head_dim);
-    if (config.v_head_dim == 0) config.v_head_dim = config.head_dim;
-    check(config.v_head_dim >= 1 && config.v_head_dim <= max_head_dim, "v_head_dim", config.v_head_dim, "from 1 to",
-          max_head_dim);
-    check(config.first_position >= 0 && config.first_position <= max_position, "first_position", config.first_position,
-          "from 0 to", max_position);
-    check(config.rollback >= 0, "rollback", config.rollback, "at least 0");
-    check(config.prefill_block >= 1, "prefill_block", config.prefill_block, "at least 1");
-    check(config.rope.has_value() || (config.positions == positions::absolute && config.inputs == inputs::rotated),
-          "rope", "absent", "given (rope::none() counts) unless positions are absolute and inputs rotated");
-    if (config.rope)
-      check(config.rope->width() <= config.head_dim, "rope's width", config.rope->width(), "at most head_dim,",
-            config.head_dim);
-    return config;
-  }
-
-  cache_config config_;
-  position_t seen_ = 0;
-
- private:
-  friend class attention;
-
-  // Prefill encodes a block of tokens first, attends to cache and block, and then moves the block in.
-  virtual index_t staged_token_bytes() const noexcept = 0;
-  virtual void stage(index_t kv_head, const_matrix_view k, const_matrix_view v, index_t first_row, index_t tokens,
-                     std::byte* block) const noexcept = 0;
-  virtual segment staged_segment(index_t kv_head, position_t first, position_t last, index_t tokens,
-                                 const std::byte* block) const noexcept = 0;
-  virtual void commit(index_t tokens, const std::byte* block) noexcept = 0;
-};
 
 // Keys in format K and values in format V, kept and dropped by Policy. One allocation, at construction. Const calls may
 // run concurrently; append, truncate and prefill may not run beside any other.
@@ -106,28 +28,60 @@ class kv_cache final : public any_kv_cache {
  public:
   explicit kv_cache(const cache_config& config,
                     std::pmr::memory_resource* resource = default_resource()) requires std::same_as<Policy, sink_window>
-      : kv_cache(config, window_policy(config), resource, config.rollback) {}
+      : kv_cache(checked(validate(config), resource), config, window_policy(config), resource) {
+    got_memory().or_fail();
+  }
 
   // A policy of one's own; it brings its own window, pinned tokens and room for rollback.
   kv_cache(const cache_config& config, Policy policy, std::pmr::memory_resource* resource = default_resource())
-      : kv_cache(config, std::move(policy), resource, 0) {}
+      : kv_cache(checked(validate(config, policy), resource), config, std::move(policy), resource) {
+    got_memory().or_fail();
+  }
 
   kv_cache(kv_cache&&) noexcept = default;
   kv_cache& operator=(kv_cache&&) noexcept = default;
 
-  // What the constructor asks its memory resource for.
-  static std::size_t required_bytes(const cache_config& config) requires std::same_as<Policy, sink_window> {
-    return required_bytes(config, window_policy(config));
+  // Whether a cache can be made, given the memory.
+  static status validate(const cache_config& config) noexcept requires std::same_as<Policy, sink_window> {
+    return validate_with(config, window_policy(config));
   }
-  static std::size_t required_bytes(const cache_config& config, const Policy& policy) {
-    const cache_config c = checked_with(config, policy);
-    return rows::required_bytes(c.num_kv_heads, policy.capacity(), c.head_dim, c.v_head_dim);
+  static status validate(const cache_config& config, const Policy& policy) noexcept {
+    status found = validate_with(config, policy);
+    found.require(config.rollback == 0, "rollback", config.rollback,
+                  "0: a policy of one's own brings its own rows for it");
+    return found;
   }
 
-  // Appends tokens: k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim].
-  void append(const_matrix_view k, const_matrix_view v) {
-    check_tokens(k, v);
-    check_room_for(k.rows());
+  // What the constructors make; or nothing, and in `found` why: a rule, or no memory. noexcept, as every try_ function
+  // is: a policy, format or executor of one's own that throws in one ends the program.
+  static std::optional<kv_cache> try_create(
+      const cache_config& config, status& found,
+      std::pmr::memory_resource* resource = default_resource()) noexcept requires std::same_as<Policy, sink_window> {
+    found = validate(config);
+    return make(config, window_policy(config), found, resource);
+  }
+  static std::optional<kv_cache> try_create(const cache_config& config, Policy policy, status& found,
+                                            std::pmr::memory_resource* resource = default_resource()) noexcept {
+    found = validate(config, policy);
+    return make(config, std::move(policy), found, resource);
+  }
+
+  // What the constructor asks its memory resource for.
+  static std::size_t required_bytes(const cache_config& config) requires std::same_as<Policy, sink_window> {
+    status found = validate(config);
+    found.or_fail();
+    return bytes_of(found, config, window_policy(config));
+  }
+  static std::size_t required_bytes(const cache_config& config, const Policy& policy) {
+    status found = validate_with(config, policy);
+    found.or_fail();
+    return bytes_of(found, config, policy);
+  }
+
+  status try_append(const_matrix_view k, const_matrix_view v) noexcept override {
+    status found;
+    require_tokens(found, k.rows(), k, v);
+    if (!found) return found;
     for (index_t i = 0; i < k.rows(); ++i) {
       rope::angles angles;
       angles_of(seen_, angles);
@@ -137,42 +91,56 @@ class kv_cache final : public any_kv_cache {
       ++seen_;
     }
     high_ = std::max(high_, seen_);
+    return found;
   }
 
-  // Takes back tokens until `seen` are left, as long as none that becomes visible again was overwritten.
-  void truncate(position_t seen) {
-    detail::check(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+  status try_truncate(position_t seen) noexcept override {
+    status found;
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (!found) return found;
     const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
-    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_))
-      detail::fail(fmt::format("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest));
+    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_)) {
+      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest);
+      return found;
+    }
     seen_ = seen;
     if (size() == seen) high_ = seen;  // all there ever was is still here, so what came after no longer matters
+    return found;
   }
 
-  // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
-  position_t min_truncate() const { return detail::min_truncate(policy_, seen_, high_); }
-
-  // Forgets all tokens.
-  void clear() noexcept { seen_ = high_ = 0; }
+  position_t min_truncate() const noexcept override { return detail::min_truncate(policy_, seen_, high_); }
 
   // A copy that goes on by itself, in memory from the same resource.
   kv_cache clone() const {
-    kv_cache copy(config_, policy_, rows_.resource(), config_.rollback);
-    std::memcpy(copy.rows_.data(), rows_.data(), rows_.nbytes());
-    copy.seen_ = seen_;
-    copy.high_ = high_;
+    status found;
+    require_memory(found);
+    kv_cache copy(checked(found, rows_.resource()), config_, Policy(policy_), rows_.resource());
+    copy.got_memory().or_fail();
+    copy.copy_tokens(*this);
+    return copy;
+  }
+  std::optional<kv_cache> try_clone(status& found) const noexcept {
+    found = status();
+    require_memory(found);
+    std::optional<kv_cache> copy = make(config_, Policy(policy_), found, rows_.resource());
+    if (copy) copy->copy_tokens(*this);
     return copy;
   }
 
-  // Most tokens visible at once; of a policy of one's own, its capacity().
-  index_t capacity() const {
+  index_t capacity() const noexcept override {
+    if (nbytes() == 0) return 0;
     if constexpr (std::same_as<Policy, sink_window>) return policy_.num_sink_tokens + policy_.window;
     return policy_.capacity();
   }
-  std::size_t nbytes() const { return rows_.nbytes(); }  // memory held
+  std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
+  cache_kind kind() const noexcept override {
+    return {detail::format_name<K>(), detail::format_name<V>(), std::same_as<Policy, sink_window>};
+  }
   const Policy& policy() const { return policy_; }
 
-  span_list visible(position_t seen) const noexcept override { return policy_.visible(seen); }
+  span_list visible(position_t seen) const noexcept override {
+    return nbytes() > 0 ? policy_.visible(seen) : span_list();  // the policy may be moved from, too
+  }
 
   segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept override {
     const placed at = policy_.place(first);
@@ -189,35 +157,76 @@ class kv_cache final : public any_kv_cache {
  private:
   using rows = detail::storage<K, V>;
 
-  kv_cache(const cache_config& config, Policy policy, std::pmr::memory_resource* resource, index_t rollback)
-      : any_kv_cache(checked_with(config, policy)),
-        policy_(std::move(policy)),
-        rows_(config_.num_kv_heads, policy_.capacity(), config_.head_dim, config_.v_head_dim, resource) {
-    detail::check(config.rollback == rollback, "rollback", config.rollback,
-                  "0: a policy of one's own brings its own rows for it");
+  // What passed all checks.
+  struct checked {
+    checked(status found, const std::pmr::memory_resource* resource) {
+      require_resource(found, resource);
+      found.or_fail();
+    }
+  };
+
+  static void require_resource(status& found, const std::pmr::memory_resource* resource) noexcept {
+    found.require(resource != nullptr, "resource", "null", "a memory resource");
   }
 
-  static sink_window window_policy(const cache_config& config) {
+  // Without memory where the resource had none, and exceptions are off.
+  kv_cache(checked, const cache_config& config, Policy&& policy, std::pmr::memory_resource* resource)
+      : any_kv_cache(config),
+        policy_(std::move(policy)),
+        rows_(config_.num_kv_heads, policy_.capacity(), config_.head_dim, config_.v_head_dim, resource) {}
+
+  static std::optional<kv_cache> make(const cache_config& config, Policy&& policy, status& found,
+                                      std::pmr::memory_resource* resource) noexcept {
+    std::optional<kv_cache> cache;
+    require_resource(found, resource);
+    if (!found) return cache;
+    const std::size_t bytes = bytes_of(found, config, policy);
+#if defined(__cpp_exceptions)
+    try {
+      cache = kv_cache(checked(found, resource), config, std::move(policy), resource);
+    } catch (...) {
+    }
+#else
+    cache = kv_cache(checked(found, resource), config, std::move(policy), resource);
+#endif
+    if (!cache || cache->nbytes() == 0) {
+      refuse_memory(found, bytes);
+      cache.reset();
+    }
+    return cache;
+  }
+
+  status got_memory() const noexcept {
+    status found;
+    if (nbytes() == 0) refuse_memory(found, bytes_of(found, config_, policy_));
+    return found;
+  }
+  static void refuse_memory(status& found, std::size_t bytes) noexcept {
+    found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+  }
+
+  static std::size_t bytes_of(status& found, const cache_config& config, const Policy& policy) noexcept {
+    return rows::required_bytes(found, config.num_kv_heads, policy.capacity(), config.head_dim,
+                                detail::with_v_head_dim(config).v_head_dim);
+  }
+
+  void copy_tokens(const kv_cache& from) noexcept {
+    std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
+    seen_ = from.seen_;
+    high_ = from.high_;
+  }
+
+  static sink_window window_policy(const cache_config& config) noexcept {
     return {config.num_sink_tokens, config.window, config.rollback};
   }
 
-  static void check_window(const sink_window& policy) {
-    detail::check(policy.num_sink_tokens >= 0, "num_sink_tokens", policy.num_sink_tokens, "at least 0");
-    detail::check(policy.window >= 1, "window", policy.window, "at least 1");
-    detail::check(policy.rollback >= 0, "rollback", policy.rollback, "at least 0");
-    detail::checked_sum("num_sink_tokens + window + rollback", policy.num_sink_tokens,
-                        detail::checked_sum("window + rollback", policy.window, policy.rollback));
-  }
-
-  static cache_config checked_with(const cache_config& config, const Policy& policy) {
-    if constexpr (std::same_as<Policy, sink_window>) check_window(policy);
-    detail::check(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
-    return checked(config);
-  }
-
-  void check_tokens(const_matrix_view k, const_matrix_view v) const {
-    detail::check_shape("k.rows()", "k.cols()", k, k.rows(), config_.num_kv_heads * config_.head_dim);
-    detail::check_shape("v.rows()", "v.cols()", v, k.rows(), config_.num_kv_heads * config_.v_head_dim);
+  static status validate_with(const cache_config& config, const Policy& policy) noexcept {
+    status found;
+    if constexpr (std::same_as<Policy, sink_window>) detail::require_window(found, policy);
+    if (found) found.require(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
+    detail::require_config(found, config);
+    if (found) bytes_of(found, config, policy);
+    return found;
   }
 
   bool turns_keys() const { return config_.inputs == inputs::raw && config_.rope->width() > 0; }
@@ -291,7 +300,6 @@ class kv_cache final : public any_kv_cache {
 
   Policy policy_;
   rows rows_;
-  position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

@@ -30,8 +30,13 @@ concept row_major =
 template <class M>
 concept row_major_floats = eigen_dense<M> && has_memory<M> && row_major<M>;
 
+// Why the others are refused.
 template <class M>
-concept not_row_major_floats = eigen_dense<M> && !row_major_floats<M>;
+concept not_of_float = eigen_dense<M> && !std::same_as<typename std::remove_cvref_t<M>::Scalar, float>;
+template <class M>
+concept without_memory = eigen_dense<M> && !not_of_float<M> && !has_memory<M>;
+template <class M>
+concept column_major_or_strided = eigen_dense<M> && has_memory<M> && !row_major<M>;
 
 template <class M>
 concept writable =
@@ -52,14 +57,29 @@ class basic_matrix_view {
       basic_matrix_view(M&& m)  // NOLINT(google-explicit-constructor): views convert, as std::span does
       : basic_matrix_view(const_cast<Float*>(m.data()), m.rows(), m.cols(), m.outerStride()) {}
 
-  // Column-major, strided along a row, not float, or an expression without memory: it would have to be copied.
-  // Make it a sinkcache::matrix, or a Map of one.
-  template <detail::not_row_major_floats M>
-  basic_matrix_view(M&& m) = delete;
+  // What is written can be read.
+  template <class Other>
+  requires(std::is_const_v<Float>&& std::same_as<Other, std::remove_const_t<Float>>)
+      basic_matrix_view(const basic_matrix_view<Other>& m)  // NOLINT(google-explicit-constructor)
+      : basic_matrix_view(m.row(0), m.rows(), m.cols(), m.stride()) {}
+
+  // These would have to be copied. Compilers show the line.
+  // clang-format off
+  template <detail::column_major_or_strided M>
+  basic_matrix_view(M&&) = delete;  // refused: not row-major. Copy it into a sinkcache::matrix, or Map its memory as one
+  template <detail::not_of_float M>
+  basic_matrix_view(M&&) = delete;  // refused: not float. Cast it into a sinkcache::matrix
+  template <detail::row_major_floats M>
+  requires(!std::is_const_v<Float> && !detail::writable<M>)
+  basic_matrix_view(M&&) = delete;  // refused: read-only, but it has to be written
+  template <detail::without_memory M>
+  basic_matrix_view(M&&) = delete;  // refused: an expression without memory. Evaluate it into a sinkcache::matrix
+  // clang-format on
 
   Float* row(index_t i) const { return data_ + i * stride_; }
   index_t rows() const { return rows_; }
   index_t cols() const { return cols_; }
+  index_t stride() const { return stride_; }
 
  private:
   Float* data_;
@@ -71,11 +91,14 @@ using matrix_view = basic_matrix_view<float>;
 
 namespace detail {
 
+// That `name` is floats [rows, cols].
 template <class Float>
-void check_shape(const char* rows_name, const char* cols_name, const basic_matrix_view<Float>& m, index_t rows,
-                 index_t cols) {
-  check(m.rows() == rows, rows_name, m.rows(), "exactly", rows);
-  check(m.cols() == cols, cols_name, m.cols(), "exactly", cols);
+void require_shape(status& found, const char* name, const basic_matrix_view<Float>& m, index_t rows,
+                   index_t cols) noexcept {
+  if (m.rows() != rows) found.refuse("{}.rows() was {}, had to be exactly {}", name, m.rows(), rows);
+  if (m.cols() != cols) found.refuse("{}.cols() was {}, had to be exactly {}", name, m.cols(), cols);
+  if (m.row(0) == nullptr && rows > 0 && cols > 0)
+    found.refuse("{}'s data was null, had to be {} x {} floats", name, rows, cols);
 }
 
 }  // namespace detail

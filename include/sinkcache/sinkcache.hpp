@@ -2,7 +2,9 @@
 
 // sinkcache: KV caches that pin attention sinks, and the attention that reads them.
 //
+//   any_kv_cache.hpp  its configuration, and a cache whose formats were chosen at run time
 //   kv_cache.hpp   the cache: append, truncate, what is kept
+//   attention_params.hpp  what a layer is told once
 //   attention.hpp  decode and prefill over it, for standard softmax, softmax1 and learned sink logits
 //   policy.hpp     which tokens stay: pure functions of how many were seen
 //   softmax.hpp    the mathematics: partial states, how they merge, where the sink enters
@@ -16,7 +18,9 @@
 //
 // fmt.hpp, which prints caches, is not included here.
 
+#include "any_kv_cache.hpp"
 #include "attention.hpp"
+#include "attention_params.hpp"
 #include "config.hpp"
 #include "format.hpp"
 #include "kv_cache.hpp"

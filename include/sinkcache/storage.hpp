@@ -26,7 +26,14 @@ class huge_page_resource final : public std::pmr::memory_resource {
     return bytes >= huge_page ? std::max(alignment, huge_page) : alignment;
   }
   void* do_allocate(std::size_t bytes, std::size_t alignment) override {
-    void* const memory = ::operator new (bytes, std::align_val_t{alignment_for(bytes, alignment)});
+    void* const memory = ::operator new (bytes, std::align_val_t{alignment_for(bytes, alignment)}, std::nothrow);
+    if (memory == nullptr) {
+#if defined(__cpp_exceptions)
+      throw std::bad_alloc();
+#else
+      return nullptr;
+#endif
+    }
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (bytes >= huge_page) ::madvise(memory, bytes, MADV_HUGEPAGE);  // advice: failure costs speed alone
 #endif
@@ -56,24 +63,35 @@ class storage {
                 "block_rows must be 1");
 
  public:
+  // Holds no memory where the resource had none, and exceptions are off.
   storage(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim, std::pmr::memory_resource* resource)
-      : rows_(rows), k_block_(block_bytes<K>(head_dim)), v_block_(block_bytes<V>(v_head_dim)) {
+      : rows_(rows), k_block_(K::block_bytes(head_dim)), v_block_(V::block_bytes(v_head_dim)) {
     const std::size_t bytes = required_bytes(num_kv_heads, rows, head_dim, v_head_dim);
     v_offset_ = num_kv_heads * rows * k_block_;
-    memory_ = {static_cast<std::byte*>(resource->allocate(bytes, alignment)), {resource, bytes}};
+    // Volatile: a resource that may not throw returns null, which libstdc++ tells the compiler never happens.
+    void* volatile memory = resource->allocate(bytes, alignment);
+    memory_ = {static_cast<std::byte*>(memory), {resource, bytes}};
   }
 
   static std::size_t required_bytes(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim) {
-    const index_t row_bytes = checked_sum("bytes of a token", block_bytes<K>(head_dim), block_bytes<V>(v_head_dim));
-    const index_t all_rows = checked_product("num_kv_heads * tokens", num_kv_heads, rows);
-    return static_cast<std::size_t>(checked_product("bytes of the cache", all_rows, row_bytes));
+    status found;
+    const std::size_t bytes = required_bytes(found, num_kv_heads, rows, head_dim, v_head_dim);
+    found.or_fail();
+    return bytes;
+  }
+  static std::size_t required_bytes(status& found, index_t num_kv_heads, index_t rows, index_t head_dim,
+                                    index_t v_head_dim) noexcept {
+    const index_t k_bytes = block_bytes<K>(found, head_dim), v_bytes = block_bytes<V>(found, v_head_dim);
+    const index_t row_bytes = checked_sum(found, "bytes of a token", k_bytes, v_bytes);
+    const index_t all_rows = checked_product(found, "num_kv_heads * tokens", num_kv_heads, rows);
+    return static_cast<std::size_t>(checked_product(found, "bytes of the cache", all_rows, row_bytes));
   }
 
   std::byte* k(index_t kv_head, index_t row) const { return data() + (kv_head * rows_ + row) * k_block_; }
   std::byte* v(index_t kv_head, index_t row) const { return data() + v_offset_ + (kv_head * rows_ + row) * v_block_; }
   index_t k_block() const { return k_block_; }
   index_t v_block() const { return v_block_; }
-  std::size_t nbytes() const { return memory_.get_deleter().bytes; }
+  std::size_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
   std::byte* data() const { return memory_.get(); }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
@@ -81,9 +99,9 @@ class storage {
   static constexpr std::size_t alignment = 64;
 
   template <kv_format F>
-  static index_t block_bytes(index_t dim) {
+  static index_t block_bytes(status& found, index_t dim) noexcept {
     const index_t bytes = F::block_bytes(dim);
-    check(bytes > 0 && bytes % 64 == 0, "a format's block_bytes(dim)", bytes, "a positive multiple of 64");
+    found.require(bytes > 0 && bytes % 64 == 0, "a format's block_bytes(dim)", bytes, "a positive multiple of 64");
     return bytes;
   }
 

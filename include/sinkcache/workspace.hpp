@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "segment.hpp"
 
@@ -53,18 +54,38 @@ class workspace {
 
   // Runs on `e`, which must outlive the workspace.
   template <executor E>
-  explicit workspace(E& e)
-      : executor_(&e),
-        concurrency_(static_cast<index_t>(e.concurrency())),
-        run_([](void* object, index_t n, const work_ref& work) { static_cast<E*>(object)->run(n, work); }) {
-    detail::check(concurrency_ >= 1, "executor.concurrency()", concurrency_, "at least 1");
-    reserve(detail::checked_product("bytes of scratch", concurrency_, initial_scratch) + initial_shared);
+  explicit workspace(E& e) : workspace(bound(), e) {
+    status found;
+    const index_t bytes = initial_bytes(found);
+    found.or_fail();
+    reserve(bytes);
+  }
+  template <executor E>
+  explicit workspace(const E&&) = delete;
+
+  // The same, or nothing and the reason in `found`.
+  static std::optional<workspace> try_create(status& found) noexcept { return try_create(sequential_, found); }
+  template <executor E>
+  static std::optional<workspace> try_create(E& e, status& found) noexcept {
+    found = status();
+    std::optional<workspace> result = workspace(bound(), e);
+    const index_t bytes = result->initial_bytes(found);
+    if (found) found = result->try_reserve(bytes);
+    if (!found) result.reset();
+    return result;
   }
 
   // Takes memory now for calls that need up to `bytes`, see attention::workspace_bytes. What it held is lost.
   void reserve(index_t bytes) {
-    if (bytes <= nbytes()) return;
-    memory_ = {static_cast<std::byte*>(::operator new(static_cast<std::size_t>(bytes), alignment)), {bytes}};
+    if (bytes > nbytes()) hold(::operator new(static_cast<std::size_t>(bytes), alignment), bytes);
+  }
+  status try_reserve(index_t bytes) noexcept {
+    status found;
+    if (bytes <= nbytes()) return found;
+    void* const memory = ::operator new(static_cast<std::size_t>(bytes), alignment, std::nothrow);
+    found.require(memory != nullptr, "bytes of the workspace", bytes, "at most what the system has");
+    if (found) hold(memory, bytes);
+    return found;
   }
 
   index_t concurrency() const { return concurrency_; }
@@ -82,6 +103,23 @@ class workspace {
 
     void operator()(std::byte* memory) const { ::operator delete(memory, alignment); }
   };
+
+  struct bound {};
+
+  // Without memory so far. The executor comes back as what it was, const or not.
+  template <executor E>
+  workspace(bound, E& e)
+      : executor_(const_cast<void*>(static_cast<const void*>(&e))),
+        concurrency_(static_cast<index_t>(e.concurrency())),
+        run_([](void* object, index_t n, const work_ref& work) { static_cast<E*>(object)->run(n, work); }) {}
+
+  index_t initial_bytes(status& found) const noexcept {
+    found.require(concurrency_ >= 1, "executor.concurrency()", concurrency_, "at least 1");
+    const index_t scratch = detail::checked_product(found, "bytes of scratch", concurrency_, initial_scratch);
+    return detail::checked_sum(found, "bytes of scratch", scratch, initial_shared);
+  }
+
+  void hold(void* memory, index_t bytes) noexcept { memory_ = {static_cast<std::byte*>(memory), {bytes}}; }
 
   template <class F>
   void run(index_t n, F&& work) const {

@@ -1,0 +1,90 @@
+#pragma once
+
+// What an attention layer is told once, and what it asks of the arguments of a call.
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "any_kv_cache.hpp"
+#include "softmax.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG {
+
+// Order within a row: scale, soft cap, ALiBi, sink bias, then the sink. Errors stay within 16 u (1 + A) max|v|, where u
+// is 2^-24 and A the row's largest sum of |q| |k| sm_scale, |alibi_slope| times distance and |sink_bias|: float32 holds
+// a logit of size A to u A, whatever it is made of.
+struct attention_params {
+  index_t num_qo_heads = 0;  // query and output heads, a multiple of the cache's num_kv_heads; at least 1
+  softmax_variant softmax = softmax_variant::standard();
+  std::optional<float> sm_scale = std::nullopt;  // 1 / sqrt(head_dim)
+  float logits_soft_cap = 0;                     // cap * tanh(logit / cap); 0 for none
+  std::vector<float> alibi_slopes = {};  // per query head, or none: logit += slope * (key - query), Press et al. 2022
+  std::vector<float> sink_bias = {};     // per query head, or none: added to the logits of pinned tokens
+};
+
+// Whether an attention can have these.
+inline status validate(const attention_params& params) noexcept {
+  status found;
+  const index_t heads = params.num_qo_heads;
+  const auto require_per_head = [&](const char* what, index_t size) {
+    found.require(size == 0 || size == heads, what, size, "one per query head,", heads);
+  };
+  found.require(heads >= 1, "num_qo_heads", heads, "at least 1");
+  require_per_head("sink_logits.size()", params.softmax.num_sink_logits());
+  require_per_head("alibi_slopes.size()", static_cast<index_t>(params.alibi_slopes.size()));
+  require_per_head("sink_bias.size()", static_cast<index_t>(params.sink_bias.size()));
+  if (params.sm_scale) found.require(std::isfinite(*params.sm_scale), "sm_scale", *params.sm_scale, "finite");
+  found.require(std::isfinite(params.logits_soft_cap) && params.logits_soft_cap >= 0, "logits_soft_cap",
+                params.logits_soft_cap, "finite and at least 0");
+  for (float slope : params.alibi_slopes) found.require(std::isfinite(slope), "an alibi slope", slope, "finite");
+  for (float bias : params.sink_bias) found.require(std::isfinite(bias), "a sink bias", bias, "finite");
+  return found;
+}
+
+namespace detail {
+
+inline void require_queries(status& found, const attention_params& params, const_matrix_view q, index_t tokens,
+                            const cache_config& cache) noexcept {
+  found.require(params.num_qo_heads % cache.num_kv_heads == 0, "num_qo_heads", params.num_qo_heads,
+                "a multiple of the cache's num_kv_heads,", cache.num_kv_heads);
+  const index_t cols = checked_product(found, "num_qo_heads * head_dim", params.num_qo_heads, cache.head_dim);
+  require_shape(found, "q", q, tokens, cols);
+}
+
+inline void require_outputs(status& found, const attention_params& params, matrix_view out, index_t tokens,
+                            const cache_config& cache) noexcept {
+  const index_t cols = checked_product(found, "num_qo_heads * v_head_dim", params.num_qo_heads, cache.v_head_dim);
+  require_shape(found, "out", out, tokens, cols);
+}
+
+inline status check_decode(const attention_params& params, const_matrix_view q, const any_kv_cache& cache,
+                           matrix_view out) noexcept {
+  status found;
+  require_queries(found, params, q, 1, cache.config());
+  require_outputs(found, params, out, 1, cache.config());
+  return found;
+}
+
+inline status check_attend(const attention_params& params, const_matrix_view q, const any_kv_cache& cache,
+                           const attention_state& state) noexcept {
+  status found;
+  require_queries(found, params, q, 1, cache.config());
+  found.require(state.num_heads() == params.num_qo_heads, "state.num_heads()", state.num_heads(), "exactly",
+                params.num_qo_heads);
+  found.require(state.v_head_dim() == cache.config().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
+                cache.config().v_head_dim);
+  return found;
+}
+
+inline status check_prefill(const attention_params& params, const_matrix_view q, const_matrix_view k,
+                            const_matrix_view v, const any_kv_cache& cache, matrix_view out) noexcept {
+  status found;
+  require_queries(found, params, q, q.rows(), cache.config());
+  cache.require_tokens(found, q.rows(), k, v);
+  require_outputs(found, params, out, q.rows(), cache.config());
+  return found;
+}
+
+}  // namespace detail
+}  // namespace sinkcache::inline SINKCACHE_TAG
