@@ -234,4 +234,34 @@ TEST_CASE("going back: as far as a simulation of the slots says") {
   compare_going_back(pages, seed, steps);
 }
 
+// A policy that counts how often it is asked.
+template <eviction_policy P>
+struct counted {
+  P policy;
+  mutable long questions = 0;
+
+  index_t capacity() const { return policy.capacity(); }
+  span_list visible(position_t seen) const {
+    ++questions;
+    return policy.visible(seen);
+  }
+  placed place(position_t position) const {
+    ++questions;
+    return policy.place(position);
+  }
+};
+
+TEST_CASE("going back: how far is known without a walk over the stream") {
+  const sink_window shapes[] = {{4, 1'000'000, 0}, {4, 1'000'000, 7}, {0, 1, 0}, {4, 1020, 16}, {0, 64, 0}};
+  for (const sink_window& shape : shapes)
+    for (const position_t seen : {position_t{0}, position_t{3}, position_t{900'000}, position_t{1'000'009}, far}) {
+      const counted<sink_window> policy{shape};
+      const position_t newest_lost = seen - shape.window - shape.rollback;
+      const position_t expected = newest_lost <= shape.num_sink_tokens ? 0 : seen - shape.rollback;
+      INFO(shape.window << ", rollback " << shape.rollback << ", seen " << seen);
+      CHECK(detail::min_truncate(policy, seen, seen) == expected);
+      CHECK(policy.questions <= 10 * (shape.rollback + 2));
+    }
+}
+
 }  // namespace
