@@ -1,25 +1,80 @@
 #pragma once
 
-// fmt::print("{}", cache) gives kv_cache{sinks 0-3 | window 998980-999999, 4.2 MB}.
+// fmt::print("{}", cache) gives kv_cache<bf16>{sinks 0-3 | window 998980-999999, 4.2 MB}. Spans of positions, statuses
+// and configurations print too.
 
 #include <fmt/format.h>
 
 #include <concepts>
+#include <string_view>
 
 #include "kv_cache.hpp"
 
-template <std::derived_from<sinkcache::any_kv_cache> Cache>
-struct fmt::formatter<Cache> {
-  constexpr auto parse(fmt::format_parse_context& context) { return context.begin(); }
+namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-  auto format(const Cache& cache, fmt::format_context& context) const {
-    auto out = fmt::format_to(context.out(), "kv_cache{{");
-    const auto spans = cache.visible(cache.seen());
-    if (spans.size() == 0) out = fmt::format_to(out, "empty");
+// What has no options behind the colon.
+struct plain_formatter {
+  constexpr auto parse(fmt::format_parse_context& context) { return context.begin(); }
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+// "ok", or the message.
+template <>
+struct fmt::formatter<sinkcache::status> : sinkcache::detail::plain_formatter {
+  auto format(const sinkcache::status& found, fmt::format_context& context) const {
+    return fmt::format_to(context.out(), "{}", found ? "ok" : found.message());
+  }
+};
+
+// First and last position, as in "4-9"; "empty".
+template <>
+struct fmt::formatter<sinkcache::position_span> : sinkcache::detail::plain_formatter {
+  auto format(const sinkcache::position_span& span, fmt::format_context& context) const {
+    if (span.first >= span.last) return fmt::format_to(context.out(), "empty");
+    return fmt::format_to(context.out(), "{}-{}", span.first, span.last - 1);
+  }
+};
+
+template <>
+struct fmt::formatter<sinkcache::span_list> : sinkcache::detail::plain_formatter {
+  auto format(const sinkcache::span_list& spans, fmt::format_context& context) const {
+    auto out = fmt::format_to(context.out(), "{}", spans.size() == 0 ? "empty" : "");
     for (sinkcache::index_t i = 0; i < spans.size(); ++i)
-      out = fmt::format_to(out, "{}{} {}-{}", i > 0 ? " | " : "",
-                           spans.size() == 1 ? "tokens" : (i + 1 < spans.size() ? "sinks" : "window"), spans[i].first,
-                           spans[i].last - 1);
+      out = fmt::format_to(out, "{}{}", i > 0 ? " | " : "", spans[i]);
+    return out;
+  }
+};
+
+// All that is set, and what v_head_dim stands for.
+template <>
+struct fmt::formatter<sinkcache::cache_config> : sinkcache::detail::plain_formatter {
+  auto format(const sinkcache::cache_config& c, fmt::format_context& context) const {
+    auto out = fmt::format_to(context.out(), "cache_config{{{} KV heads of {}", c.num_kv_heads, c.head_dim);
+    if (c.v_head_dim != 0 && c.v_head_dim != c.head_dim) out = fmt::format_to(out, ", values of {}", c.v_head_dim);
+    out = fmt::format_to(out, ", {} sink tokens, window {}", c.num_sink_tokens, c.window);
+    if (c.rollback != 0) out = fmt::format_to(out, ", rollback {}", c.rollback);
+    out = fmt::format_to(out, ", positions {}, inputs {}",
+                         c.positions == sinkcache::positions::in_cache ? "in_cache" : "absolute",
+                         c.inputs == sinkcache::inputs::raw ? "raw" : "rotated");
+    if (c.rope) out = fmt::format_to(out, ", rope of width {}", c.rope->width());
+    if (c.first_position != 0) out = fmt::format_to(out, ", first_position {}", c.first_position);
+    return fmt::format_to(out, ", prefill_block {}}}", c.prefill_block);
+  }
+};
+
+// A policy of one's own has tokens; what its spans are is its own affair.
+template <std::derived_from<sinkcache::any_kv_cache> Cache>
+struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
+  auto format(const Cache& cache, fmt::format_context& context) const {
+    const sinkcache::cache_kind kind = cache.kind();
+    auto out = fmt::format_to(context.out(), "kv_cache<{}", kind.k_format);
+    if (kind.v_format != kind.k_format) out = fmt::format_to(out, ", {}", kind.v_format);
+    const sinkcache::span_list spans = cache.visible(cache.seen());
+    if (kind.sink_window && spans.size() == 2)
+      out = fmt::format_to(out, ">{{sinks {} | window {}", spans[0], spans[1]);
+    else
+      out = fmt::format_to(out, ">{{{}{}", spans.size() > 0 ? "tokens " : "", spans);
     return fmt::format_to(out, ", {:.1f} MB}}", static_cast<double>(cache.nbytes()) * 1e-6);
   }
 };

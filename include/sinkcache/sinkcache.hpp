@@ -2,21 +2,22 @@
 
 // sinkcache: KV caches that pin attention sinks, and the attention that reads them.
 //
-//   any_kv_cache.hpp  its configuration, and a cache whose formats were chosen at run time
-//   kv_cache.hpp   the cache: append, truncate, what is kept
-//   attention_params.hpp  what a layer is told once
-//   attention.hpp  decode and prefill over it, for standard softmax, softmax1 and learned sink logits
-//   policy.hpp     which tokens stay: pure functions of how many were seen
-//   softmax.hpp    the mathematics: partial states, how they merge, where the sink enters
-//   rope.hpp       rotary positions, exact at any distance from the start
-//   format.hpp     how keys and values are stored: f32, f16, bf16, or a format of yours
-//   segment.hpp    all that the kernel sees of a cache
-//   workspace.hpp  scratch memory, and the hook for your threads
-//   matrix.hpp     row-major views of Eigen matrices
-//   storage.hpp    the one allocation behind a cache
-//   detail/absorb.hpp  the hot loop
+//   kv_cache.hpp          the cache: append, truncate, what is kept
+//   any_kv_cache.hpp      its configuration, and a cache whose formats were chosen at run time
+//   attention.hpp         decode and prefill over it, for standard softmax, softmax1 and learned sink logits
+//   attention_params.hpp  what an attention layer is told once
+//   policy.hpp            which tokens stay: pure functions of how many were seen
+//   softmax.hpp           the mathematics: partial states, how they merge, where the sink enters
+//   rope.hpp              rotary positions, exact at any distance from the start
+//   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
+//   segment.hpp           all that the kernel sees of a cache
+//   workspace.hpp         scratch memory, and the hook for your threads
+//   matrix.hpp            row-major views of Eigen matrices
+//   config.hpp            integer types; status, what a check found
+//   storage.hpp           the one allocation behind a cache
+//   detail/absorb.hpp     the hot loop
 //
-// fmt.hpp, which prints caches, is not included here.
+// fmt.hpp, which prints caches, configurations and statuses, is not included here.
 
 #include "any_kv_cache.hpp"
 #include "attention.hpp"
