@@ -590,6 +590,7 @@ TEST_CASE("attention: bad parameters are refused in exact words") {
     attention_params params{.num_qo_heads = 4};
     row.set(params);
     CHECK_THROWS_WITH(attention(params), std::string("sinkcache: ") + row.message);
+    CHECK(validate(params).message() == std::string("sinkcache: ") + row.message);
   }
 }
 
@@ -629,6 +630,8 @@ TEST_CASE("attention: bad shapes are refused in exact words, and change nothing"
     std::vector<float> lse(12, 5.f);
     CHECK_THROWS_WITH(attention.prefill(q, k, v, cache, out, scratch, lse.data()),
                       std::string("sinkcache: ") + c.message);
+    CHECK(attention.try_prefill(q, k, v, cache, out, scratch, lse.data()).message() ==
+          std::string("sinkcache: ") + c.message);
     CHECK((out.array() == 5.f).all());
     CHECK(lse == std::vector<float>(12, 5.f));
   }
@@ -644,13 +647,17 @@ TEST_CASE("attention: bad shapes are refused in exact words, and change nothing"
     const matrix q = matrix::Ones(c.q.rows, c.q.cols);
     matrix out = matrix::Constant(c.out.rows, c.out.cols, 5.f);
     CHECK_THROWS_WITH(attention.decode(q, cache, out, scratch), std::string("sinkcache: ") + c.message);
+    CHECK(attention.try_decode(q, cache, out, scratch).message() == std::string("sinkcache: ") + c.message);
     CHECK((out.array() == 5.f).all());
   }
 
   const matrix q = matrix::Ones(1, 20);
   const auto attend_into = [&](index_t heads, index_t v_dim, const matrix& queries) {
     attention_state state(heads, v_dim);
-    attention.attend(queries, cache, state, scratch);
+    const status found = attention.try_attend(queries, cache, state, scratch);
+    for (const float x : state.data()) CHECK((x == 0 || x == -inf));
+    CHECK_THROWS_WITH(attention.attend(queries, cache, state, scratch), std::string(found.message()));
+    found.or_fail();
   };
   CHECK_THROWS_WITH(attend_into(3, 3, q), "sinkcache: state.num_heads() was 3, had to be exactly 4");
   CHECK_THROWS_WITH(attend_into(4, 5, q), "sinkcache: state.v_head_dim() was 5, had to be exactly 3");
@@ -663,8 +670,71 @@ TEST_CASE("attention: bad shapes are refused in exact words, and change nothing"
   CHECK_THROWS_AS(
       sinkcache::attention({.num_qo_heads = std::numeric_limits<index_t>::max() - 1}).decode(q, cache, out, scratch),
       std::invalid_argument);
+  const sinkcache::attention three({.num_qo_heads = 3}),
+      many({.num_qo_heads = std::numeric_limits<index_t>::max() - 1});
+  CHECK(three.try_decode(matrix(1, 15), cache, out, scratch).message() ==
+        "sinkcache: num_qo_heads was 3, had to be a multiple of the cache's num_kv_heads, 2");
+  CHECK(many.try_decode(q, cache, out, scratch).message() ==
+        "sinkcache: num_qo_heads * head_dim was 9223372036854775806 * 5, had to fit 63 bits");
+
+  // As they come over a C interface.
+  float floats[20] = {};
+  CHECK(attention.try_prefill({floats, -2, 20}, {floats, -2, 10}, {floats, -2, 6}, cache, {floats, -2, 12}, scratch)
+            .message() == "sinkcache: k.rows() was -2, had to be at least 0");
+  CHECK(attention.try_decode({nullptr, 1, 20}, cache, {floats, 1, 12}, scratch).message() ==
+        "sinkcache: q's data was null, had to be 1 x 20 floats");
+  CHECK(attention.try_decode(q, cache, {nullptr, 1, 12}, scratch).message() ==
+        "sinkcache: out's data was null, had to be 1 x 12 floats");
   CHECK(cache.seen() == 12);
   CHECK(std::equal(before.begin(), before.end(), memory));
+}
+
+static_assert(noexcept(validate(std::declval<const attention_params&>())));
+
+TEST_CASE("attention: try_ calls give the same bits") {
+  effort::dice dice(15);
+  const cache_config config = small_config();
+  const stream s(dice, 40, config, 4);
+  const attention attention({.num_qo_heads = 4, .softmax = softmax_variant::softmax1()});
+  kv_cache<bf16> thrown(config), tried(config);
+  workspace scratch;
+  matrix a = matrix::Zero(40, 12), b = a;
+  std::vector<float> lse_a(160), lse_b(160);
+  const auto first = [](auto& m) { return m.topRows(30); };
+  attention.prefill(first(s.q), first(s.k), first(s.v), thrown, first(a), scratch, lse_a.data());
+  CHECK(attention.try_prefill(first(s.q), first(s.k), first(s.v), tried, first(b), scratch, lse_b.data()).ok());
+  for (index_t i = 30; i < 40; ++i) {
+    thrown.append(s.k.row(i), s.v.row(i));
+    CHECK(tried.try_append(s.k.row(i), s.v.row(i)).ok());
+    attention.decode(s.q.row(i), thrown, a.row(i), scratch, lse_a.data() + 4 * i);
+    CHECK(attention.try_decode(s.q.row(i), tried, b.row(i), scratch, lse_b.data() + 4 * i).ok());
+    attention_state state_a(4, 3), state_b(4, 3);
+    attention.attend(s.q.row(i), thrown, state_a, scratch);
+    CHECK(attention.try_attend(s.q.row(i), tried, state_b, scratch).ok());
+    CHECK(std::equal(state_a.data().begin(), state_a.data().end(), state_b.data().begin()));
+  }
+  CHECK(a == b);
+  CHECK(lse_a == lse_b);
+}
+
+TEST_CASE("attention: a workspace that cannot grow is a status, and changes nothing") {
+  effort::dice dice(16);
+  cache_config config = small_config();
+  const stream s(dice, 12, config, 4);
+  config.prefill_block = index_t{1} << 45;
+  const attention attention({.num_qo_heads = 4});
+  kv_cache<f32> cache(config);
+  cache.append(s.k, s.v);
+  workspace scratch;
+  // Views of memory that is not there; nothing of it is read.
+  const index_t rows = config.prefill_block, bytes = scratch.nbytes();
+  matrix q = s.q.topRows(1), out = matrix::Zero(1, 12);
+  const status found = attention.try_prefill({s.q.data(), rows, 20}, {s.k.data(), rows, 10}, {s.v.data(), rows, 6},
+                                             cache, {out.data(), rows, 12}, scratch);
+  INFO(found.message());
+  CHECK(found.message().find("sinkcache: bytes of the workspace was ") == 0);
+  CHECK((cache.seen() == 12 && scratch.nbytes() == bytes));
+  CHECK(attention.try_decode(q, cache, out, scratch).ok());
 }
 
 }  // namespace

@@ -7,9 +7,12 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <memory_resource>
+#include <new>
 #include <optional>
 #include <span>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -214,6 +217,124 @@ float use_as_in_the_readme() {
     attention.decode(q, cache, out, workspace);
   }
   return out.sum();
+}
+
+// Everything that can be refused without an exception.
+
+static_assert(noexcept(sc::validate(declval<const sc::cache_config&>())));
+static_assert(noexcept(sc::validate(declval<const sc::attention_params&>())));
+static_assert(same_as<decltype(sc::validate(sc::cache_config())), sc::status>);
+
+template <class Cache>
+constexpr bool can_be_tried() {
+  using view = const sc::matrix&;
+  using attention = const sc::attention&;
+  using workspace = sc::workspace&;
+  static_assert(noexcept(declval<Cache&>().try_append(declval<view>(), declval<view>())));
+  static_assert(noexcept(declval<Cache&>().try_truncate(sc::position_t{})));
+  static_assert(noexcept(declval<attention>().try_decode(declval<view>(), declval<const Cache&>(),
+                                                         declval<sc::matrix&>(), declval<workspace>())));
+  static_assert(noexcept(declval<attention>().try_attend(declval<view>(), declval<const Cache&>(),
+                                                         declval<sc::attention_state&>(), declval<workspace>())));
+  static_assert(
+      noexcept(declval<attention>().try_prefill(declval<view>(), declval<view>(), declval<view>(), declval<Cache&>(),
+                                                declval<sc::matrix&>(), declval<workspace>())));
+  return true;
+}
+static_assert(can_be_tried<sc::kv_cache<sc::f32>>() && can_be_tried<sc::any_kv_cache>());
+
+// Has no memory; says so as exceptions allow.
+struct no_memory final : std::pmr::memory_resource {
+  void* do_allocate(std::size_t, std::size_t) override {
+#if defined(__cpp_exceptions)
+    throw std::bad_alloc();
+#else
+    return nullptr;
+#endif
+  }
+  void do_deallocate(void*, std::size_t, std::size_t) override {}
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
+struct workers {
+  sc::index_t number;
+  sc::index_t concurrency() const { return number; }
+  void run(sc::index_t, const sc::work_ref&) const {}
+};
+
+// What an engine does that may not die, with one bad argument after the other. Nothing throws or aborts.
+TEST_CASE("face: bad input is a status, with exceptions and without") {
+  sc::status found;
+  sc::cache_config config = full_config();
+  for (const sc::index_t bad : {sc::index_t{-1}, sc::index_t{0}, sc::index_t{1} << 62}) {
+    config.num_kv_heads = bad;
+    CHECK(!sc::kv_cache<sc::f32>::validate(config));
+    CHECK(!sc::kv_cache<sc::f32>::try_create(config, found));
+    CHECK(!found);
+  }
+  config = full_config();
+  config.window = sc::index_t{1} << 50;
+  CHECK(!sc::kv_cache<sc::bf16>::try_create(config, found));  // the default resource has none
+  CHECK(found.message().find("bytes of the cache was ") != std::string_view::npos);
+  no_memory none;
+  CHECK(!sc::kv_cache<sc::bf16>::try_create(full_config(), found, &none));
+  CHECK(found.message().find("bytes of the cache was ") != std::string_view::npos);
+  CHECK(!sc::kv_cache<sc::bf16>::try_create(full_config(), found, nullptr));
+
+  std::optional<sc::kv_cache<sc::bf16>> made = sc::kv_cache<sc::bf16>::try_create(full_config(), found);
+  REQUIRE((made && found.ok()));
+  sc::any_kv_cache& cache = *made;
+  const sc::matrix q = sc::matrix::Ones(3, 4 * 8), k = sc::matrix::Ones(3, 2 * 8), v = sc::matrix::Ones(3, 2 * 4);
+  CHECK(cache.try_append(v, k).message() == "sinkcache: k.cols() was 8, had to be exactly 16");
+  CHECK(!cache.try_append(k, v.topRows(2)));
+  CHECK(!cache.try_append({nullptr, 3, 16}, v));
+  CHECK(cache.try_append(k, v));
+  CHECK(cache.seen() == 3);
+  CHECK(!cache.try_truncate(4));
+  CHECK(!cache.try_truncate(-1));
+  CHECK(cache.try_truncate(2));
+
+  sc::attention_params params = full_params();
+  params.sink_bias = {1.f};
+  CHECK(sc::validate(params).message() == "sinkcache: sink_bias.size() was 1, had to be one per query head, 4");
+  CHECK(sc::validate(full_params()).ok());
+  const sc::attention attention(full_params());
+  const workers no_workers{0};
+  CHECK(!sc::workspace::try_create(no_workers, found));
+  std::optional<sc::workspace> workspace = sc::workspace::try_create(found);
+  REQUIRE((workspace && found.ok()));
+  CHECK(!workspace->try_reserve(sc::index_t{1} << 60));
+  sc::matrix out(3, 4 * 4);
+  sc::attention_state state(4, 4), wrong(3, 4);
+  CHECK(!attention.try_decode(q, cache, out, *workspace));
+  CHECK(attention.try_decode(q.topRows(1), cache, out.topRows(1), *workspace));
+  CHECK(!attention.try_attend(q.topRows(1), cache, wrong, *workspace));
+  CHECK(attention.try_attend(q.topRows(1), cache, state, *workspace));
+  CHECK(!attention.try_prefill(q, k, k, cache, out, *workspace));
+  CHECK(cache.seen() == 2);
+  CHECK(attention.try_prefill(q, k, v, cache, out, *workspace));
+  CHECK(cache.seen() == 5);
+
+  // A format that is named at run time, and a cache that was moved from.
+  std::unique_ptr<sc::any_kv_cache> chosen;
+  const auto make = [&](auto k_format, auto v_format) {
+    using cache_type = sc::kv_cache<decltype(k_format), decltype(v_format)>;
+    sc::status made_it;
+    if (auto optional = cache_type::try_create(full_config(), made_it))
+      chosen = std::make_unique<cache_type>(std::move(*optional));
+    return made_it;
+  };
+  CHECK(sc::try_with_formats("f16", "q4", make).message() ==
+        "sinkcache: the format of values was 'q4', had to be f32, f16 or bf16");
+  CHECK(sc::try_with_formats("f16", "bf16", make));
+  REQUIRE(chosen != nullptr);
+  CHECK((chosen->try_append(k, v) && chosen->size() == 3 && chosen->capacity() == 4 && chosen->nbytes() > 0));
+  const sc::kv_cache<sc::bf16> moved = std::move(*made);
+  CHECK(!made->try_append(k, v));
+  CHECK(!attention.try_prefill(q, k, v, *made, out, *workspace));
+  CHECK(attention.try_decode(q.topRows(1), *made, out.topRows(1), *workspace));
+  CHECK(!made->try_clone(found));
+  CHECK(moved.try_clone(found));
 }
 
 TEST_CASE("face: the defaults") {

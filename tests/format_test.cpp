@@ -6,6 +6,8 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -242,6 +244,56 @@ TEST_CASE("formats: what each costs") {
     CHECK(found <= stated);
     CHECK(found > 0.99 * stated);
   }
+}
+
+// Chosen by name.
+
+struct eighths : f32 {
+  static constexpr const char* name = "eighths";
+};
+static_assert(kv_format<eighths>);
+
+TEST_CASE("formats: two names choose two types") {
+  const auto chosen = [](std::string_view k, std::string_view v) {
+    return with_formats(k, v, [](auto k_format, auto v_format) {
+      return std::string(decltype(k_format)::name) + "/" + std::string(decltype(v_format)::name);
+    });
+  };
+  for (const std::string k : {"f32", "f16", "bf16"})
+    for (const std::string v : {"f32", "f16", "bf16"}) CHECK(chosen(k, v) == k + "/" + v);
+  CHECK(with_formats("f16", "f32",
+                     [](auto k, auto v) { return std::same_as<decltype(k), f16> && std::same_as<decltype(v), f32>; }));
+  int calls = 0;
+  with_formats("f16", "bf16", [&](auto, auto) { ++calls; });
+  CHECK(calls == 1);
+  CHECK_THROWS_WITH(chosen("q8_0", "f16"), "sinkcache: the format of keys was 'q8_0', had to be f32, f16 or bf16");
+  CHECK_THROWS_WITH(chosen("f16", "F16"), "sinkcache: the format of values was 'F16', had to be f32, f16 or bf16");
+  CHECK_THROWS_WITH(chosen("", ""), "sinkcache: the format of keys was '', had to be f32, f16 or bf16");
+  CHECK_THROWS_WITH(chosen("f16", std::string(300, 'x')),
+                    "sinkcache: the format of values was '" + std::string(32, 'x') + "', had to be f32, f16 or bf16");
+}
+
+TEST_CASE("formats: a wrong name is a status for who asks") {
+  int calls = 0;
+  const auto count = [&](auto, auto) { ++calls; };
+  CHECK(try_with_formats("bf16", "f32", count).ok());
+  CHECK(calls == 1);
+  CHECK(try_with_formats("bf16", "half", count).message() ==
+        "sinkcache: the format of values was 'half', had to be f32, f16 or bf16");
+  CHECK(calls == 1);
+  const status passed_on = try_with_formats("f32", "f32", [](auto k, auto) {
+    status found;
+    found.require(!std::same_as<decltype(k), f32>, "k", "f32", "something else");
+    return found;
+  });
+  CHECK(passed_on.message() == "sinkcache: k was f32, had to be something else");
+}
+
+TEST_CASE("formats: one's own can be chosen too") {
+  CHECK(with_formats<eighths>("eighths", "f32", [](auto k, auto) { return std::same_as<decltype(k), eighths>; }));
+  CHECK(with_formats<eighths>("f16", "bf16", [](auto k, auto) { return std::same_as<decltype(k), f16>; }));
+  CHECK(try_with_formats<eighths>("f16", "ninths", [](auto, auto) {}).message() ==
+        "sinkcache: the format of values was 'ninths', had to be f32, f16, bf16 or eighths");
 }
 
 }  // namespace

@@ -3,10 +3,13 @@
 #include <sinkcache/attention.hpp>
 #include <sinkcache/kv_cache.hpp>
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -141,6 +144,12 @@ TEST_CASE("kv_cache: a bad configuration is refused in exact words, before memor
     const std::string message = std::string("sinkcache: ") + row.message;
     CHECK_THROWS_WITH(kv_cache<f32>(config, &resource), message);
     CHECK_THROWS_WITH(kv_cache<f32>::required_bytes(config), message);
+    CHECK(kv_cache<f32>::validate(config).message() == message);
+    status found;
+    CHECK(!kv_cache<f32>::try_create(config, found, &resource));
+    CHECK(found.message() == message);
+    if (message.find("num_kv_heads * tokens") == message.npos && message.find("bytes of") == message.npos)
+      CHECK(validate(config).message() == message);
     CHECK(resource.last_bytes == 0);
   }
 }
@@ -630,6 +639,210 @@ TEST_CASE("kv_cache: clear forgets all, and keeps the memory") {
   CHECK(attend(cache) == attend(fresh));
   CHECK(cache.min_truncate() == 0);
   CHECK(resource.allocations == 1);
+}
+
+// Without exceptions.
+
+static_assert(noexcept(validate(cache_config())) && noexcept(kv_cache<f32>::validate(cache_config())));
+static_assert(noexcept(std::declval<kv_cache<f32>&>().try_append(std::declval<matrix&>(), std::declval<matrix&>())));
+static_assert(noexcept(std::declval<any_kv_cache&>().try_truncate(0)));
+
+TEST_CASE("kv_cache: validate knows the formats, the free one does not") {
+  cache_config config = small_config();
+  CHECK((validate(config) && kv_cache<f32>::validate(config)));
+  config.num_kv_heads = most / 8;  // fits 63 bits with small enough rows
+  CHECK(validate(config).ok());
+  CHECK(!kv_cache<f32>::validate(config));
+  CHECK(kv_cache<f32, f32, page_window>::validate(small_config(), {}).ok());
+  CHECK(kv_cache<f32, f32, nothing_kept>::validate(small_config(), {}).message() ==
+        "sinkcache: the policy's capacity() was 0, had to be at least 1");
+  CHECK(kv_cache<f32>::validate(small_config(), {4, 0, 2}).message() ==
+        "sinkcache: window was 0, had to be at least 1");
+  config = small_config();
+  config.rollback = 3;
+  CHECK(kv_cache<f32, f32, page_window>::validate(config, {}).message() ==
+        "sinkcache: rollback was 3, had to be 0: a policy of one's own brings its own rows for it");
+}
+
+TEST_CASE("kv_cache: try_create gives what the constructor makes") {
+  counting_resource resource;
+  status found;
+  found.refuse("left from before");
+  {
+    std::optional<kv_cache<bf16, f16>> cache = kv_cache<bf16, f16>::try_create(small_config(), found, &resource);
+    REQUIRE((cache && found));
+    append(*cache, numbers(0, 20));
+    kv_cache<bf16, f16> plain(small_config());
+    append(plain, numbers(0, 20));
+    CHECK(attend(*cache) == attend(plain));
+    CHECK(resource.allocations == 1);
+
+    auto own = kv_cache<f32, f32, page_window>::try_create(small_config(), {}, found, &resource);
+    REQUIRE((own && found));
+    CHECK(own->capacity() == 6);
+
+    std::optional<kv_cache<bf16, f16>> copy = cache->try_clone(found);
+    REQUIRE((copy && found));
+    cache->clear();
+    CHECK(attend(*copy) == attend(plain));
+  }
+  CHECK(resource.all_returned());
+  CHECK(kv_cache<f32>::try_create(small_config(), found)->capacity() == 7);
+}
+
+TEST_CASE("kv_cache: memory that a resource refuses is a status") {
+  counting_resource resource;
+  resource.exhausted = true;
+  status found;
+  CHECK(!kv_cache<f32>::try_create(small_config(), found, &resource));
+  CHECK(found.message() == "sinkcache: bytes of the cache was 1792, had to be at most what the memory resource has");
+  CHECK(!kv_cache<f32>::try_create(small_config(), found, std::pmr::null_memory_resource()));
+  CHECK(!found);
+  cache_config endless = small_config();
+  endless.window = index_t{1} << 50;
+  CHECK(!kv_cache<f32>::try_create(endless, found));
+  CHECK(found.message() ==
+        "sinkcache: bytes of the cache was 288230376151712256, had to be at most what the memory resource has");
+  CHECK(!kv_cache<f32>::try_create(small_config(), found, nullptr));
+  CHECK(found.message() == "sinkcache: resource was null, had to be a memory resource");
+  CHECK_THROWS_WITH(kv_cache<f32>(small_config(), nullptr), found.c_str());
+
+  resource.exhausted = false;
+  kv_cache<f32> cache(small_config(), &resource);
+  resource.exhausted = true;
+  CHECK(!cache.try_clone(found));
+  CHECK(!found);
+}
+
+TEST_CASE("kv_cache: a try_ call that is refused says what would be thrown, and changes nothing") {
+  counting_resource resource;
+  kv_cache<f32> cache(small_config(), &resource);
+  append(cache, numbers(0, 12));
+  const auto before = bytes_of(resource);
+  any_kv_cache& any = cache;
+  const auto trying = [&](index_t k_rows, index_t k_cols, index_t v_rows, index_t v_cols) {
+    const matrix k = matrix::Ones(k_rows, k_cols), v = matrix::Ones(v_rows, v_cols);
+    const status found = any.try_append(k, v);
+    CHECK_THROWS_WITH(cache.append(k, v), std::string(found.message()));
+    return std::string(found.message());
+  };
+  CHECK(trying(1, 7, 1, 6) == "sinkcache: k.cols() was 7, had to be exactly 8");
+  CHECK(trying(1, 6, 1, 8) == "sinkcache: k.cols() was 6, had to be exactly 8");  // swapped
+  CHECK(trying(1, 8, 1, 8) == "sinkcache: v.cols() was 8, had to be exactly 6");
+  CHECK(trying(3, 8, 2, 6) == "sinkcache: v.rows() was 2, had to be exactly 3");
+
+  // As they come over a C interface.
+  const float floats[16] = {};
+  const const_matrix_view v(floats, 1, 6), nothing(nullptr, 1, 8), k(floats, 1, 8);
+  CHECK(any.try_append(nothing, v).message() == "sinkcache: k's data was null, had to be 1 x 8 floats");
+  CHECK(any.try_append(k, {nullptr, 1, 6}).message() == "sinkcache: v's data was null, had to be 1 x 6 floats");
+  CHECK(any.try_append({floats, -1, 8}, {floats, -1, 6}).message() ==
+        "sinkcache: k.rows() was -1, had to be at least 0");
+  CHECK(any.try_append({floats, most, 8}, {floats, most, 6}).message() ==
+        "sinkcache: tokens seen and appended was 9223372036854775819, had to be at most 4611686018427387904");
+  CHECK(any.try_append({nullptr, 0, 8}, {nullptr, 0, 6}).ok());
+
+  CHECK(any.try_truncate(3).message() == "sinkcache: seen was 3, had to be at least 12: older tokens are overwritten");
+  CHECK(any.try_truncate(-1).message() == "sinkcache: seen was -1, had to be from 0 to what was seen, 12");
+  CHECK(any.try_truncate(13).message() == "sinkcache: seen was 13, had to be from 0 to what was seen, 12");
+  CHECK((cache.seen() == 12 && cache.min_truncate() == 12));
+  CHECK(bytes_of(resource) == before);
+  CHECK((any.try_truncate(12) && any.try_truncate(2) && cache.seen() == 2));
+  CHECK((any.try_append(k, v) && cache.seen() == 3));
+}
+
+// Formats chosen at run time.
+
+TEST_CASE("kv_cache: everything but its making works through any_kv_cache") {
+  cache_config config = small_config();
+  config.rollback = 2;
+  for (const char* k_name : {"f32", "f16", "bf16"})
+    for (const char* v_name : {"f32", "f16", "bf16"}) {
+      const auto cache = with_formats(k_name, v_name, [&](auto k, auto v) -> std::unique_ptr<any_kv_cache> {
+        return std::make_unique<kv_cache<decltype(k), decltype(v)>>(config);
+      });
+      CHECK((cache->kind().k_format == k_name && cache->kind().v_format == v_name && cache->kind().sink_window));
+      append(*cache, numbers(0, 20));
+      CHECK((cache->seen() == 20 && cache->size() == 7 && cache->capacity() == 7 && cache->min_truncate() == 18));
+      CHECK(cache->nbytes() == 2 * 9 * 128);
+      cache->truncate(18);
+      CHECK_THROWS_AS(cache->truncate(17), std::invalid_argument);
+      append(*cache, numbers(50, 53));
+      std::vector<int> stream = numbers(0, 18);
+      for (int id : numbers(50, 53)) stream.push_back(id);
+      const std::vector<float> direct = with_formats(k_name, v_name, [&](auto k, auto v) {
+        kv_cache<decltype(k), decltype(v)> fresh(config);
+        append(fresh, stream);
+        return attend(fresh);
+      });
+      CHECK(attend(*cache) == direct);
+      cache->clear();
+      CHECK((cache->seen() == 0 && cache->size() == 0 && cache->min_truncate() == 0));
+    }
+}
+
+// What was moved from.
+
+// A policy that is worth nothing once moved from.
+struct kept_elsewhere {
+  std::unique_ptr<sink_window> policy;
+
+  explicit kept_elsewhere(sink_window p) : policy(std::make_unique<sink_window>(p)) {}
+  kept_elsewhere(const kept_elsewhere& other) : kept_elsewhere(*other.policy) {}
+  kept_elsewhere(kept_elsewhere&&) noexcept = default;
+  kept_elsewhere& operator=(kept_elsewhere&&) noexcept = default;
+
+  index_t capacity() const { return policy->capacity(); }
+  span_list visible(position_t seen) const { return policy->visible(seen); }
+  placed place(position_t position) const { return policy->place(position); }
+};
+
+template <class Cache>
+void check_moved_from(Cache& from, Cache other) {
+  CHECK((from.seen() == 0 && from.size() == 0 && from.min_truncate() == 0));
+  CHECK((from.nbytes() == 0 && from.capacity() == 0 && from.visible(9).size() == 0));
+  const std::string refused = "sinkcache: the cache was moved from, had to be one that holds memory";
+  const token_rows rows = rows_of(from.config(), numbers(0, 3));
+  CHECK(from.try_append(rows.k, rows.v).message() == refused);
+  CHECK_THROWS_WITH(from.append(rows.k, rows.v), refused);
+  CHECK_THROWS_WITH(from.append(rows.k.topRows(0), rows.v.topRows(0)), refused);
+  CHECK_THROWS_WITH(from.clone(), refused);
+  status found;
+  CHECK(!from.try_clone(found));
+  CHECK(found.message() == refused);
+  CHECK(from.try_truncate(0).ok());
+  CHECK(!from.try_truncate(1));
+  from.clear();
+
+  workspace scratch;
+  const attention attention({.num_qo_heads = 4});
+  matrix q = matrix::Ones(3, 16), out(3, 12);
+  CHECK_THROWS_WITH(attention.prefill(q, rows.k, rows.v, from, out, scratch), refused);
+  CHECK(attention.try_prefill(q, rows.k, rows.v, from, out, scratch).message() == refused);
+  const std::vector<float> nothing = attend(from);
+  CHECK(std::all_of(nothing.begin(), nothing.begin() + 12, [](float x) { return x == 0; }));
+
+  const std::vector<float> before = attend(other);
+  from = std::move(other);
+  CHECK(attend(from) == before);
+}
+
+TEST_CASE("kv_cache: one that was moved from is empty, takes nothing, and can be assigned to") {
+  kv_cache<f32> a(small_config()), b(small_config()), c(small_config());
+  append(a, numbers(0, 9));
+  append(b, numbers(20, 40));
+  append(c, numbers(0, 3));
+  const kv_cache<f32> taken(std::move(a));
+  check_moved_from(a, std::move(b));  // NOLINT(bugprone-use-after-move)
+  c = std::move(a);
+  check_moved_from(a, std::move(c));  // NOLINT(bugprone-use-after-move)
+
+  using own_cache = kv_cache<f32, f32, kept_elsewhere>;
+  own_cache own(small_config(), kept_elsewhere({2, 5})), other(small_config(), kept_elsewhere({1, 3}));
+  append(own, numbers(0, 9));
+  append(other, numbers(0, 9));
+  const own_cache kept(std::move(own));
+  check_moved_from(own, std::move(other));  // NOLINT(bugprone-use-after-move)
 }
 
 }  // namespace

@@ -128,4 +128,16 @@ TEST_CASE("matrix views: of nothing") {
   CHECK((const_matrix_view(no_columns).rows() == 3 && const_matrix_view(no_columns).cols() == 0));
 }
 
+static_assert(std::is_convertible_v<matrix_view, const_matrix_view>);
+static_assert(!std::is_constructible_v<matrix_view, const_matrix_view>, "what is only read is not written");
+static_assert(std::is_trivially_copyable_v<matrix_view> && std::is_trivially_copyable_v<const_matrix_view>);
+
+TEST_CASE("matrix views: what is written can be read") {
+  matrix m = matrix::Ones(5, 6);
+  const matrix_view written = m.block(1, 2, 3, 4);
+  const const_matrix_view read = written;
+  CHECK((read.rows() == 3 && read.cols() == 4 && read.stride() == 6));
+  for (index_t i = 0; i < 3; ++i) CHECK(read.row(i) == written.row(i));
+}
+
 }  // namespace

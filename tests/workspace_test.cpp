@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -309,6 +310,67 @@ TEST_CASE("workspace: decode never allocates, prefill not after as long a chunk,
           cache.truncate(cache.seen());
           cache.clear();
         }) == 0);
+}
+
+TEST_CASE("workspace: memory that cannot be had is a status, and leaves what was there") {
+  const layer layer;
+  workspace scratch;
+  const index_t bytes = scratch.nbytes();
+  CHECK((scratch.try_reserve(0) && scratch.try_reserve(-1) && scratch.try_reserve(bytes)));
+  CHECK(scratch.nbytes() == bytes);
+  const std::vector<float> expected = layer.run(scratch);
+  const index_t grown = scratch.nbytes();
+  const status refused = scratch.try_reserve(index_t{1} << 60);
+  CHECK(refused.message() ==
+        "sinkcache: bytes of the workspace was 1152921504606846976, had to be at most what the system has");
+  CHECK(scratch.nbytes() == grown);
+  CHECK(layer.run(scratch) == expected);
+  CHECK((scratch.try_reserve(grown + 1) && scratch.nbytes() == grown + 1));
+  CHECK(layer.run(scratch) == expected);
+}
+
+TEST_CASE("workspace: try_create gives what the constructor makes, or says why not") {
+  const layer layer;
+  workspace alone;
+  const std::vector<float> expected = layer.run(alone);
+  status found;
+  std::optional<workspace> plain = workspace::try_create(found);
+  REQUIRE((plain && found));
+  CHECK((plain->nbytes() == workspace().nbytes() && plain->concurrency() == 1));
+  CHECK(layer.run(*plain) == expected);
+
+  thread_pool four{4}, none{0}, endless{std::numeric_limits<index_t>::max()}, many{index_t{1} << 42};
+  std::optional<workspace> threads = workspace::try_create(four, found);
+  REQUIRE((threads && found));
+  CHECK(threads->concurrency() == 4);
+  CHECK(layer.run(*threads) == expected);
+  CHECK(!workspace::try_create(none, found));
+  CHECK(found.message() == "sinkcache: executor.concurrency() was 0, had to be at least 1");
+  CHECK(!workspace::try_create(endless, found));
+  CHECK(found.message() == "sinkcache: bytes of scratch was 9223372036854775807 * 786432, had to fit 63 bits");
+  CHECK(!workspace::try_create(many, found));
+  CHECK(!found);
+  CHECK((workspace::try_create(four, found) && found));
+}
+
+static_assert(executor<const sequential> && std::is_constructible_v<workspace, const sequential&>);
+static_assert(!std::is_constructible_v<workspace, sequential> && !std::is_constructible_v<workspace, const sequential>);
+
+TEST_CASE("workspace: a const executor runs") {
+  struct counts_runs {
+    mutable int runs = 0;
+    index_t concurrency() const { return 2; }
+    void run(index_t n, const work_ref& work) const {
+      ++runs;
+      for (index_t item = n; item-- > 0;) work(item, item % 2);
+    }
+  };
+  const layer layer;
+  workspace alone;
+  const counts_runs executor;
+  workspace scratch(executor);
+  CHECK(layer.run(scratch) == layer.run(alone));
+  CHECK(executor.runs > 0);
 }
 
 }  // namespace

@@ -114,6 +114,7 @@ class kv_cache final : public any_kv_cache {
   kv_cache clone() const {
     status found;
     require_memory(found);
+    found.or_fail();
     kv_cache copy(checked(found, rows_.resource()), config_, Policy(policy_), rows_.resource());
     copy.got_memory().or_fail();
     copy.copy_tokens(*this);
@@ -122,6 +123,7 @@ class kv_cache final : public any_kv_cache {
   std::optional<kv_cache> try_clone(status& found) const noexcept {
     found = status();
     require_memory(found);
+    if (!found) return std::nullopt;
     std::optional<kv_cache> copy = make(config_, Policy(policy_), found, rows_.resource());
     if (copy) copy->copy_tokens(*this);
     return copy;

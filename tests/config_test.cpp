@@ -1,0 +1,101 @@
+// What a status remembers and says.
+
+#include <sinkcache/config.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
+#include "catch.hpp"
+
+using namespace sinkcache;
+
+namespace {
+
+static_assert(std::is_nothrow_default_constructible_v<status> && std::is_nothrow_copy_constructible_v<status>);
+static_assert(!std::is_convertible_v<status, bool> && std::is_constructible_v<bool, status>);
+static_assert(noexcept(std::declval<status&>().require(true, "a", 1, "b", 2)));
+
+TEST_CASE("status: is ok, until a rule is broken; the first one stays") {
+  status found;
+  CHECK((found.ok() && found));
+  CHECK(found.message() == "");
+  CHECK(std::string(found.c_str()) == "");
+  CHECK_NOTHROW(found.or_fail());
+  found.require(true, "window", 1, "at least 1");
+  CHECK(found.ok());
+  found.require(false, "window", 0, "at least 1");
+  CHECK((!found.ok() && !found));
+  CHECK(found.message() == "sinkcache: window was 0, had to be at least 1");
+  CHECK(found.c_str() == std::string(found.message()));
+  found.require(false, "head_dim", 513, "at most", 512);
+  found.refuse("{} broke", "more");
+  found.require(true, "window", 1, "at least 1");
+  CHECK(found.message() == "sinkcache: window was 0, had to be at least 1");
+  CHECK_THROWS_AS(found.or_fail(), std::invalid_argument);
+  CHECK_THROWS_WITH(found.or_fail(), "sinkcache: window was 0, had to be at least 1");
+}
+
+TEST_CASE("status: values of all kinds") {
+  const auto message = [](const auto& value, const auto&... bound) {
+    status found;
+    found.require(false, "x", value, "above", bound...);
+    return std::string(found.message());
+  };
+  CHECK(message(-3) == "sinkcache: x was -3, had to be above");
+  CHECK(message(position_t{1} << 62, 5) == "sinkcache: x was 4611686018427387904, had to be above 5");
+  CHECK(message(1.5f) == "sinkcache: x was 1.5, had to be above");
+  CHECK(message(std::nanf("")) == "sinkcache: x was nan, had to be above");
+  CHECK(message("absent", "all") == "sinkcache: x was absent, had to be above all");
+  CHECK(message(std::string_view("text {}")) == "sinkcache: x was text {}, had to be above");
+}
+
+TEST_CASE("status: copies and assigns, ok or not") {
+  status good, bad;
+  bad.require(false, "a", 1, "b");
+  const status copy_of_good = good, copy_of_bad = bad;
+  CHECK(copy_of_good.ok());
+  CHECK(copy_of_bad.message() == bad.message());
+  status changes = bad;
+  changes = good;
+  CHECK((changes.ok() && changes.message() == ""));
+  changes = bad;
+  CHECK(changes.message() == bad.message());
+  const status& same = changes;
+  changes = same;
+  CHECK(changes.message() == bad.message());
+}
+
+TEST_CASE("status: what is too long is cut off") {
+  for (const std::size_t length : {100u, 215u, 216u, 227u, 228u, 229u, 1000u}) {
+    const std::string text(length, 'x');
+    status found;
+    found.refuse("{}", text);
+    const std::string whole = "sinkcache: " + text;
+    CHECK(found.message().size() == std::min<std::size_t>(whole.size(), 239));
+    CHECK(found.message() == whole.substr(0, 239));
+    CHECK(std::strlen(found.c_str()) == found.message().size());
+  }
+}
+
+TEST_CASE("sizes: what does not fit is refused, and 0") {
+  constexpr index_t most = std::numeric_limits<index_t>::max();
+  status found;
+  CHECK(detail::checked_product(found, "bytes", 3, 5) == 15);
+  CHECK(detail::checked_sum(found, "bytes", most - 1, 1) == most);
+  CHECK(found.ok());
+  CHECK(detail::checked_product(found, "bytes", most, 2) == 0);
+  CHECK(detail::checked_sum(found, "rows", most, 1) == 0);
+  CHECK(found.message() == "sinkcache: bytes was 9223372036854775807 * 2, had to fit 63 bits");
+  CHECK_THROWS_WITH(detail::checked_sum("rows", most, 1),
+                    "sinkcache: rows was 9223372036854775807 + 1, had to fit 63 bits");
+  CHECK(detail::checked_product("bytes", most, 1) == most);
+}
+
+}  // namespace
