@@ -5,7 +5,13 @@
 // A rule is written once, as a line that adds to a status. Functions throw what it found, or abort where exceptions are
 // off; functions named try_... return it, after having changed nothing.
 
+// clang writes the name of what format_to_n calls in another way than the g++ that built the library, so it has to
+// see the definition.
+#if defined(__clang__)
+#include <fmt/format.h>
+#else
 #include <fmt/core.h>
+#endif
 
 #include <algorithm>
 #include <cstddef>
