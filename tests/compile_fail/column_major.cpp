@@ -1,6 +1,5 @@
 // A column-major matrix would have to be copied.
-// expect: deleted
-// expect: basic_matrix_view
+// expect: refused: not row-major
 
 #include <sinkcache/kv_cache.hpp>
 

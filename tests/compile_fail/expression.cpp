@@ -1,6 +1,5 @@
 // An expression has no memory: it would have to be evaluated into a copy.
-// expect: deleted
-// expect: basic_matrix_view
+// expect: refused: an expression without memory
 
 #include <sinkcache/kv_cache.hpp>
 

@@ -1,5 +1,5 @@
 // Outputs are written.
-// expect: matrix_view
+// expect: refused: read-only
 
 #include <sinkcache/attention.hpp>
 
