@@ -11,4 +11,6 @@ struct nameless {
 };
 static_assert(sinkcache::kv_format<nameless>);
 
-void choose() { sinkcache::with_formats<nameless>("f16", "nameless", [](auto, auto) {}); }
+void choose() {
+  sinkcache::with_formats<nameless>("f16", "nameless", [](auto, auto) {});
+}
