@@ -299,6 +299,17 @@ TEST_CASE("face: bad input is a status, with exceptions and without") {
   CHECK(sc::validate(params).message() == "sinkcache: sink_bias.size() was 1, had to be one per query head, 4");
   CHECK(sc::validate(full_params()).ok());
   const sc::attention attention(full_params());
+  const std::vector<float> negative = {1.f, -1.5f}, too_many(257, 1.f), good = {1.f, 0.5f};
+  CHECK(sc::rope::validate(good).ok());
+  CHECK(sc::rope::validate(negative).message() == "sinkcache: an inv_freq was -1.5, had to be from 0 to 2^32");
+  CHECK(sc::rope::validate(too_many).message() == "sinkcache: inv_freq.size() was 257, had to be at most 256");
+  CHECK(sc::rope::validate(good, 0).message() == "sinkcache: attention_factor was 0, had to be finite and above 0");
+  CHECK(sc::softmax_variant::validate(good).ok());
+  CHECK(sc::softmax_variant::validate({}).message() ==
+        "sinkcache: sink_logits.size() was 0, had to be one per query head");
+  CHECK(sc::softmax_variant::validate(std::vector<float>{HUGE_VALF}).message() ==
+        "sinkcache: a sink logit was inf, had to be below infinity");
+
   const workers no_workers{0};
   CHECK(!sc::workspace::try_create(no_workers, found));
   std::optional<sc::workspace> workspace = sc::workspace::try_create(found);

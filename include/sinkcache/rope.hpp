@@ -37,13 +37,19 @@ class rope {
   explicit rope(std::span<const float> inv_freq, rope_pairing pairing = rope_pairing::half_split,
                 float attention_factor = 1)
       : pairs_(static_cast<index_t>(inv_freq.size())), pairing_(pairing), attention_factor_(attention_factor) {
-    detail::check(pairs_ <= max_pairs, "inv_freq.size()", pairs_, "at most", max_pairs);
-    detail::check(std::isfinite(attention_factor) && attention_factor > 0, "attention_factor", attention_factor,
+    validate(inv_freq, attention_factor).or_fail();
+    for (std::size_t i = 0; i < inv_freq.size(); ++i) turns_per_position_[i] = turns(inv_freq[i]);
+  }
+
+  // Whether the constructor takes these.
+  static status validate(std::span<const float> inv_freq, float attention_factor = 1) noexcept {
+    status found;
+    found.require(inv_freq.size() <= static_cast<std::size_t>(max_pairs), "inv_freq.size()", inv_freq.size(), "at most",
+                  max_pairs);
+    found.require(std::isfinite(attention_factor) && attention_factor > 0, "attention_factor", attention_factor,
                   "finite and above 0");
-    for (std::size_t i = 0; i < inv_freq.size(); ++i) {
-      detail::check(inv_freq[i] >= 0 && inv_freq[i] <= 0x1p32f, "an inv_freq", inv_freq[i], "from 0 to 2^32");
-      turns_per_position_[i] = turns(inv_freq[i]);
-    }
+    for (const float f : inv_freq) found.require(f >= 0 && f <= 0x1p32f, "an inv_freq", f, "from 0 to 2^32");
+    return found;
   }
 
   // Nothing turns: models without positions (NoPE), or with ALiBi.

@@ -30,12 +30,19 @@ class softmax_variant {
 
   // One learned logit per query head (gpt-oss), copied. Not scaled, capped or masked; -inf means none, ln(n) softmax_n.
   static softmax_variant sink_logits(std::span<const float> logits) {
-    detail::check(!logits.empty(), "sink_logits.size()", logits.size(), "one per query head");
-    for (float logit : logits)
-      detail::check(logit < std::numeric_limits<float>::infinity(), "a sink logit", logit, "below infinity");
+    validate(logits).or_fail();
     softmax_variant variant(0.f);
     variant.logits_.assign(logits.begin(), logits.end());
     return variant;
+  }
+
+  // Whether sink_logits takes these.
+  static status validate(std::span<const float> logits) noexcept {
+    status found;
+    found.require(!logits.empty(), "sink_logits.size()", logits.size(), "one per query head");
+    for (float logit : logits)
+      found.require(logit < std::numeric_limits<float>::infinity(), "a sink logit", logit, "below infinity");
+    return found;
   }
 
   float sink(index_t head) const { return logits_.empty() ? sink_ : logits_[static_cast<std::size_t>(head)]; }
