@@ -1,7 +1,7 @@
 // Rotary positions against exact integer arithmetic: phases from a longer constant than the library's, sines and
-// cosines in long double.
+// cosines in long double. Scalings against what PyTorch computes.
 
-#include <sinkcache/rope.hpp>
+#include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>
 #include <array>
@@ -85,6 +85,21 @@ position_t position_of(std::uint64_t phase, std::uint64_t turns) {
   for (int i = 0; i < 6; ++i) inverse *= 2 - turns * inverse;
   return static_cast<position_t>(phase * inverse);
 }
+
+// The turns per position of each pair, bit for bit: in the phase of position 2^k, bit 63 - k is half a turn.
+std::vector<std::uint64_t> turns_of(const rope& rope) {
+  std::vector<std::uint64_t> turns(static_cast<std::size_t>(rope.width() / 2));
+  for (int k = 0; k < 64; ++k) {
+    const rope::angles& angles = angles_at(rope, static_cast<position_t>(std::uint64_t{1} << k));
+    for (std::size_t i = 0; i < turns.size(); ++i) {
+      const bool in_upper_half = angles.sin[i] < 0 || (angles.sin[i] == 0 && angles.cos[i] < 0);
+      if (in_upper_half) turns[i] |= std::uint64_t{1} << (63 - k);
+    }
+  }
+  return turns;
+}
+
+double inv_freq_of(std::uint64_t turns) { return std::ldexp(static_cast<double>(turns), -64) * 2 * std::numbers::pi; }
 
 float random_inv_freq(effort::dice& dice) {
   const auto exponent = static_cast<int>(dice.from_to(-149, 31));
@@ -319,6 +334,225 @@ TEST_CASE("rope: plain is theta^(-2i / head_dim), in double, rounded once") {
   }
 }
 
+// Scalings.
+
+struct scaled_by_pytorch {
+  const char* name;
+  rope got;
+  std::vector<float> inv_freq;
+  std::vector<std::size_t> ulp_off;  // pairs whose power PyTorch rounds to the wrong side
+};
+
+// What Hugging Face's modeling_rope_utils.py (transformers 5.23) computes in PyTorch 1.13 on an x86 processor, printed
+// with as many digits as a float needs.
+std::vector<scaled_by_pytorch> scaled_by_pytorch_cases() {
+  return {{"linear",
+           rope::linear(40, 10000, 3),
+           {3.3333334e-1f, 2.103191e-1f,  1.327024e-1f,  8.372954e-2f,  5.2829772e-2f, 3.3333335e-2f, 2.1031909e-2f,
+            1.327024e-2f,  8.372954e-3f,  5.282978e-3f,  3.3333332e-3f, 2.103191e-3f,  1.3270235e-3f, 8.372956e-4f,
+            5.282978e-4f,  3.3333336e-4f, 2.1031911e-4f, 1.3270236e-4f, 8.372957e-5f,  5.282978e-5f},
+           {}},
+          {"Llama 3.1 8B",
+           rope::llama3(128, 500000, {8, 1, 4, 8192}),
+           {1e+0f,         8.146172e-1f,  6.636013e-1f,  5.40581e-1f,   4.4036663e-1f, 3.5873023e-1f, 2.9222783e-1f,
+            2.3805381e-1f, 1.9392276e-1f, 1.5797281e-1f, 1.2868738e-1f, 1.0483095e-1f, 8.53971e-2f,   6.956595e-2f,
+            5.666962e-2f,  4.616405e-2f,  3.760603e-2f,  3.063452e-2f,  2.4955409e-2f, 2.0329105e-2f, 1.656044e-2f,
+            1.349042e-2f,  1.0989529e-2f, 8.952259e-3f,  7.292665e-3f,  5.9407307e-3f, 4.8394212e-3f, 3.942276e-3f,
+            3.211446e-3f,  2.1665706e-3f, 1.3718937e-3f, 8.5675146e-4f, 5.24846e-4f,   3.1269365e-4f, 1.7850779e-4f,
+            9.556212e-5f,  7.7846555e-5f, 6.3415144e-5f, 5.165907e-5f,  4.2082367e-5f, 3.4281024e-5f, 2.792591e-5f,
+            2.2748929e-5f, 1.853167e-5f,  1.5096218e-5f, 1.2297639e-5f, 1.0017869e-5f, 8.160728e-6f,  6.6478697e-6f,
+            5.4154693e-6f, 4.4115345e-6f, 3.5937119e-6f, 2.9274997e-6f, 2.3847917e-6f, 1.9426925e-6f, 1.5825508e-6f,
+            1.2891732e-6f, 1.0501826e-6f, 8.554969e-7f,  6.9690253e-7f, 5.677088e-7f,  4.6246538e-7f, 3.7673226e-7f,
+            3.068926e-7f},
+           {}},
+          {"Llama 3.2's numbers, width 96",
+           rope::llama3(96, 500000, {32, 1, 4, 8192}),
+           {1e+0f,         7.608016e-1f,  5.7881916e-1f, 4.4036663e-1f, 3.3503163e-1f, 2.5489265e-1f, 1.9392276e-1f,
+            1.4753675e-1f, 1.1224619e-1f, 8.53971e-2f,   6.497026e-2f,  4.942948e-2f,  3.760603e-2f,  2.8610729e-2f,
+            2.1767095e-2f, 1.656044e-2f,  1.2599208e-2f, 9.585502e-3f,  7.292665e-3f,  5.548271e-3f,  4.221135e-3f,
+            3.211446e-3f,  1.8006797e-3f, 9.1258425e-4f, 4.295567e-4f,  1.7357197e-4f, 4.33578e-5f,   1.9461639e-5f,
+            1.480645e-5f,  1.1264767e-5f, 8.570256e-6f,  6.520266e-6f,  4.960627e-6f,  3.7740544e-6f, 2.8713077e-6f,
+            2.1844944e-6f, 1.6619674e-6f, 1.264428e-6f,  9.619785e-7f,  7.3187493e-7f, 5.5681187e-7f, 4.2362316e-7f,
+            3.222933e-7f,  2.4520133e-7f, 1.8654949e-7f, 1.419272e-7f,  1.0797847e-7f, 8.2150166e-8f},
+           {19}},
+          {"gpt-oss",
+           rope::yarn(64, 150000, {.factor = 32, .original_max_position_embeddings = 4096, .truncate = false}),
+           {1e+0f,         6.890443e-1f,  4.7478205e-1f, 3.2714587e-1f, 2.25418e-1f,   1.5532298e-1f, 1.07024424e-1f,
+            7.3744565e-2f, 5.0813273e-2f, 3.1705696e-2f, 1.9335e-2f,    1.1592049e-2f, 6.7949593e-3f, 3.860359e-3f,
+            2.0937927e-3f, 1.0526022e-3f, 4.5648392e-4f, 1.293187e-4f,  3.830881e-5f,  2.6396468e-5f, 1.8188337e-5f,
+            1.253257e-5f,  8.635496e-6f,  5.9502395e-6f, 4.0999785e-6f, 2.8250668e-6f, 1.9465963e-6f, 1.341291e-6f,
+            9.2420896e-7f, 6.368209e-7f,  4.3879785e-7f, 3.0235114e-7f},
+           {6, 10}},
+          {"Qwen 2.5, YaRN",
+           rope::yarn(128, 1000000, {.factor = 4, .original_max_position_embeddings = 32768}),
+           {1e+0f,         8.058422e-1f,  6.4938164e-1f, 5.2329916e-1f, 4.216965e-1f,  3.3982083e-1f, 2.7384198e-1f,
+            2.206734e-1f,  1.7782794e-1f, 1.4330126e-1f, 1.154782e-1f,  9.30572e-2f,   7.4989416e-2f, 6.0429644e-2f,
+            4.8696753e-2f, 3.92419e-2f,   3.162278e-2f,  2.5482967e-2f, 2.0535251e-2f, 1.6548172e-2f, 1.3335215e-2f,
+            1.0746079e-2f, 8.659643e-3f,  6.978306e-3f,  5.3753215e-3f, 4.131738e-3f,  3.1684227e-3f, 2.4234224e-3f,
+            1.8482766e-3f, 1.4051124e-3f, 1.064361e-3f,  8.029598e-4f,  6.0294115e-4f, 4.5032357e-4f, 3.3424055e-4f,
+            2.462584e-4f,  1.7984115e-4f, 1.2993149e-4f, 9.262301e-5f,  6.490394e-5f,  4.4456985e-5f, 3.5825316e-5f,
+            2.8869548e-5f, 2.3264301e-5f, 1.8747356e-5f, 1.5107409e-5f, 1.2174189e-5f, 9.810475e-6f,  7.905694e-6f,
+            6.3707416e-6f, 5.1338125e-6f, 4.1370427e-6f, 3.3338035e-6f, 2.6865196e-6f, 2.164911e-6f,  1.7445766e-6f,
+            1.4058534e-6f, 1.1328959e-6f, 9.129353e-7f,  7.356818e-7f,  5.9284343e-7f, 4.7773824e-7f, 3.8498163e-7f,
+            3.1023444e-7f},
+           {37}},
+          {"DeepSeek V2's numbers",
+           rope::yarn(64, 10000, {.factor = 40, .original_max_position_embeddings = 4096}),
+           {1e+0f,         7.498942e-1f,  5.6234133e-1f, 4.216965e-1f,  3.1622776e-1f, 2.3713736e-1f,  1.7782794e-1f,
+            1.3335215e-1f, 1e-1f,         7.4989416e-2f, 5.623413e-2f,  3.9006926e-2f, 2.687936e-2f,   1.8378144e-2f,
+            1.2447956e-2f, 8.334509e-3f,  5.5000004e-3f, 3.5619973e-3f, 2.2493652e-3f, 1.3705135e-3f,  7.905694e-4f,
+            4.149904e-4f,  1.7782794e-4f, 3.3338034e-5f, 2.5e-5f,       1.8747354e-5f, 1.40585325e-5f, 1.0542412e-5f,
+            7.9056945e-6f, 5.9284343e-6f, 4.4456983e-6f, 3.3338035e-6f},
+           {}}};
+}
+
+TEST_CASE("rope: scalings have the bits that Hugging Face computes in float32") {
+  for (const scaled_by_pytorch& c : scaled_by_pytorch_cases()) {
+    INFO(c.name);
+    const std::vector<std::uint64_t> turns = turns_of(c.got);
+    REQUIRE(turns.size() == c.inv_freq.size());
+    for (std::size_t i = 0; i < turns.size(); ++i) {
+      const float f = c.inv_freq[i];
+      INFO("pair " << i << ": " << inv_freq_of(turns[i]) << ", PyTorch " << f);
+      if (std::count(c.ulp_off.begin(), c.ulp_off.end(), i) == 0)
+        CHECK(turns[i] == exact_turns(f));
+      else
+        CHECK((turns[i] == exact_turns(std::nextafter(f, 0.f)) || turns[i] == exact_turns(std::nextafter(f, 2.f))));
+    }
+  }
+}
+
+float attention_factor_of(const rope& rope) { return angles_at(rope, 0).cos[0]; }
+
+TEST_CASE("rope: YaRN's attention factor") {
+  const auto factor = [](rope::yarn_scaling by) {
+    by.original_max_position_embeddings = 4096;
+    return attention_factor_of(rope::yarn(64, 10000, by));
+  };
+  // As Hugging Face computes it.
+  CHECK(factor({.factor = 32}) == static_cast<float>(1.3465735902799727));
+  CHECK(factor({.factor = 1}) == 1);
+  CHECK(factor({.factor = 40, .mscale = 1, .mscale_all_dim = 1}) == 1);
+  CHECK(factor({.factor = 40, .mscale = 0.707, .mscale_all_dim = 0.5}) == static_cast<float>(1.064468903941252));
+  CHECK(factor({.factor = 40, .mscale = 0.707}) == static_cast<float>(1.3688879454113936));
+  CHECK(factor({.factor = 40, .mscale = 1, .mscale_all_dim = 1, .attention_factor = 1.5}) == 1.5f);
+  CHECK(attention_factor_of(rope::linear(64, 10000, 4)) == 1);
+  CHECK(attention_factor_of(rope::llama3(64, 10000, {8, 1, 4, 8192})) == 1);
+  effort::dice dice(10);
+  const std::vector<float> row = random_row(dice, 66);
+  const rope yarn = rope::yarn(64, 10000, {.factor = 32, .original_max_position_embeddings = 4096});
+  const std::vector<float> at_start = turned(yarn, row, 0);
+  for (std::size_t i = 0; i < 66; ++i) CHECK(at_start[i] == (i < 64 ? row[i] * 1.3465735902799727f : row[i]));
+  CHECK(turned(yarn, row, 0, false) == row);
+}
+
+// A rope of any kind with random numbers, and its frequencies by the papers' formulas in double.
+struct random_rope {
+  std::string text;
+  rope got = rope::none();
+  std::vector<double> inv_freq, allowed;  // and how far off each may be
+};
+
+random_rope draw_rope(effort::dice& dice, rope_pairing pairing, index_t max_width = 512) {
+  random_rope r;
+  const index_t width = 2 * static_cast<index_t>(dice.from_to(1, dice.one_in(2) ? 32 : max_width / 2));
+  const double theta = dice.one_in(4) ? 10000 : std::exp(0.5 + 16 * dice.uniform());
+  const double factor = dice.one_in(5) ? 1 : std::exp2(6 * dice.uniform());
+  const double original = static_cast<double>(dice.from_to(256, 40000));
+  const double log_theta = std::log(theta), log_factor = std::log(factor);
+  const auto dim = static_cast<double>(width);
+  const int kind = static_cast<int>(dice.from_to(0, 4));
+  // Each float32 operation is off by half an ulp; an exponent's error counts log(theta) times.
+  const double ulp = 0x1p-24 * (log_theta + 12);
+  r.text = fmt::format("kind {}, width {}, theta {}, factor {}, original {}", kind, width, theta, factor, original);
+
+  double low = 1 + dice.uniform(), high = low + 0.5 + 4 * dice.uniform();  // llama3's factors
+  rope::yarn_scaling yarn{.factor = factor, .original_max_position_embeddings = original};
+  yarn.truncate = dice.one_in(2);
+  if (dice.one_in(2))
+    yarn.beta_slow = 0.5 + dice.uniform(), yarn.beta_fast = yarn.beta_slow * (2 + 30 * dice.uniform());
+  const auto border = [&](double turns) {
+    return dim * std::log(original / (turns * 2 * std::numbers::pi)) / (2 * log_theta);
+  };
+  double from = border(yarn.beta_fast), to = border(yarn.beta_slow);
+  if (yarn.truncate) from = std::floor(from), to = std::ceil(to);
+  from = std::max(from, 0.0), to = std::min(to, dim - 1);
+  if (kind == 4 && !(to - from > 0.01)) return draw_rope(dice, pairing, max_width);  // no ramp to speak of
+
+  for (index_t i = 0; i < width / 2; ++i) {
+    const double plain = std::exp(-log_theta * static_cast<double>(2 * i) / dim),
+                 turns = original * plain / (2 * std::numbers::pi);
+    // How much of a frequency is left unscaled, and how far off that may be.
+    double kept = 1, allowed = 0;
+    if (kind == 2) kept = 0;
+    if (kind == 3) kept = std::clamp((turns - low) / (high - low), 0.0, 1.0), allowed = ulp * high / (high - low);
+    if (kind == 4)
+      kept = 1 - std::clamp((static_cast<double>(i) - from) / (to - from), 0.0, 1.0),
+      allowed = 0x1p-24 * (2 + 2 * dim / (to - from));
+    r.inv_freq.push_back(plain * (kept + (1 - kept) * std::exp(-log_factor)));
+    r.allowed.push_back(plain * (ulp + allowed));
+  }
+  std::vector<float> inv_freq(r.inv_freq.begin(), r.inv_freq.end());
+  if (kind == 0) r.got = rope(inv_freq, pairing, 0.5f + static_cast<float>(dice.uniform()));
+  if (kind == 1) r.got = rope::plain(width, theta, pairing);
+  if (kind == 2) r.got = rope::linear(width, theta, factor, pairing);
+  if (kind == 3) r.got = rope::llama3(width, theta, {factor, low, high, original}, pairing);
+  if (kind == 4) r.got = rope::yarn(width, theta, yarn, pairing);
+  return r;
+}
+
+TEST_CASE("rope: scalings are what their papers say") {
+  effort::dice dice(11);
+  double worst = 0;
+  for (int round = effort::cases(1000); round > 0; --round) {
+    const random_rope r = draw_rope(dice, rope_pairing::half_split);
+    const std::vector<std::uint64_t> turns = turns_of(r.got);
+    REQUIRE(turns.size() == r.inv_freq.size());
+    for (std::size_t i = 0; i < turns.size(); ++i) {
+      const double off = std::abs(inv_freq_of(turns[i]) - r.inv_freq[i]);
+      worst = std::max(worst, off / r.allowed[i]);
+      if (!(off <= r.allowed[i])) {
+        CAPTURE(round, r.text, i, inv_freq_of(turns[i]), r.inv_freq[i]);
+        FAIL();
+      }
+    }
+  }
+  CAPTURE(worst);
+  CHECK(worst > 0.1);  // no bound that anything keeps
+}
+
+TEST_CASE("rope: whatever the scaling, rows turn exactly up to 2^62 and products depend on distance alone") {
+  effort::dice dice(12);
+  for (int round = effort::cases(300); round > 0; --round) {
+    const rope_pairing pairing = dice.one_in(2) ? rope_pairing::half_split : rope_pairing::interleaved;
+    const random_rope r = draw_rope(dice, pairing);
+    const auto dim = std::min<index_t>(512, r.got.width() + static_cast<index_t>(dice.from_to(0, 9)));
+    const double factor = static_cast<double>(attention_factor_of(r.got));
+    const std::vector<std::uint64_t> turns = turns_of(r.got);
+    const std::vector<float> k = random_row(dice, dim), q = random_row(dice, dim);
+    const position_t p = random_position(dice) / 2, distance = random_position(dice) >> dice.from_to(0, 61);
+    CAPTURE(round, r.text, dim, p, distance);
+
+    const std::vector<float> out = turned(r.got, k, p);
+    const std::size_t n = turns.size(), step = pairing == rope_pairing::half_split ? 1 : 2;
+    const std::size_t apart = pairing == rope_pairing::half_split ? n : 1;
+    bool exact = true;
+    for (std::size_t i = 0; i < n; ++i) {
+      const direction by = exact_direction(static_cast<std::uint64_t>(p) * turns[i]);
+      const double a = static_cast<double>(k[i * step]), b = static_cast<double>(k[i * step + apart]);
+      const double allowed = 3 * bound * factor * (std::abs(a) + std::abs(b));
+      exact = exact && std::abs(static_cast<double>(out[i * step]) - factor * (a * by.cos - b * by.sin)) <= allowed &&
+              std::abs(static_cast<double>(out[i * step + apart]) - factor * (b * by.cos + a * by.sin)) <= allowed;
+    }
+    CHECK(exact);
+    CHECK(std::equal(out.begin() + 2 * static_cast<index_t>(n), out.end(), k.begin() + 2 * static_cast<index_t>(n)));
+    const double size = factor * factor * std::sqrt(dot(k, k) * dot(q, q));
+    const double at_start = dot(turned(r.got, q, distance), turned(r.got, k, 0));
+    CHECK(std::abs(dot(turned(r.got, q, p + distance), out) - at_start) <=
+          6 * bound * std::max(1.0, 1 / (factor * factor)) * size);
+  }
+}
+
 // Errors.
 
 TEST_CASE("rope: errors name the argument, its value and what it had to be") {
@@ -344,6 +578,78 @@ TEST_CASE("rope: errors name the argument, its value and what it had to be") {
   for (index_t dim : {-2, 0, 1, 3, 127, 514})
     CHECK_THROWS_WITH(rope::plain(dim, 1e4),
                       "sinkcache: head_dim was " + std::to_string(dim) + ", had to be even and from 2 to 512");
+  const auto both = rope_pairing::interleaved;
+  CHECK(rope::plain(64, 1e4, both).width() == 64);
+  const auto throws = [](const auto& make, const std::string& message) {
+    CHECK_THROWS_WITH(make(), "sinkcache: " + message);
+  };
+  for (index_t dim : {-2, 0, 1, 127, 514}) {
+    const std::string message = "width was " + std::to_string(dim) + ", had to be even and from 2 to 512";
+    throws([=] { return rope::linear(dim, 1e4, 2); }, message);
+    throws([=] { return rope::llama3(dim, 1e4, {8, 1, 4, 8192}); }, message);
+    throws([=] { return rope::yarn(dim, 1e4, {8, 4096}); }, message);
+  }
+  for (const auto& [factor, text] :
+       {std::pair<double, std::string>{0.5, "0.5"}, {0, "0"}, {-2, "-2"}, {NAN, "nan"}, {HUGE_VAL, "inf"}}) {
+    const std::string message = "factor was " + text + ", had to be from 1 to 2^64";
+    throws([&, f = factor] { return rope::linear(64, 1e4, f); }, message);
+    throws([&, f = factor] { return rope::llama3(64, 1e4, {f, 1, 4, 8192}); }, message);
+    throws([&, f = factor] { return rope::yarn(64, 1e4, {f, 4096}); }, message);
+  }
+  for (const auto& [original, text] : {std::pair<double, std::string>{0, "0"}, {NAN, "nan"}, {HUGE_VAL, "inf"}}) {
+    const std::string message = "original_max_position_embeddings was " + text + ", had to be from 1 to 2^64";
+    throws([&, o = original] { return rope::llama3(64, 1e4, {8, 1, 4, o}); }, message);
+    throws([&, o = original] { return rope::yarn(64, 1e4, {8, o}); }, message);
+  }
+  throws([] { return rope::linear(64, NAN, 2); }, "theta was nan, had to be from 1 to 2^64");
+  throws([] { return rope::yarn(64, 1, {8, 4096}); }, "theta was 1, had to be above 1");
+  throws(
+      [] {
+        return rope::llama3(64, 1e4, {8, 4, 4, 8192});
+      },
+      "low_freq_factor was 4, had to be above 0 and below high_freq_factor, 4");
+  throws(
+      [] {
+        return rope::llama3(64, 1e4, {8, 0, 4, 8192});
+      },
+      "low_freq_factor was 0, had to be above 0 and below high_freq_factor, 4");
+  throws(
+      [] {
+        return rope::llama3(64, 1e4, {8, NAN, 4, 8192});
+      },
+      "low_freq_factor was nan, had to be above 0 and below high_freq_factor, 4");
+  throws([] { return rope::llama3(64, 1e4, {8, 1, NAN, 8192}); }, "high_freq_factor was nan, had to be finite");
+  throws(
+      [] {
+        return rope::yarn(64, 1e4, {8, 4096, 1, 1});
+      },
+      "beta_fast was 1, had to be finite and above beta_slow, 1");
+  throws(
+      [] {
+        return rope::yarn(64, 1e4, {8, 4096, NAN, 1});
+      },
+      "beta_fast was nan, had to be finite and above beta_slow, 1");
+  throws([] { return rope::yarn(64, 1e4, {8, 4096, 32, 0}); }, "beta_slow was 0, had to be above 0");
+  throws([] { return rope::yarn(64, 1e4, {8, 4096, 32, NAN}); }, "beta_slow was nan, had to be above 0");
+  throws([] { return rope::yarn(64, 1e4, {.factor = 8, .original_max_position_embeddings = 4096, .mscale = NAN}); },
+         "an mscale was nan, had to be finite and at least 0");
+  throws(
+      [] {
+        return rope::yarn(64, 1e4, {.factor = 8, .original_max_position_embeddings = 4096, .attention_factor = 0});
+      },
+      "attention_factor was 0, had to be finite and above 0");
+  // Every pair turns less than once in 3 tokens, and more than 32 times in 2^60: there is no ramp.
+  throws(
+      [] {
+        return rope::yarn(64, 1e4, {8, 3});
+      },
+      "original_max_position_embeddings was 3, had to be such that pairs turn from beta_slow to beta_fast times in it");
+  CHECK_THROWS_AS(rope::yarn(64, 1e4, {8, 0x1p60}), std::invalid_argument);
+  // What turns has to fit a head.
+  throws(
+      [] { return kv_cache<f32>({.num_kv_heads = 1, .head_dim = 64, .window = 8, .rope = rope::linear(66, 1e4, 2)}); },
+      "rope's width was 66, had to be at most head_dim, 64");
+
   CHECK_THROWS_WITH(rope::plain(64, 0.5), "sinkcache: theta was 0.5, had to be finite and at least 1");
   CHECK_THROWS_WITH(rope::plain(64, std::nan("")), "sinkcache: theta was nan, had to be finite and at least 1");
   CHECK_THROWS_WITH(rope::plain(64, HUGE_VAL), "sinkcache: theta was inf, had to be finite and at least 1");

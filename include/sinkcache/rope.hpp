@@ -6,9 +6,12 @@
 // phase between two positions depends on their distance alone, be they 5 or 2^62. The quadrant is taken off in
 // integers, only what is left goes to sine and cosine.
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
+#include <numbers>
+#include <optional>
 #include <span>
 
 #include "config.hpp"
@@ -55,17 +58,90 @@ class rope {
   // Nothing turns: models without positions (NoPE), or with ALiBi.
   static rope none() { return rope(std::span<const float>()); }
 
-  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded to float, as the models hold it.
-  static rope plain(index_t head_dim, double theta) {
-    detail::check(head_dim >= 2 && head_dim <= max_head_dim && head_dim % 2 == 0, "head_dim", head_dim,
-                  "even and from 2 to", max_head_dim);
+  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where less than a head turns, what turns
+  // is the head_dim to give, here and below: head_dim * partial_rotary_factor.
+  static rope plain(index_t head_dim, double theta, rope_pairing pairing = rope_pairing::half_split) {
+    check_width("head_dim", head_dim);
     detail::check(std::isfinite(theta) && theta >= 1, "theta", theta, "finite and at least 1");
-    std::array<float, max_pairs> inv_freq{};
-    const index_t pairs = head_dim / 2;
-    for (index_t i = 0; i < pairs; ++i)
-      inv_freq[static_cast<std::size_t>(i)] =
-          static_cast<float>(1 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(head_dim)));
-    return rope(std::span<const float>(inv_freq.data(), static_cast<std::size_t>(pairs)));
+    return of_pairs(head_dim, pairing, 1, [&](index_t i) {
+      return rounded(1 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(head_dim)));
+    });
+  }
+
+  // The scalings of Hugging Face's config.json, with the numbers that it gives, in the same float32 operations, each
+  // correctly rounded: the bits of the model's own inv_freq, but where the pow that computed those was not
+  // (docs/rope.md).
+
+  // Positions count as 1 / factor. A factor of 1 is HF's "default".
+  static rope linear(index_t width, double theta, double factor, rope_pairing pairing = rope_pairing::half_split) {
+    check_scaling(width, theta, factor);
+    return of_pairs(width, pairing, 1, [&](index_t i) { return divided(inverse(power(width, theta, i)), factor); });
+  }
+
+  // Llama 3.1: pairs that turn less than low_freq_factor times in the original context are slowed down by factor, those
+  // that turn more than high_freq_factor times are left, between them it is interpolated.
+  struct llama3_scaling {
+    double factor = 0, low_freq_factor = 0, high_freq_factor = 0, original_max_position_embeddings = 0;
+  };
+  static rope llama3(index_t width, double theta, const llama3_scaling& by,
+                     rope_pairing pairing = rope_pairing::half_split) {
+    const double low = by.low_freq_factor, high = by.high_freq_factor, original = by.original_max_position_embeddings;
+    check_scaling(width, theta, by.factor);
+    check_original(original);
+    detail::check(std::isfinite(high), "high_freq_factor", high, "finite");
+    detail::check(low > 0 && low < high, "low_freq_factor", low, "above 0 and below high_freq_factor,", high);
+    return of_pairs(width, pairing, 1, [&](index_t i) {
+      const float inv_freq = inverse(power(width, theta, i));
+      const float wavelength = times(inverse(inv_freq), 2 * std::numbers::pi);
+      if (wavelength > rounded(original / low)) return divided(inv_freq, by.factor);
+      if (wavelength < rounded(original / high)) return inv_freq;
+      const float smooth = divided(minus(times(inverse(wavelength), original), low), high - low);
+      return plus(divided(times(minus(1, smooth), inv_freq), by.factor), times(smooth, inv_freq));
+    });
+  }
+
+  // YaRN (Peng et al. 2023, arXiv 2309.00071): as llama3, but interpolated along the pairs, from the one that turns
+  // beta_fast times in the original context to the one that turns beta_slow times. gpt-oss has truncate = false.
+  struct yarn_scaling {
+    double factor = 0, original_max_position_embeddings = 0, beta_fast = 32, beta_slow = 1;
+    bool truncate = true;                                   // the ramp starts and ends at whole pairs
+    double mscale = 0, mscale_all_dim = 0;                  // 0: not given; only both together have an effect
+    std::optional<double> attention_factor = std::nullopt;  // 0.1 ln(factor) + 1, or what the mscales say
+  };
+  static rope yarn(index_t width, double theta, const yarn_scaling& by,
+                   rope_pairing pairing = rope_pairing::half_split) {
+    const double original = by.original_max_position_embeddings;
+    check_scaling(width, theta, by.factor);
+    check_original(original);
+    detail::check(theta > 1, "theta", theta, "above 1");
+    detail::check(by.beta_slow > 0, "beta_slow", by.beta_slow, "above 0");
+    detail::check(std::isfinite(by.beta_fast) && by.beta_fast > by.beta_slow, "beta_fast", by.beta_fast,
+                  "finite and above beta_slow,", by.beta_slow);
+    for (double mscale : {by.mscale, by.mscale_all_dim})
+      detail::check(std::isfinite(mscale) && mscale >= 0, "an mscale", mscale, "finite and at least 0");
+
+    const auto pair_turning = [&](double times_in_context) {
+      return static_cast<double>(width) * std::log(original / (times_in_context * 2 * std::numbers::pi)) /
+             (2 * std::log(theta));
+    };
+    double low = pair_turning(by.beta_fast), high = pair_turning(by.beta_slow);
+    if (by.truncate) low = std::floor(low), high = std::ceil(high);
+    low = std::max(low, 0.), high = std::min(high, static_cast<double>(width - 1));
+    detail::check(low <= high, "original_max_position_embeddings", original,
+                  "such that pairs turn from beta_slow to beta_fast times in it");
+    if (low == high) high += 0.001;
+
+    const auto attention_factor = [&](double mscale) { return 0.1 * mscale * std::log(by.factor) + 1; };
+    const bool given = by.mscale > 0 && by.mscale_all_dim > 0;
+    const double factor =
+        given ? attention_factor(by.mscale) / attention_factor(by.mscale_all_dim) : attention_factor(1);
+    return of_pairs(width, pairing, rounded(by.attention_factor.value_or(factor)), [&](index_t i) {
+      const float power_i = power(width, theta, i);
+      const float fast = inverse(power_i), slow = inverse(times(power_i, by.factor));
+      const float ramp = std::clamp(divided(minus(static_cast<float>(i), low), high - low), 0.f, 1.f);
+      const float keep = minus(1, ramp);
+      return plus(times(slow, minus(1, keep)), times(fast, keep));
+    });
   }
 
   index_t width() const { return 2 * pairs_; }  // dimensions that turn
@@ -104,6 +180,44 @@ class rope {
   }
 
  private:
+  // One float32 operation each; volatile, or compilers contract two of them into one that rounds once.
+  static float rounded(double x) {
+    volatile float result = static_cast<float>(x);
+    return result;
+  }
+  static float inverse(float x) { return rounded(1 / x); }
+  static float times(float a, double b) { return rounded(a * rounded(b)); }
+  static float divided(float a, double b) { return rounded(a / rounded(b)); }
+  static float plus(float a, float b) { return rounded(a + b); }
+  static float minus(float a, double b) { return rounded(a - rounded(b)); }
+
+  // theta^(2i / width) of floats.
+  static float power(index_t width, double theta, index_t i) {
+    const double exponent = divided(static_cast<float>(2 * i), static_cast<double>(width));
+    return rounded(std::pow(static_cast<double>(rounded(theta)), exponent));
+  }
+
+  static void check_width(const char* name, index_t width) {
+    detail::check(width >= 2 && width <= max_head_dim && width % 2 == 0, name, width, "even and from 2 to",
+                  max_head_dim);
+  }
+  static void check_scaling(index_t width, double theta, double factor) {
+    check_width("width", width);
+    detail::check(theta >= 1 && theta <= 0x1p64, "theta", theta, "from 1 to 2^64");
+    detail::check(factor >= 1 && factor <= 0x1p64, "factor", factor, "from 1 to 2^64");
+  }
+  static void check_original(double original) {
+    detail::check(original >= 1 && original <= 0x1p64, "original_max_position_embeddings", original, "from 1 to 2^64");
+  }
+
+  template <class InvFreq>
+  static rope of_pairs(index_t width, rope_pairing pairing, float attention_factor, const InvFreq& inv_freq_of) {
+    std::array<float, max_pairs> inv_freq{};
+    for (index_t i = 0; i < width / 2; ++i) inv_freq[static_cast<std::size_t>(i)] = inv_freq_of(i);
+    return rope(std::span<const float>(inv_freq.data(), static_cast<std::size_t>(width / 2)), pairing,
+                attention_factor);
+  }
+
   // floor(inv_freq * 2^64 / 2 pi) modulo 2^64.
   static std::uint64_t turns(float inv_freq) {
     if (inv_freq == 0) return 0;
