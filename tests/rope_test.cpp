@@ -1,5 +1,5 @@
 // Rotary positions against exact integer arithmetic: phases from a longer constant than the library's, sines and
-// cosines in long double. Scalings against what PyTorch computes.
+// cosines in long double. Scalings against what PyTorch computes; attention over rows that an engine turned itself.
 
 #include <sinkcache/sinkcache.hpp>
 
@@ -7,6 +7,8 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numbers>
@@ -550,6 +552,229 @@ TEST_CASE("rope: whatever the scaling, rows turn exactly up to 2^62 and products
     const double at_start = dot(turned(r.got, q, distance), turned(r.got, k, 0));
     CHECK(std::abs(dot(turned(r.got, q, p + distance), out) - at_start) <=
           6 * bound * std::max(1.0, 1 / (factor * factor)) * size);
+  }
+}
+
+// Rows that the engine has turned.
+
+enum class engine_angles {
+  exact,
+  f32,            // float(position) * inv_freq in float32: Hugging Face, llama2.c, most others
+  f32_multiplied  // float(position), times float(theta^(-2 / width)) from pair to pair: ggml
+};
+
+struct engine {
+  const char* name;
+  engine_angles angles;
+  // How many roundings of 2^-24 the angle of pair i may be off, relatively.
+  double roundings(std::size_t i) const {
+    return angles == engine_angles::exact ? 0 : angles == engine_angles::f32 ? 1 : 1 + 3 * static_cast<double>(i);
+  }
+};
+
+constexpr index_t turned_dim = 64, pinned = 4, newest = 60;  // one head of so many dimensions over 4 + 60 tokens
+constexpr double u = 0x1p-24;
+
+std::vector<float> turned_by(const engine& engine, const std::vector<float>& inv_freq, float attention_factor,
+                             const std::vector<float>& row, position_t position) {
+  std::vector<float> out(row);
+  const std::size_t n = inv_freq.size();
+  volatile float multiplied = static_cast<float>(position);  // volatile: float32 on every machine
+  for (std::size_t i = 0; i < n; ++i) {
+    const direction exact = exact_direction(static_cast<std::uint64_t>(position) * exact_turns(inv_freq[i]));
+    float cos = static_cast<float>(exact.cos), sin = static_cast<float>(exact.sin);
+    if (engine.angles != engine_angles::exact) {
+      volatile float angle = static_cast<float>(position) * inv_freq[i];
+      if (engine.angles == engine_angles::f32_multiplied) angle = multiplied;
+      cos = std::cos(angle), sin = std::sin(angle);
+      multiplied = multiplied * inv_freq[1];  // theta^(-2 / width) is the second frequency of an unscaled rope
+    }
+    out[i] = (row[i] * cos - row[i + n] * sin) * attention_factor;
+    out[i + n] = (row[i + n] * cos + row[i] * sin) * attention_factor;
+  }
+  return out;
+}
+
+struct turned_run {
+  double error;    // of the output, in units of the largest |v|
+  double allowed;  // by the bound of docs/rope.md
+  double own;      // the library's own part of it
+};
+
+// Decodes the last of `tokens` tokens over the first 4 and the newest 60, which `by` has turned (none: raw rows), and
+// compares with attention in double over exactly turned rows.
+turned_run decode_turned(effort::dice& dice, const engine* by, positions positions, const std::vector<float>& inv_freq,
+                         float attention_factor, position_t first_position, position_t tokens) {
+  const rope rope(inv_freq, rope_pairing::half_split, attention_factor);
+  kv_cache<f32> cache({.num_kv_heads = 1,
+                       .head_dim = turned_dim,
+                       .num_sink_tokens = pinned,
+                       .window = newest,
+                       .positions = positions,
+                       .inputs = by == nullptr ? inputs::raw : inputs::rotated,
+                       .rope = rope,
+                       .first_position = first_position});
+  const auto normal_row = [&] {
+    std::vector<float> row(turned_dim);
+    for (float& x : row)
+      x = static_cast<float>(std::sqrt(-2 * std::log(1 - dice.uniform())) *
+                             std::cos(2 * std::numbers::pi * dice.uniform()));
+    return row;
+  };
+  const auto as_matrix = [](const std::vector<float>& row) {
+    return Eigen::Map<const matrix>(row.data(), 1, turned_dim);
+  };
+  const auto as_engine = [&](const std::vector<float>& row, position_t p) {
+    return by == nullptr ? row : turned_by(*by, inv_freq, attention_factor, row, first_position + p);
+  };
+
+  std::vector<position_t> visible;
+  std::vector<std::vector<float>> keys, values;
+  const matrix filler = matrix::Zero(4096, turned_dim);
+  while (cache.seen() < tokens) {
+    const position_t p = cache.seen();
+    if (p >= pinned && p < tokens - newest) {
+      const position_t n = std::min<position_t>(4096, tokens - newest - p);
+      cache.append(filler.topRows(n), filler.topRows(n));
+      continue;
+    }
+    visible.push_back(p), keys.push_back(normal_row()), values.push_back(normal_row());
+    cache.append(as_matrix(as_engine(keys.back(), p)), as_matrix(values.back()));
+  }
+  const std::vector<float> q = normal_row(), q_given = as_engine(q, tokens - 1);
+  matrix out(1, turned_dim);
+  workspace workspace;
+  const attention attention({.num_qo_heads = 1});
+  attention.decode(as_matrix(q_given), cache, out, workspace);
+
+  // The same in double. In the cache's order the last token is at place visible.size() - 1.
+  const std::size_t n = inv_freq.size(), count = visible.size();
+  const double scale = static_cast<double>(1.f / std::sqrt(static_cast<float>(turned_dim)));
+  const double factor = static_cast<double>(attention_factor) * static_cast<double>(attention_factor);
+  std::vector<double> logits(count), expected(turned_dim);
+  double v_max = 0, a = 0, turned_wrongly = 0, sum = 0;
+  for (std::size_t j = 0; j < count; ++j) {
+    const auto distance = static_cast<std::uint64_t>(
+        positions == positions::in_cache ? static_cast<position_t>(count - 1 - j) : tokens - 1 - visible[j]);
+    double logit = 0, wrong = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto qa = static_cast<double>(q[i]), qb = static_cast<double>(q[i + n]),
+                 ka = static_cast<double>(keys[j][i]), kb = static_cast<double>(keys[j][i + n]);
+      const direction turn = exact_direction(distance * exact_turns(inv_freq[i]));
+      logit += factor * ((qa * ka + qb * kb) * turn.cos + (qa * kb - qb * ka) * turn.sin);
+      // Half an ulp of both angles for each rounding.
+      const double both = static_cast<double>(2 * first_position + tokens - 1 + visible[j]);
+      if (by != nullptr)
+        wrong += factor * std::hypot(qa, qb) * std::hypot(ka, kb) * by->roundings(i) * u * both *
+                 static_cast<double>(inv_freq[i]);
+    }
+    for (std::size_t i = 2 * n; i < turned_dim; ++i)
+      logit += static_cast<double>(q[i]) * static_cast<double>(keys[j][i]);
+    logits[j] = scale * logit;
+    turned_wrongly = std::max(turned_wrongly, scale * wrong);
+    a = std::max(a, scale * factor * std::sqrt(dot(q, q) * dot(keys[j], keys[j])));
+    for (float v : values[j]) v_max = std::max(v_max, std::abs(static_cast<double>(v)));
+  }
+  for (double logit : logits) sum += std::exp(logit);
+  double error = 0;
+  for (std::size_t d = 0; d < turned_dim; ++d) {
+    for (std::size_t j = 0; j < count; ++j)
+      expected[d] += std::exp(logits[j]) / sum * static_cast<double>(values[j][d]);
+    error = std::max(error, std::abs(static_cast<double>(out(0, static_cast<index_t>(d))) - expected[d]));
+  }
+  // Logits off by at most e move an output by at most 2 tanh(e / 2) of the largest |v|. An engine that turns in float32
+  // rounds sines, cosines, products and sums as well: 4 u of a row.
+  const double own = 16 * u * (1 + a);
+  const double engines = by == nullptr ? 0 : 2 * std::tanh((turned_wrongly + 8 * u * a) / 2);
+  return {error / v_max, engines + own, own};
+}
+
+TEST_CASE("rope: rows turned with float32 angles are as far off as docs/rope.md says") {
+  std::vector<float> inv_freq;
+  for (const double theta : {10000., 500000.}) {
+    inv_freq.clear();
+    for (index_t i = 0; i < turned_dim / 2; ++i)
+      inv_freq.push_back(static_cast<float>(std::pow(theta, -2 * static_cast<double>(i) / turned_dim)));
+    for (const engine& by : {engine{"exact", engine_angles::exact}, engine{"f32", engine_angles::f32},
+                             engine{"multiplied", engine_angles::f32_multiplied}})
+      for (const positions positions : {positions::in_cache, positions::absolute}) {
+        double before = 0;
+        for (const position_t tokens : {1000, 100'000, 4'000'000}) {
+          effort::dice dice(13);
+          turned_run worst{0, 0, 0};
+          // The furthest by a far first position, the whole way for some.
+          const bool whole = tokens <= 100'000 || (by.angles != engine_angles::f32_multiplied && theta == 10000);
+          for (int i = !whole || tokens == 1000 ? 20 : tokens == 100'000 ? 5 : 1; i > 0; --i) {
+            const turned_run run =
+                decode_turned(dice, &by, positions, inv_freq, 1, whole ? 0 : tokens - 1000, whole ? tokens : 1000);
+            INFO(by.name << " angles, theta " << theta
+                         << (positions == positions::in_cache ? ", in_cache" : ", absolute") << ", token " << tokens
+                         << ": error " << run.error << ", allowed " << run.allowed);
+            CHECK(run.error <= run.allowed);
+            if (run.error > worst.error) worst = run;
+          }
+          if (std::getenv("SINKCACHE_SHOW"))
+            std::printf("%-10s theta %6.0f %-8s token %7ld%s: error %.1e, allowed %.1e, the library's own %.1e\n",
+                        by.name, theta, positions == positions::in_cache ? "in_cache" : "absolute",
+                        static_cast<long>(tokens), whole ? "" : " (shifted)", worst.error, worst.allowed, worst.own);
+          // The error is the engine's: exact angles have none of it, others have it grow with the position. Roundings
+          // average out: what is measured stays far below the bound.
+          if (by.angles == engine_angles::exact) {
+            CHECK(worst.error <= 1e-6);
+          } else {
+            CHECK(worst.error <= worst.allowed / 20);
+            if (tokens == 4'000'000) CHECK(worst.error > 10 * before);
+          }
+          before = std::max(before, worst.error);
+        }
+      }
+  }
+}
+
+TEST_CASE("rope: raw rows and rows that an exact engine turned give the same, up to 2^62") {
+  effort::dice dice(14);
+  for (int round = effort::cases(60); round > 0; --round) {
+    const random_rope r = draw_rope(dice, rope_pairing::half_split, turned_dim);
+    std::vector<float> inv_freq;
+    for (double f : r.inv_freq) inv_freq.push_back(static_cast<float>(f));
+    if (inv_freq.size() > turned_dim / 2) continue;
+    const float factor = dice.one_in(2) ? 1.f : 0.75f + static_cast<float>(dice.uniform());
+    const engine exact{"exact", engine_angles::exact};
+    const position_t first = random_position(dice) - 1, tokens = dice.from_to(pinned + newest, 2000);
+    for (const positions positions : {positions::in_cache, positions::absolute})
+      for (const engine* by : {static_cast<const engine*>(nullptr), &exact}) {
+        const turned_run run =
+            decode_turned(dice, by, positions, inv_freq, factor, std::max<position_t>(0, first - tokens), tokens);
+        CAPTURE(round, r.text, first, tokens, by == nullptr, positions == positions::in_cache);
+        CHECK(run.error <= run.allowed);
+      }
+  }
+}
+
+TEST_CASE("rope: a gap taken off a float32 angle leaves that angle's own rounding") {
+  // An engine at position p turns by fl(p f); the library takes the gap off exactly; the engine itself, at the place in
+  // the cache, would have turned by fl((p - gap) f). What stays is the rounding at p, at most u p f.
+  const rope rope = rope::plain(64, 10000);
+  const std::vector<std::uint64_t> turns = turns_of(rope);
+  effort::dice dice(15);
+  for (const position_t p : {1000, 100'000, 4'000'000}) {
+    const position_t place = 63, gap = p - place;
+    double worst = 0;
+    for (std::size_t i = 0; i < turns.size(); ++i) {
+      const auto f = static_cast<float>(inv_freq_of(turns[i]));
+      std::vector<float> row(64);
+      row[i] = 1;
+      volatile float angle = static_cast<float>(p) * f;
+      row[i] = std::cos(angle), row[i + 32] = std::sin(angle);
+      rope.turn(angles_at(rope, -gap, false), row.data(), 64, row.data());
+      volatile float itself = static_cast<float>(place) * f;
+      const double off = std::hypot(static_cast<double>(row[i] - std::cos(itself)),
+                                    static_cast<double>(row[i + 32] - std::sin(itself)));
+      CHECK(off <= u * static_cast<double>(p + place) * static_cast<double>(f) + 8 * u);
+      worst = std::max(worst, off);
+    }
+    CAPTURE(p, worst);
+    if (p == 4'000'000) CHECK(worst > 0.05);  // radians
   }
 }
 
