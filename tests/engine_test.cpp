@@ -33,6 +33,9 @@ struct plain_model {
 
   std::map<std::string, std::string> metadata;
   std::map<std::string, tensor> tensors;
+  std::vector<double> inv_freq;  // what the metadata ask for; none: theta^(-2i / head_dim)
+  bool interleaved = false;
+  double attention_factor = 1;
 
   index_t size(const std::string& key) const { return std::stoll(metadata.at(key)); }
   index_t head_dim() const {
@@ -175,15 +178,18 @@ class plain_session {
 
   // One head of `row`, turned to `position`.
   doubles turned(const doubles& row, index_t head, index_t position) const {
-    const std::size_t dim = at(m_.head_dim()), half = dim / 2;
+    const std::size_t dim = at(m_.head_dim());
     const double* const in = row.data() + at(head) * dim;
-    doubles out(dim);
-    for (std::size_t i = 0; i < half; ++i) {
-      const double theta = std::stod(m_.metadata.at("rope_theta"));
-      const double angle =
-          static_cast<double>(position) * std::pow(theta, -2 * static_cast<double>(i) / static_cast<double>(dim));
-      out[i] = in[i] * std::cos(angle) - in[i + half] * std::sin(angle);
-      out[i + half] = in[i + half] * std::cos(angle) + in[i] * std::sin(angle);
+    doubles inv_freq = m_.inv_freq, out(in, in + dim);
+    for (std::size_t i = 0; m_.inv_freq.empty() && i < dim / 2; ++i)
+      inv_freq.push_back(
+          std::pow(std::stod(m_.metadata.at("rope_theta")), -2 * static_cast<double>(i) / static_cast<double>(dim)));
+    for (std::size_t i = 0; i < inv_freq.size(); ++i) {
+      const double angle = static_cast<double>(position) * inv_freq[i];
+      const double cos = m_.attention_factor * std::cos(angle), sin = m_.attention_factor * std::sin(angle);
+      const std::size_t a = m_.interleaved ? 2 * i : i, b = m_.interleaved ? a + 1 : a + inv_freq.size();
+      out[a] = in[a] * cos - in[b] * sin;
+      out[b] = in[b] * cos + in[a] * sin;
     }
     return out;
   }
@@ -345,6 +351,158 @@ TEST_CASE("the loss is exact for logits of any size") {
   CHECK(engine::loss_bits(sure, 0) == Approx(1e4 * std::numbers::log2e));
 }
 
+TEST_CASE("rope_scaling and rope_parameters, as config.json has them, are what plain loops in double compute") {
+  struct rope_case {
+    std::map<std::string, std::string> metadata;
+    std::size_t width;
+    double theta;
+    // What is left of theta^(-2i / width), by the papers.
+    std::function<double(double i, double inv_freq)> scaled = [](double, double inv_freq) { return inv_freq; };
+    double attention_factor = 1;
+  };
+  constexpr double two_pi = 2 * std::numbers::pi;
+  const auto llama3 = [](double, double f) {
+    const double turns = 64 * f / two_pi;
+    if (turns < 1) return f / 8;
+    if (turns > 4) return f;
+    const double keep = (turns - 1) / 3;
+    return keep * f + (1 - keep) * f / 8;
+  };
+  const auto yarn = [](double low, double high) {
+    return [=](double i, double f) {
+      const double ramp = std::clamp((i - low) / (high - low), 0.0, 1.0);
+      return ramp * f / 4 + (1 - ramp) * f;
+    };
+  };
+  // The pair that turns so many times in the original 64 tokens.
+  const auto border = [](double times) { return 24 * std::log(64 / (times * two_pi)) / (2 * std::log(5000.)); };
+  const std::vector<rope_case> cases = {
+      {{{"rope_scaling", "null"}}, 24, 5000},
+      {{{"rope_scaling", R"({"rope_type": "default"})"}}, 24, 5000},
+      {{{"rope_scaling", R"({"type": "linear", "factor": 4.0})"}}, 24, 5000, [](double, double f) { return f / 4; }},
+      {{{"rope_scaling", R"({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 64})"}},
+       24,
+       5000,
+       llama3},
+      {{{"rope_scaling", R"({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4,
+                             "beta_slow": 0.5, "truncate": false, "finetuned": true, "attention_factor": null})"}},
+       24,
+       5000,
+       yarn(border(4), border(0.5)),
+       0.1 * std::log(4) + 1},
+      // The original length is the model's, where it is not given.
+      {{{"rope_scaling", R"({"rope_type": "yarn", "factor": 4.0, "beta_fast": 4, "beta_slow": 0.5, "mscale": 1.0,
+                             "mscale_all_dim": 0.5})"},
+        {"max_position_embeddings", "64"}},
+       24,
+       5000,
+       yarn(std::floor(border(4)), std::ceil(border(0.5))),
+       (0.1 * std::log(4) + 1) / (0.05 * std::log(4) + 1)},
+      {{{"rope_scaling", R"({"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "beta_fast": 4,
+                             "beta_slow": 0.5, "attention_factor": 1.5})"}},
+       24,
+       5000,
+       yarn(std::floor(border(4)), std::ceil(border(0.5))),
+       1.5},
+      {{{"partial_rotary_factor", "0.5"}}, 12, 5000},
+      {{{"rotary_pct", "0.25"}}, 6, 5000},
+      // As transformers 5 writes it.
+      {{{"rope_parameters",
+         R"({"rope_type": "linear", "factor": 2, "rope_theta": 700.0, "partial_rotary_factor": 0.5})"},
+        {"rope_theta", "700"}},
+       12,
+       700,
+       [](double, double f) { return f / 2; }},
+      {{{"rope_parameters", R"({"rope_theta": 700.0})"}, {"rope_theta", ""}}, 24, 700},
+  };
+  for (std::size_t n = 0; n < cases.size(); ++n)
+    for (const bool interleaved : {false, true}) {
+      plain_model plain = random_model({2, 48, 4, 2, 24, 20, 50, true, "softmax"}, 30 + n);
+      for (const auto& [key, value] : cases[n].metadata) plain.metadata[key] = value;
+      if (plain.metadata.at("rope_theta").empty()) plain.metadata.erase("rope_theta");
+      if (interleaved) plain.metadata["rope_style"] = "interleaved";
+      const temporary_file file;
+      plain.write(file.path);
+      const engine::model model(file.path);
+      CHECK(model.config().rope_theta == cases[n].theta);
+
+      plain.interleaved = interleaved;
+      plain.attention_factor = cases[n].attention_factor;
+      for (std::size_t i = 0; i < cases[n].width / 2; ++i) {
+        const auto pair = static_cast<double>(i);
+        plain.inv_freq.push_back(
+            cases[n].scaled(pair, std::pow(cases[n].theta, -2 * pair / static_cast<double>(cases[n].width))));
+      }
+      plain_session expected(plain, 2, 40);
+      engine::session session(model, {.num_sink_tokens = 2, .window = 40});
+      double worst = 0;
+      for (const int token : random_tokens(60, 50, n))
+        worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
+      INFO("case " << n << (interleaved ? ", interleaved" : ""));
+      CHECK(worst < 2e-4);
+    }
+}
+
+TEST_CASE("ropes that frequencies cannot tell are refused by name, bad ones with what they had to be") {
+  const plain_model good = random_model({1, 8, 2, 1, 4, 6, 20, false, "softmax"}, 9);
+  const std::vector<std::pair<std::map<std::string, std::string>, std::string>> cases = {
+      {{{"rope_scaling", R"({"type": "dynamic", "factor": 2.0})"}},
+       "metadata: rope_scaling.type is 'dynamic', had to be default, linear, llama3 or yarn: dynamic NTK changes its "
+       "frequencies with the length of the sequence"},
+      {{{"rope_scaling", R"({"rope_type": "longrope", "short_factor": [1], "long_factor": [2]})"}},
+       "metadata: rope_scaling.rope_type is 'longrope', had to be default, linear, llama3 or yarn: longrope switches "
+       "between two sets of frequencies as the sequence grows"},
+      {{{"rope_scaling", R"({"type": "su", "short_factor": [1], "long_factor": [2]})"}},
+       "rope_scaling.type is 'su', had to be default, linear, llama3 or yarn: su (longrope) switches"},
+      {{{"rope_scaling", R"({"type": "mrope", "mrope_section": [16, 24, 24]})"}},
+       "metadata: rope_scaling.mrope_section is '[16,24,24]', had to be absent: M-RoPE gives each token three "
+       "positions"},
+      {{{"rope_parameters", R"({"rope_type": "default", "mrope_section": [16, 24, 24], "mrope_interleaved": true})"}},
+       "rope_parameters.mrope_section"},
+      {{{"rope_scaling", R"({"type": "mrope"})"}}, "M-RoPE gives each token three positions"},
+      {{{"rope_scaling", R"({"rope_type": "default", "type": "mrope"})"}}, "M-RoPE gives each token three positions"},
+      {{{"kv_lora_rank", "512"}},
+       "metadata: kv_lora_rank is '512', had to be null: multi-head latent attention (MLA) caches"},
+      {{{"qk_rope_head_dim", "64"}}, "metadata: qk_rope_head_dim is '64', had to be null: multi-head latent attention"},
+      {{{"rope_scaling", R"({"rope_type": "spiral"})"}},
+       "metadata: rope_scaling.rope_type is 'spiral', had to be default, linear, llama3 or yarn"},
+      {{{"rope_scaling", R"({"rope_type": 3})"}}, "metadata: rope_scaling.rope_type is '3', had to be default"},
+      {{{"rope_scaling", "8"}}, "metadata: rope_scaling is '8', had to be null or a JSON object"},
+      {{{"rope_scaling", "{'type': 'linear'}"}}, "metadata: rope_scaling is '{'type': 'linear'}', had to be null or a"},
+      {{{"rope_scaling", R"({"factor": 8})"}},
+       "metadata: a key of rope_scaling is 'factor', had to be one that its type"},
+      {{{"rope_scaling", R"({"type": "linear"})"}}, "metadata: rope_scaling.factor is missing"},
+      {{{"rope_scaling", R"({"type": "linear", "factor": "8"})"}}, "rope_scaling.factor is '8', had to be a number"},
+      {{{"rope_scaling", R"({"type": "linear", "factor": 0.5})"}},
+       "metadata: rope_scaling: sinkcache: factor was 0.5, had to be from 1 to 2^64"},
+      {{{"rope_scaling", R"({"type": "linear", "factor": 8, "truncate": true})"}},
+       "a key of rope_scaling is 'truncate'"},
+      {{{"rope_scaling", R"({"type": "yarn", "factor": 8})"}},
+       "metadata: rope_scaling.original_max_position_embeddings is missing"},
+      {{{"rope_scaling", R"({"type": "yarn", "factor": 8, "original_max_position_embeddings": 4096, "truncate": 0})"}},
+       "rope_scaling.truncate is '0', had to be true or false"},
+      {{{"rope_scaling", R"({"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1,
+                             "original_max_position_embeddings": 8192})"}},
+       "low_freq_factor was 4, had to be above 0 and below high_freq_factor, 1"},
+      {{{"rope_scaling", R"({"type": "linear", "factor": 8})"}, {"rope_parameters", R"({"rope_type": "default"})"}},
+       "metadata: rope_scaling is '{\"type\": \"linear\", \"factor\": 8}', had to be null beside rope_parameters"},
+      {{{"use_dynamic_ntk", "true"}}, "metadata: use_dynamic_ntk is 'true', had to be false"},
+      {{{"rope_parameters", R"({"partial_rotary_factor": 1e300})"}},
+       "metadata: partial_rotary_factor is '1e+300', had to be such that an even number"},
+      {{{"rope_parameters", R"({"rope_theta": 0.5})"}, {"rope_theta", ""}}, "metadata: rope_theta is ''"},
+      {{{"rope_parameters", R"({"rope_theta": 6000.0})"}},
+       "metadata: rope_parameters.rope_theta is '6000.0', had to be 5000 as beside it"},
+      {{{"rope_parameters", R"({"full_attention": {"rope_type": "default"}})"}},
+       "metadata: a key of rope_parameters is 'full_attention'"},
+  };
+  for (const auto& [metadata, message] : cases) {
+    plain_model bad = good;
+    for (const auto& [key, value] : metadata) bad.metadata[key] = value;
+    CHECK_THAT(refusal(bad), Catch::Contains(message));
+  }
+}
+
 TEST_CASE("a file that is not such a model is refused, and says why") {
   const plain_model good = random_model({1, 8, 2, 1, 4, 6, 20, false, "softmax"}, 9);
   CHECK(refusal(good) == "accepted");
@@ -381,7 +539,14 @@ TEST_CASE("a file that is not such a model is refused, and says why") {
       {set("rms_norm_eps", "-1e-5"), "metadata: rms_norm_eps"},
       {set("attention", "linear"), "metadata: attention is 'linear', had to be softmax or softmax1 or sink"},
       {set("attention", "sink"), "tensor model.layers.0.self_attn.sinks is missing, had to be [2]"},
-      {set("rope_scaling", "{\"factor\": 8}"), "metadata: rope_scaling"},
+      {set("rope_style", "spiral"), "metadata: rope_style is 'spiral', had to be neox or interleaved"},
+      {set("rope_local_base_freq", "10000.0"), "metadata: rope_local_base_freq"},
+      {set("partial_rotary_factor", "0.3"),
+       "metadata: partial_rotary_factor is '0.3', had to be such that an even number "
+       "of the 4 dimensions of a head turns, at least 2"},
+      {set("partial_rotary_factor", "0"), "metadata: partial_rotary_factor is '0', had to be such that"},
+      {set("partial_rotary_factor", "1.5"), "metadata: partial_rotary_factor is '1.5', had to be a number from 0 to 1"},
+      {set("rotary_pct", "0.8"), "metadata: partial_rotary_factor is '0.8', had to be such that"},
       {set("attention_bias", "true"), "metadata: attention_bias"},
       {set("hidden_act", "gelu"), "metadata: hidden_act is 'gelu', had to be silu"},
       {set("tokenizer", "bpe"), "metadata: tokenizer is 'bpe', had to be byte"},
