@@ -5,6 +5,9 @@
 // Phases are 64-bit fixed-point turns, phase = position * turns_per_position, and wrap as unsigned integers do: the
 // phase between two positions depends on their distance alone, be they 5 or 2^62. The quadrant is taken off in
 // integers, only what is left goes to sine and cosine.
+//
+// Where the engine has turned the rows itself (inputs::rotated), only gaps are turned here, exactly. The rounding of
+// its own angles stays, and grows with the position if they are float32: docs/rope.md says how far.
 
 #include <algorithm>
 #include <array>
