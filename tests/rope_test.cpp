@@ -575,22 +575,37 @@ struct engine {
 constexpr index_t turned_dim = 64, pinned = 4, newest = 60;  // one head of so many dimensions over 4 + 60 tokens
 constexpr double u = 0x1p-24;
 
-std::vector<float> turned_by(const engine& engine, const std::vector<float>& inv_freq, float attention_factor,
-                             const std::vector<float>& row, position_t position) {
+// How the dimensions of a head pair up: the first and the second of pair i of n.
+std::size_t first_of(rope_pairing pairing, std::size_t i) { return pairing == rope_pairing::half_split ? i : 2 * i; }
+std::size_t second_of(rope_pairing pairing, std::size_t i, std::size_t n) {
+  return pairing == rope_pairing::half_split ? i + n : 2 * i + 1;
+}
+
+struct turning {
+  std::vector<float> inv_freq;
+  rope_pairing pairing = rope_pairing::half_split;
+  float attention_factor = 1;
+};
+
+std::vector<float> turned_by(const engine& engine, const turning& as, const std::vector<float>& row,
+                             position_t position) {
   std::vector<float> out(row);
-  const std::size_t n = inv_freq.size();
+  const std::size_t n = as.inv_freq.size();
   volatile float multiplied = static_cast<float>(position);  // volatile: float32 on every machine
   for (std::size_t i = 0; i < n; ++i) {
-    const direction exact = exact_direction(static_cast<std::uint64_t>(position) * exact_turns(inv_freq[i]));
+    const direction exact = exact_direction(static_cast<std::uint64_t>(position) * exact_turns(as.inv_freq[i]));
     float cos = static_cast<float>(exact.cos), sin = static_cast<float>(exact.sin);
     if (engine.angles != engine_angles::exact) {
-      volatile float angle = static_cast<float>(position) * inv_freq[i];
-      if (engine.angles == engine_angles::f32_multiplied) angle = multiplied;
+      volatile float angle = static_cast<float>(position) * as.inv_freq[i];
+      if (engine.angles == engine_angles::f32_multiplied) {
+        angle = multiplied;
+        multiplied = multiplied * as.inv_freq[1];  // theta^(-2 / width), of an unscaled rope
+      }
       cos = std::cos(angle), sin = std::sin(angle);
-      multiplied = multiplied * inv_freq[1];  // theta^(-2 / width) is the second frequency of an unscaled rope
     }
-    out[i] = (row[i] * cos - row[i + n] * sin) * attention_factor;
-    out[i + n] = (row[i + n] * cos + row[i] * sin) * attention_factor;
+    const std::size_t a = first_of(as.pairing, i), b = second_of(as.pairing, i, n);
+    out[a] = (row[a] * cos - row[b] * sin) * as.attention_factor;
+    out[b] = (row[b] * cos + row[a] * sin) * as.attention_factor;
   }
   return out;
 }
@@ -603,9 +618,10 @@ struct turned_run {
 
 // Decodes the last of `tokens` tokens over the first 4 and the newest 60, which `by` has turned (none: raw rows), and
 // compares with attention in double over exactly turned rows.
-turned_run decode_turned(effort::dice& dice, const engine* by, positions positions, const std::vector<float>& inv_freq,
-                         float attention_factor, position_t first_position, position_t tokens) {
-  const rope rope(inv_freq, rope_pairing::half_split, attention_factor);
+turned_run decode_turned(effort::dice& dice, const engine* by, positions positions, const turning& as,
+                         position_t first_position, position_t tokens) {
+  const std::vector<float>& inv_freq = as.inv_freq;
+  const rope rope(inv_freq, as.pairing, as.attention_factor);
   kv_cache<f32> cache({.num_kv_heads = 1,
                        .head_dim = turned_dim,
                        .num_sink_tokens = pinned,
@@ -625,7 +641,7 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
     return Eigen::Map<const matrix>(row.data(), 1, turned_dim);
   };
   const auto as_engine = [&](const std::vector<float>& row, position_t p) {
-    return by == nullptr ? row : turned_by(*by, inv_freq, attention_factor, row, first_position + p);
+    return by == nullptr ? row : turned_by(*by, as, row, first_position + p);
   };
 
   std::vector<position_t> visible;
@@ -650,7 +666,7 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
   // The same in double. In the cache's order the last token is at place visible.size() - 1.
   const std::size_t n = inv_freq.size(), count = visible.size();
   const double scale = static_cast<double>(1.f / std::sqrt(static_cast<float>(turned_dim)));
-  const double factor = static_cast<double>(attention_factor) * static_cast<double>(attention_factor);
+  const double factor = static_cast<double>(as.attention_factor) * static_cast<double>(as.attention_factor);
   std::vector<double> logits(count), expected(turned_dim);
   double v_max = 0, a = 0, turned_wrongly = 0, sum = 0;
   for (std::size_t j = 0; j < count; ++j) {
@@ -658,8 +674,9 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
         positions == positions::in_cache ? static_cast<position_t>(count - 1 - j) : tokens - 1 - visible[j]);
     double logit = 0, wrong = 0;
     for (std::size_t i = 0; i < n; ++i) {
-      const auto qa = static_cast<double>(q[i]), qb = static_cast<double>(q[i + n]),
-                 ka = static_cast<double>(keys[j][i]), kb = static_cast<double>(keys[j][i + n]);
+      const std::size_t first = first_of(as.pairing, i), second = second_of(as.pairing, i, n);
+      const auto qa = static_cast<double>(q[first]), qb = static_cast<double>(q[second]);
+      const auto ka = static_cast<double>(keys[j][first]), kb = static_cast<double>(keys[j][second]);
       const direction turn = exact_direction(distance * exact_turns(inv_freq[i]));
       logit += factor * ((qa * ka + qb * kb) * turn.cos + (qa * kb - qb * ka) * turn.sin);
       // Half an ulp of both angles for each rounding.
@@ -706,7 +723,7 @@ TEST_CASE("rope: rows turned with float32 angles are as far off as docs/rope.md 
           const bool whole = tokens <= 100'000 || (by.angles != engine_angles::f32_multiplied && theta == 10000);
           for (int i = !whole || tokens == 1000 ? 20 : tokens == 100'000 ? 5 : 1; i > 0; --i) {
             const turned_run run =
-                decode_turned(dice, &by, positions, inv_freq, 1, whole ? 0 : tokens - 1000, whole ? tokens : 1000);
+                decode_turned(dice, &by, positions, {inv_freq}, whole ? 0 : tokens - 1000, whole ? tokens : 1000);
             INFO(by.name << " angles, theta " << theta
                          << (positions == positions::in_cache ? ", in_cache" : ", absolute") << ", token " << tokens
                          << ": error " << run.error << ", allowed " << run.allowed);
@@ -731,20 +748,21 @@ TEST_CASE("rope: rows turned with float32 angles are as far off as docs/rope.md 
   }
 }
 
-TEST_CASE("rope: raw rows and rows that an exact engine turned give the same, up to 2^62") {
+TEST_CASE("rope: raw rows and rows that the engine turned give the same within the bound, up to 2^62") {
   effort::dice dice(14);
-  for (int round = effort::cases(60); round > 0; --round) {
-    const random_rope r = draw_rope(dice, rope_pairing::half_split, turned_dim);
-    std::vector<float> inv_freq;
-    for (double f : r.inv_freq) inv_freq.push_back(static_cast<float>(f));
-    const float factor = dice.one_in(2) ? 1.f : 0.75f + static_cast<float>(dice.uniform());
-    const engine exact{"exact", engine_angles::exact};
-    const position_t first = random_position(dice) - 1, tokens = dice.from_to(pinned + newest, 2000);
+  const engine exact{"exact", engine_angles::exact}, f32_angles{"f32", engine_angles::f32};
+  for (int round = effort::cases(100); round > 0; --round) {
+    turning as;
+    as.pairing = dice.one_in(2) ? rope_pairing::half_split : rope_pairing::interleaved;
+    const random_rope r = draw_rope(dice, as.pairing, turned_dim);
+    for (double f : r.inv_freq) as.inv_freq.push_back(static_cast<float>(f));
+    if (dice.one_in(2)) as.attention_factor = 0.75f + static_cast<float>(dice.uniform());
+    const position_t tokens = dice.from_to(pinned + newest, 2000), last = std::max(tokens, random_position(dice));
     for (const positions positions : {positions::in_cache, positions::absolute})
-      for (const engine* by : {static_cast<const engine*>(nullptr), &exact}) {
-        const turned_run run =
-            decode_turned(dice, by, positions, inv_freq, factor, std::max<position_t>(0, first - tokens), tokens);
-        CAPTURE(round, r.text, first, tokens, by == nullptr, positions == positions::in_cache);
+      for (const engine* by : {static_cast<const engine*>(nullptr), &exact, &f32_angles}) {
+        const position_t first = (by == &f32_angles ? std::min<position_t>(last, 1 << 24) : last) - tokens;
+        const turned_run run = decode_turned(dice, by, positions, as, first, tokens);
+        CAPTURE(round, r.text, first, tokens, by == nullptr ? "raw" : by->name, positions == positions::in_cache);
         CHECK(run.error <= run.allowed);
       }
   }
