@@ -1,14 +1,17 @@
 #pragma once
 
 // The version, and the inline namespace that keeps differently compiled files apart: its name holds the version, the
-// instruction set and whether exceptions are on, so the linker never joins two of our inline functions that differ.
+// instruction sets, and whether exceptions and RTTI are on, so the linker never joins two of our functions that differ.
 
 #define SINKCACHE_VERSION_MAJOR 0
 #define SINKCACHE_VERSION_MINOR 1
 #define SINKCACHE_VERSION_PATCH 0
 
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "sinkcache: lse is -inf where nothing is visible; compile without -ffast-math, or add -fno-finite-math-only"
+#error "sinkcache: lse is -inf where nothing is visible; compile without -ffast-math and -ffinite-math-only"
+#endif
+#if defined(__ASSOCIATIVE_MATH__)
+#error "sinkcache: exp relies on how sums round; compile without -ffast-math and -fassociative-math"
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -33,11 +36,63 @@
 #define SINKCACHE_EXCEPTIONS aborts
 #endif
 
-#define SINKCACHE_JOIN_(major, minor, patch, isa, exceptions) v##major##_##minor##_##patch##_##isa##_##exceptions
-#define SINKCACHE_JOIN(major, minor, patch, isa, exceptions) SINKCACHE_JOIN_(major, minor, patch, isa, exceptions)
+// 1 where the compiler predefines the macro as 1, else 0: only then is SINKCACHE_ONE_... a comma, which moves the 1.
+#define SINKCACHE_ONE_1 0,
+#define SINKCACHE_SECOND_(first, second, ...) second
+#define SINKCACHE_SECOND(...) SINKCACHE_SECOND_(__VA_ARGS__)
+#define SINKCACHE_BIT_(value) SINKCACHE_SECOND(SINKCACHE_ONE_##value 1, 0, 0)
+#define SINKCACHE_BIT(macro) SINKCACHE_BIT_(macro)
+
+// Four such macros as a hexadecimal digit.
+#define SINKCACHE_HEX_0000 0
+#define SINKCACHE_HEX_0001 1
+#define SINKCACHE_HEX_0010 2
+#define SINKCACHE_HEX_0011 3
+#define SINKCACHE_HEX_0100 4
+#define SINKCACHE_HEX_0101 5
+#define SINKCACHE_HEX_0110 6
+#define SINKCACHE_HEX_0111 7
+#define SINKCACHE_HEX_1000 8
+#define SINKCACHE_HEX_1001 9
+#define SINKCACHE_HEX_1010 a
+#define SINKCACHE_HEX_1011 b
+#define SINKCACHE_HEX_1100 c
+#define SINKCACHE_HEX_1101 d
+#define SINKCACHE_HEX_1110 e
+#define SINKCACHE_HEX_1111 f
+#define SINKCACHE_HEX_OF_(a, b, c, d) SINKCACHE_HEX_##a##b##c##d
+#define SINKCACHE_HEX_OF(a, b, c, d) SINKCACHE_HEX_OF_(a, b, c, d)
+#define SINKCACHE_HEX(a, b, c, d) \
+  SINKCACHE_HEX_OF(SINKCACHE_BIT(a), SINKCACHE_BIT(b), SINKCACHE_BIT(c), SINKCACHE_BIT(d))
+
+// Every instruction set that a compiler may use in plain code, whether or not the library asks for it, and RTTI, which
+// changes what a vtable holds.
+#define SINKCACHE_PASTE_(a, b, c, d, e, f, g, h) a##b##c##d##e##f##g##h
+#define SINKCACHE_PASTE(...) SINKCACHE_PASTE_(__VA_ARGS__)
+#if defined(__SSE2__)
+#define SINKCACHE_SETS                                                                                  \
+  SINKCACHE_PASTE(SINKCACHE_HEX(__SSE3__, __SSSE3__, __SSE4_1__, __SSE4_2__),                           \
+                  SINKCACHE_HEX(__POPCNT__, __AVX__, __F16C__, __FMA__),                                \
+                  SINKCACHE_HEX(__AVX2__, __BMI__, __BMI2__, __LZCNT__),                                \
+                  SINKCACHE_HEX(__MOVBE__, __AVX512F__, __AVX512CD__, __AVX512BW__),                    \
+                  SINKCACHE_HEX(__AVX512DQ__, __AVX512VL__, __AVX512VBMI__, __AVX512VBMI2__),           \
+                  SINKCACHE_HEX(__AVX512IFMA__, __AVX512VNNI__, __AVX512BITALG__, __AVX512VPOPCNTDQ__), \
+                  SINKCACHE_HEX(__AVXVNNI__, __GFNI__, __FMA4__, __XOP__),                              \
+                  SINKCACHE_HEX(__TBM__, __AVX512FP16__, __APX_F__, __GXX_RTTI))
+#else
+#define SINKCACHE_SETS                                                                                                 \
+  SINKCACHE_PASTE(                                                                                                     \
+      SINKCACHE_HEX(__ARM_FEATURE_SVE, __ARM_FEATURE_SVE2, __ARM_FEATURE_DOTPROD, __ARM_FEATURE_MATMUL_INT8),          \
+      SINKCACHE_HEX(__ARM_FEATURE_ATOMICS, __ARM_FEATURE_FP16_VECTOR_ARITHMETIC, __ARM_FEATURE_COMPLEX, __GXX_RTTI), , \
+      , , , , )
+#endif
+
+#define SINKCACHE_JOIN_(major, minor, patch, isa, sets, exceptions) \
+  v##major##_##minor##_##patch##_##isa##_##sets##_##exceptions
+#define SINKCACHE_JOIN(...) SINKCACHE_JOIN_(__VA_ARGS__)
 #define SINKCACHE_TAG                                                                                      \
   SINKCACHE_JOIN(SINKCACHE_VERSION_MAJOR, SINKCACHE_VERSION_MINOR, SINKCACHE_VERSION_PATCH, SINKCACHE_ISA, \
-                 SINKCACHE_EXCEPTIONS)
+                 SINKCACHE_SETS, SINKCACHE_EXCEPTIONS)
 #define SINKCACHE_STRING_(text) #text
 #define SINKCACHE_STRING(text) SINKCACHE_STRING_(text)
 
