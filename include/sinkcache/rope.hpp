@@ -176,8 +176,8 @@ class rope {
     const index_t step = pairing_ == rope_pairing::half_split ? 1 : 2;
     for (index_t i = 0; i < pairs_; ++i) {
       const float a = from[i * step], b = from[i * step + apart];
-      to[i * step] = a * by.cos[i] - b * by.sin[i];
-      to[i * step + apart] = b * by.cos[i] + a * by.sin[i];
+      to[i * step] = multiply_add(a, by.cos[i], -(b * by.sin[i]));
+      to[i * step + apart] = multiply_add(b, by.cos[i], a * by.sin[i]);
     }
     for (index_t i = width(); i < dim; ++i) to[i] = from[i];
   }
@@ -219,6 +219,15 @@ class rope {
     for (index_t i = 0; i < width / 2; ++i) inv_freq[static_cast<std::size_t>(i)] = inv_freq_of(i);
     return rope(std::span<const float>(inv_freq.data(), static_cast<std::size_t>(width / 2)), pairing,
                 attention_factor);
+  }
+
+  // a * b + c, the same bits wherever it is inlined: of two products g++ fuses one here and the other there.
+  static float multiply_add(float a, float b, float c) noexcept {
+#if defined(__FP_FAST_FMAF)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
   }
 
   // floor(inv_freq * 2^64 / 2 pi) modulo 2^64.
