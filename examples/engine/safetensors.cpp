@@ -37,7 +37,12 @@ std::string printable(std::string_view text) {
 
 std::string quote(std::string_view text) { return "'" + printable(text) + "'"; }
 
-std::string listed(const std::vector<std::int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+// Not by fmt::join, in which g++ 12 finds an overflow that is not there.
+std::string listed(const std::vector<std::int64_t>& shape) {
+  std::string text = "[";
+  for (const std::int64_t extent : shape) text.append(text.size() > 1 ? ", " : "").append(std::to_string(extent));
+  return text.append("]");
+}
 
 // Bits per value of every dtype of the format, so that one that is merely not read here is told from nonsense.
 int dtype_bits(std::string_view dtype) {
