@@ -51,7 +51,7 @@ float read_once(const visible_memory& memory) {
     for (std::size_t s = 0; s < streams; ++s)
       for (std::size_t j = 0; j < line; j += sizeof(vfloat))
         sums[s] += sinkcache::detail::load(reinterpret_cast<const float*>(memory.data() + s * part + i + j));
-  return sinkcache::detail::sum_of_lanes(sums[0] + sums[1] + sums[2] + sums[3]);
+  return sinkcache::detail::sums_of_lanes(sums[0], sums[1], sums[2], sums[3])[0];
 }
 
 double microseconds_of(const auto& work) {

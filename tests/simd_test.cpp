@@ -72,42 +72,51 @@ TEST_CASE("simd: max, the second where either is NaN") {
   }
 }
 
-TEST_CASE("simd: over the lanes") {
-  effort::dice dice(3);
-  for (int i = 0; i < 1000; ++i) {
-    floats f = random_floats(dice);
-    double sum = 0, size = 0;
-    float largest = -inf;
-    for (float x : f) {
-      sum += static_cast<double>(x);
-      size += std::abs(static_cast<double>(x));
-      largest = std::max(largest, x);
-    }
-    REQUIRE(std::abs(static_cast<double>(detail::sum_of_lanes(vector_of(f))) - sum) <= 4 * 0x1p-24 * size);
-    REQUIRE(detail::max_of_lanes(vector_of(f)) == largest);
-  }
-  floats powers;
-  for (std::size_t i = 0; i < width; ++i) powers[i] = static_cast<float>(1 << i);
-  CHECK(detail::sum_of_lanes(vector_of(powers)) == static_cast<float>((1 << lanes) - 1));  // each lane once
+// Joins lanes with f as join_lanes<Width> should: lane i with all lanes that lie a multiple of Width from it.
+template <int Width>
+void check_joined(effort::dice& dice) {
+  const floats f = random_floats(dice);
+  const floats sums = lanes_of(detail::join_lanes<Width>(vector_of(f), [](vfloat a, vfloat b) { return a + b; }));
+  const floats largest =
+      lanes_of(detail::join_lanes<Width>(vector_of(f), [](vfloat a, vfloat b) { return detail::max(a, b); }));
   for (std::size_t i = 0; i < width; ++i) {
-    floats one;
-    one.fill(-inf);
-    one[i] = -7;
-    CHECK(detail::max_of_lanes(vector_of(one)) == -7);
-    one[i] = nan;
-    CHECK(std::isnan(detail::sum_of_lanes(vector_of(one))));
+    double sum = 0, size = 0;
+    float most = -inf;
+    for (std::size_t j = i % Width; j < width; j += Width) {
+      sum += static_cast<double>(f[j]);
+      size += std::abs(static_cast<double>(f[j]));
+      most = std::max(most, f[j]);
+    }
+    REQUIRE(std::abs(static_cast<double>(sums[i]) - sum) <= 4 * 0x1p-24 * size);
+    REQUIRE(largest[i] == most);
   }
-  CHECK(detail::max_of_lanes(detail::broadcast(-inf)) == -inf);
+}
+
+TEST_CASE("simd: join_lanes") {
+  effort::dice dice(3);
+  for (int i = 0; i < 300; ++i) {
+    check_joined<1>(dice);
+    check_joined<2>(dice);
+    check_joined<4>(dice);
+    check_joined<lanes>(dice);
+  }
+  floats one;
+  one.fill(-inf);
+  for (std::size_t i = 0; i < width; ++i) {  // every lane counts
+    one[i] = nan;
+    CHECK(std::isnan(lanes_of(detail::join_lanes<1>(vector_of(one), [](vfloat a, vfloat b) { return a + b; }))[0]));
+    one[i] = -inf;
+  }
 }
 
 TEST_CASE("simd: sums_of_lanes keeps the sums apart, and associates all alike") {
   effort::dice dice(4);
-  for (int trial = 0; trial < 200; ++trial) {
-    vfloat rows[width];
-    std::array<floats, width> plain;
-    for (std::size_t i = 0; i < width; ++i) rows[i] = vector_of(plain[i] = random_floats(dice));
-    const floats sums = lanes_of(detail::sums_of_lanes(rows));
-    for (std::size_t i = 0; i < width; ++i) {
+  for (int trial = 0; trial < 500; ++trial) {
+    floats plain[4];
+    for (floats& f : plain) f = random_floats(dice);
+    const detail::vquad sums =
+        detail::sums_of_lanes(vector_of(plain[0]), vector_of(plain[1]), vector_of(plain[2]), vector_of(plain[3]));
+    for (int i = 0; i < 4; ++i) {
       double sum = 0, size = 0;
       for (float x : plain[i]) {
         sum += static_cast<double>(x);
@@ -115,12 +124,37 @@ TEST_CASE("simd: sums_of_lanes keeps the sums apart, and associates all alike") 
       }
       REQUIRE(std::abs(static_cast<double>(sums[i]) - sum) <= 4 * 0x1p-24 * size);
     }
-    // The same row among other rows, in another lane, even beside NaNs: the same bits.
-    const auto moved = static_cast<std::size_t>(dice.from_to(0, lanes - 1));
-    vfloat others[width];
+    // The same vector among others, in another place, even beside NaNs: the same bits.
+    const auto moved = static_cast<int>(dice.from_to(0, 3));
+    vfloat others[4];
     for (vfloat& other : others) other = detail::broadcast(nan);
-    others[moved] = rows[0];
-    REQUIRE(same_bits(lanes_of(detail::sums_of_lanes(others))[moved], sums[0]));
+    others[moved] = vector_of(plain[0]);
+    REQUIRE(same_bits(detail::sums_of_lanes(others[0], others[1], others[2], others[3])[moved], sums[0]));
+  }
+}
+
+TEST_CASE("simd: ceil") {
+  effort::dice dice(6);
+  const auto ceil_of = [](float x) { return lanes_of(detail::ceil(detail::broadcast(x)))[0]; };
+  for (int i = 0; i < 20000; ++i) {
+    const auto x = static_cast<float>(std::ldexp(dice.signed_unit(), static_cast<int>(dice.from_to(-30, 40))));
+    REQUIRE(ceil_of(x) == std::ceil(x));
+  }
+  for (float x : {0.f, 1.f, -1.f, 0.5f, -0.5f, 0x1p23f - 0.5f, 0x1p23f + 1, -0x1p23f + 0.5f, 0x1p24f, -0x1p24f, 0x1p31f,
+                  -0x1p31f, 3e38f, -3e38f, inf, -inf})
+    REQUIRE(ceil_of(x) == std::ceil(x));
+  CHECK(std::isnan(ceil_of(nan)));
+}
+
+TEST_CASE("simd: add_product") {
+  effort::dice dice(7);
+  for (int i = 0; i < 1000; ++i) {
+    const floats a = random_floats(dice), b = random_floats(dice), c = random_floats(dice),
+                 sum = lanes_of(detail::add_product(vector_of(a), vector_of(b), vector_of(c)));
+    for (std::size_t j = 0; j < width; ++j) {
+      const double exact = static_cast<double>(a[j]) + static_cast<double>(b[j]) * static_cast<double>(c[j]);
+      REQUIRE(std::abs(static_cast<double>(sum[j]) - exact) <= 0x1p-23 * (std::abs(exact) + 1e4));
+    }
   }
 }
 
@@ -206,6 +240,13 @@ void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
       std::vector<std::uint16_t> halves(n + 1, 0x7777);
       Convert::narrow(from.data(), static_cast<index_t>(n), reinterpret_cast<std::byte*>(halves.data()));
       Convert::widen(reinterpret_cast<const std::byte*>(halves.data()), static_cast<index_t>(n), back.data());
+      if (n >= width) {
+        const floats loaded = lanes_of(Convert::load(reinterpret_cast<const std::byte*>(halves.data() + (n - width))));
+        for (std::size_t i = 0; i < width; ++i) {
+          const float one = from_half(halves[n - width + i]);
+          REQUIRE((std::isnan(one) ? std::isnan(loaded[i]) : same_bits(loaded[i], one)));
+        }
+      }
       for (std::size_t i = 0; i < n; ++i) {
         REQUIRE(halves[i] == to_half(from[i]));
         REQUIRE((std::isnan(from[i]) ? std::isnan(back[i]) : same_bits(back[i], from_half(halves[i]))));

@@ -83,6 +83,34 @@ inline status validate(const cache_config& config) noexcept {
   return found;
 }
 
+// Stored tokens of one sequence and layer, as attention reads them: those of a cache, or of the engine's own memory.
+class kv_source : public segment_source {
+ public:
+  const cache_config& config() const { return config_; }
+  index_t size() const { return visible(seen_).num_tokens(); }  // visible tokens now
+  position_t seen() const { return seen_; }                     // tokens stored so far, less those taken back
+
+  virtual index_t capacity()
+      const noexcept = 0;  // most tokens visible at once; of a policy of one's own, its capacity()
+
+  // The smallest count of tokens from which on all that was visible after so many is still stored.
+  virtual position_t min_truncate() const noexcept = 0;
+
+ protected:
+  explicit kv_source(const cache_config& config) noexcept : config_(detail::with_v_head_dim(config)) {}
+  kv_source(kv_source&& from) noexcept
+      : segment_source(from), config_(from.config_), seen_(std::exchange(from.seen_, 0)) {}
+  kv_source& operator=(kv_source&& from) noexcept {
+    config_ = from.config_;
+    seen_ = std::exchange(from.seen_, 0);
+    return *this;
+  }
+  ~kv_source() = default;
+
+  cache_config config_;
+  position_t seen_ = 0;
+};
+
 // Of what a cache is made, for messages: the formats' names, and whether its policy is a sink_window.
 struct cache_kind {
   std::string_view k_format, v_format;
@@ -91,15 +119,10 @@ struct cache_kind {
 
 // A cache of whatever formats and policy. A call that is refused changes nothing. One that was moved from holds no
 // tokens and no memory, takes none, and can be assigned to.
-class any_kv_cache : public segment_source {
+class any_kv_cache : public kv_source {
  public:
   virtual ~any_kv_cache() = default;
 
-  const cache_config& config() const { return config_; }
-  index_t size() const { return visible(seen_).num_tokens(); }  // visible tokens now
-  position_t seen() const { return seen_; }                     // tokens appended, less those taken back
-  virtual index_t capacity() const noexcept = 0;    // most tokens visible at once; of a policy of one's own, its
-                                                    // capacity()
   virtual std::size_t nbytes() const noexcept = 0;  // memory held
   virtual cache_kind kind() const noexcept = 0;
 
@@ -112,7 +135,7 @@ class any_kv_cache : public segment_source {
   virtual status try_truncate(position_t seen) noexcept = 0;
 
   // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
-  virtual position_t min_truncate() const noexcept = 0;
+  position_t min_truncate() const noexcept override = 0;
 
   // Forgets all tokens.
   void clear() noexcept { seen_ = high_ = 0; }
@@ -133,21 +156,14 @@ class any_kv_cache : public segment_source {
   }
 
  protected:
-  explicit any_kv_cache(const cache_config& config) noexcept : config_(detail::with_v_head_dim(config)) {}
-  any_kv_cache(any_kv_cache&& from) noexcept
-      : segment_source(from),
-        config_(from.config_),
-        seen_(std::exchange(from.seen_, 0)),
-        high_(std::exchange(from.high_, 0)) {}
+  explicit any_kv_cache(const cache_config& config) noexcept : kv_source(config) {}
+  any_kv_cache(any_kv_cache&& from) noexcept : kv_source(std::move(from)), high_(std::exchange(from.high_, 0)) {}
   any_kv_cache& operator=(any_kv_cache&& from) noexcept {
-    config_ = from.config_;
-    seen_ = std::exchange(from.seen_, 0);
+    kv_source::operator=(std::move(from));
     high_ = std::exchange(from.high_, 0);
     return *this;
   }
 
-  cache_config config_;
-  position_t seen_ = 0;
   position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
 
  private:

@@ -44,10 +44,14 @@ inline status validate(const attention_params& params) noexcept {
 
 namespace detail {
 
-inline void require_queries(status& found, const attention_params& params, const_matrix_view q, index_t tokens,
-                            const cache_config& cache) noexcept {
+inline void require_heads(status& found, const attention_params& params, const cache_config& cache) noexcept {
   found.require(params.num_qo_heads % cache.num_kv_heads == 0, "num_qo_heads", params.num_qo_heads,
                 "a multiple of the cache's num_kv_heads,", cache.num_kv_heads);
+}
+
+inline void require_queries(status& found, const attention_params& params, const_matrix_view q, index_t tokens,
+                            const cache_config& cache) noexcept {
+  require_heads(found, params, cache);
   const index_t cols = checked_product(found, "num_qo_heads * head_dim", params.num_qo_heads, cache.head_dim);
   require_shape(found, "q", q, tokens, cols);
 }
@@ -58,22 +62,45 @@ inline void require_outputs(status& found, const attention_params& params, matri
   require_shape(found, "out", out, tokens, cols);
 }
 
-inline status check_decode(const attention_params& params, const_matrix_view q, const any_kv_cache& cache,
+inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys,
                            matrix_view out) noexcept {
   status found;
-  require_queries(found, params, q, 1, cache.config());
-  require_outputs(found, params, out, 1, cache.config());
+  require_queries(found, params, q, 1, keys.config());
+  require_outputs(found, params, out, 1, keys.config());
   return found;
 }
 
-inline status check_attend(const attention_params& params, const_matrix_view q, const any_kv_cache& cache,
+inline void require_item(status& found, const attention_params& params, const float* q, const kv_source* keys,
+                         const float* out) noexcept {
+  found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
+  found.require(q != nullptr, "a batch's q", "null", "a row");
+  found.require(out != nullptr, "a batch's out", "null", "a row");
+  if (found) require_heads(found, params, keys->config());
+}
+
+inline status check_attend(const attention_params& params, const_matrix_view q, const kv_source& keys,
+                           matrix_view out) noexcept {
+  status found;
+  require_queries(found, params, q, q.rows(), keys.config());
+  require_outputs(found, params, out, q.rows(), keys.config());
+  found.require(q.rows() <= keys.seen(), "q.rows()", q.rows(), "at most what was stored,", keys.seen());
+  if (found && q.rows() > 1) {
+    const position_t oldest = keys.seen() - q.rows() + 1, smallest = keys.min_truncate();
+    if (oldest < smallest)
+      found.refuse("q.rows() was {}, had to be at most {}: what older tokens saw is overwritten", q.rows(),
+                   keys.seen() - smallest + 1);
+  }
+  return found;
+}
+
+inline status check_attend(const attention_params& params, const_matrix_view q, const kv_source& keys,
                            const attention_state& state) noexcept {
   status found;
-  require_queries(found, params, q, 1, cache.config());
+  require_queries(found, params, q, 1, keys.config());
   found.require(state.num_heads() == params.num_qo_heads, "state.num_heads()", state.num_heads(), "exactly",
                 params.num_qo_heads);
-  found.require(state.v_head_dim() == cache.config().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
-                cache.config().v_head_dim);
+  found.require(state.v_head_dim() == keys.config().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
+                keys.config().v_head_dim);
   return found;
 }
 
@@ -84,6 +111,19 @@ inline status check_prefill(const attention_params& params, const_matrix_view q,
   cache.require_tokens(found, q.rows(), k, v);
   require_outputs(found, params, out, q.rows(), cache.config());
   return found;
+}
+
+// The part with its ends filled in.
+template <class Part>
+Part whole_part(status& found, Part part, index_t num_kv_heads, index_t num_rows) noexcept {
+  const auto fill = [&](const char* first_name, const char* size_name, index_t first, index_t& size, index_t all) {
+    found.require(first >= 0 && first <= all, first_name, first, "from 0 to", all);
+    if (size == 0) size = all - first;
+    found.require(size >= 0 && size <= all - first, size_name, size, "from 0 to", all - first);
+  };
+  fill("first_kv_head", "num_kv_heads", part.first_kv_head, part.num_kv_heads, num_kv_heads);
+  fill("first_row", "num_rows", part.first_row, part.num_rows, num_rows);
+  return part;
 }
 
 }  // namespace detail

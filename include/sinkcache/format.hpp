@@ -30,7 +30,15 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
   F::decode(from, index_t{}, dim, out);
 };
 
-// Plain floats. The kernel reads them where they lie.
+// A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each,
+// load(from) gives as many as a vector holds.
+template <class F>
+concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
+  { F::element_bytes } -> std::convertible_to<index_t>;
+  { F::load(from) } -> std::same_as<detail::vfloat>;
+};
+
+// Plain floats.
 struct f32 {
   static constexpr std::string_view name = "f32";
   static constexpr index_t block_rows = 1;
@@ -43,6 +51,10 @@ struct f32 {
   }
   static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
     std::memcpy(out, from, static_cast<std::size_t>(dim) * sizeof(float));
+  }
+  static constexpr index_t element_bytes = sizeof(float);
+  static detail::vfloat load(const std::byte* from) noexcept {
+    return detail::load_once(reinterpret_cast<const float*>(from));
   }
 };
 
@@ -62,6 +74,8 @@ struct half_row {
   static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
     Convert::widen(from, dim, out);
   }
+  static constexpr index_t element_bytes = 2;
+  [[gnu::always_inline]] static vfloat load(const std::byte* from) noexcept { return Convert::load(from); }
 };
 
 }  // namespace detail

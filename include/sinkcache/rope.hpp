@@ -172,17 +172,27 @@ class rope {
 
   // Turns one row of a head, `dim` floats; `to` may be `from`.
   void turn(const angles& by, const float* from, index_t dim, float* to) const noexcept {
-    const index_t apart = pairing_ == rope_pairing::half_split ? pairs_ : 1;
-    const index_t step = pairing_ == rope_pairing::half_split ? 1 : 2;
-    for (index_t i = 0; i < pairs_; ++i) {
-      const float a = from[i * step], b = from[i * step + apart];
-      to[i * step] = multiply_add(a, by.cos[i], -(b * by.sin[i]));
-      to[i * step + apart] = multiply_add(b, by.cos[i], a * by.sin[i]);
-    }
+    if (pairing_ == rope_pairing::half_split)
+      turn_pairs<1>(by, from, pairs_, to);
+    else
+      turn_pairs<2>(by, from, 1, to);
     for (index_t i = width(); i < dim; ++i) to[i] = from[i];
   }
 
  private:
+  // Pairs of dimensions that lie `apart`, Step dimensions from pair to pair.
+  template <int Step>
+  void turn_pairs(const angles& by, const float* from, index_t apart, float* to) const noexcept {
+#if !defined(__clang__)
+#pragma GCC ivdep  // `to` may be `from`, but no pair touches another
+#endif
+    for (index_t i = 0; i < pairs_; ++i) {
+      const float a = from[i * Step], b = from[i * Step + apart];
+      to[i * Step] = multiply_add(a, by.cos[i], -(b * by.sin[i]));
+      to[i * Step + apart] = multiply_add(b, by.cos[i], a * by.sin[i]);
+    }
+  }
+
   // One float32 operation each; volatile, or compilers contract two of them into one that rounds once.
   static float rounded(double x) {
     volatile float result = static_cast<float>(x);

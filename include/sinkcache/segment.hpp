@@ -18,24 +18,35 @@ struct logit_terms {
   float sink_bias;    // on pinned tokens
 };
 
-// Query rows [rows, round_up(head_dim, 16)], turned for their gap, scaled by sm_scale * log2(e), zero behind head_dim.
-// Order within a row: scale, soft cap, ALiBi, sink bias.
+// Query rows, turned for their gap, scaled by sm_scale * log2(e), zero behind head_dim and behind the last row: few as
+// they are, [rows, round_up(head_dim, 16)], many in panels of `panel` rows, [rows / panel, round_up(head_dim, 16),
+// panel]. Order within a row: scale, soft cap, ALiBi, sink bias.
 struct query_rows {
+  static constexpr index_t panel = 2 * detail::lanes;
+
   const float* q;
   index_t rows, head_dim, v_head_dim;
+  bool in_panels;
   const logit_terms* terms;    // one a row, or null
   position_t num_sink_tokens;  // positions below take sink_bias
   float soft_cap;              // in base 2; 0 for none
 };
 
-// Scratch of one worker: decoded tiles [keys, round_up(dim, 16)], logits [4, stride].
+// Scratch of one worker: tiles of floats of K [keys, round_up(dim, 16)] and V (rows 16 floats further apart, so that a
+// column of them spreads over the sets of the L1), and logits [keys, rows].
 struct tile_scratch {
-  static constexpr index_t max_keys = 128, stride = max_keys + 16;
-
-  // Keys in a tile: as many as leave room in a 32 KiB L1 for both K and V in float.
-  static constexpr index_t keys(index_t head_dim, index_t v_head_dim) {
-    return std::clamp<index_t>(8192 / (head_dim + v_head_dim) / 16 * 16, 16, max_keys);
+  // Keys in a tile that a few rows walk over, about 48 KiB of K and V: the keys pass by once, while the values come
+  // into the L1.
+  static constexpr index_t max_keys = 96, max_rows = 32;
+  static constexpr index_t keys(index_t k_row_bytes, index_t v_row_bytes) {
+    return std::clamp<index_t>(49152 / (k_row_bytes + v_row_bytes) / 24 * 24, 24, max_keys);
   }
+  // Keys in a tile for panels of rows.
+  static constexpr index_t panel_keys = 128;
+  static constexpr index_t k_floats(index_t dim) { return panel_keys * dim; }
+  static constexpr index_t v_floats(index_t dim) { return panel_keys * (dim + 16); }
+  static constexpr index_t logits_floats =
+      std::max(2 * max_rows * (max_keys + 16), query_rows::panel*(panel_keys + 16));
 
   float *k, *v, *logits;
 };
@@ -49,13 +60,14 @@ struct extent {
 struct segment;
 
 // Merges what `rows` see of one segment into their states. noexcept, and no more memory than the scratch.
-using absorb_fn = void (*)(const segment&, const query_rows& rows, const extent* extents, const detail::states&,
+using absorb_fn = void (*)(const segment&, const query_rows& rows, const extent* extents, const detail::running_states&,
                            const tile_scratch&) noexcept;
 
 // Consecutive tokens in consecutive rows of one KV head, in one pair of formats.
 struct segment {
   const std::byte *k, *v;    // block 0 of the store that holds them
   index_t k_block, v_block;  // bytes from block to block
+  index_t k_step, v_step;    // bytes from element to element in an engine's rows; 0: blocks as the format wrote them
   index_t row;               // row of position `first`
   position_t first, last;
   absorb_fn absorb;

@@ -74,6 +74,25 @@ struct states {
   }
 };
 
+// States that grow tile by tile. What rounding leaves of each addition is summed beside it, so that long sums do not
+// drift however many tiles there are (fast two-sum, Dekker 1971).
+struct running_states : states {
+  float *d_rest, *o_rest;
+
+  running_states from_row(index_t i) const { return {states::from_row(i), d_rest + i, o_rest + i * o_stride}; }
+
+  void clear(index_t rows) const noexcept {
+    states::clear(rows);
+    std::fill_n(d_rest, rows, 0.f);
+    std::fill_n(o_rest, rows * o_stride, 0.f);
+  }
+  // Adds the rests up; what is left is a state.
+  void settle(index_t rows) const noexcept {
+    for (index_t i = 0; i < rows; ++i) d[i] += d_rest[i];
+    for (index_t i = 0; i < rows * o_stride; ++i) o[i] += o_rest[i];
+  }
+};
+
 // The factor that brings what was summed relative to `m` to a new maximum `to`.
 inline float rescale(float m, float to) noexcept { return m == to ? 1.f : exp2_nonpositive(m - to); }
 
@@ -83,6 +102,12 @@ inline void merge_state(const states& into, const states& from, index_t dim) noe
   *into.m = m;
   *into.d = *into.d * a + *from.d * b;
   for (index_t i = 0; i < dim; ++i) into.o[i] = into.o[i] * a + from.o[i] * b;
+}
+
+inline void copy_state(const states& into, const states& from, index_t dim) noexcept {
+  *into.m = *from.m;
+  *into.d = *from.d;
+  std::copy_n(from.o, dim, into.o);
 }
 
 // Returns lse, the natural logarithm of the denominator, the sink included. Nothing visible and no sink: zeros, -inf.

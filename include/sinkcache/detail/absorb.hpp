@@ -1,222 +1,248 @@
 #pragma once
 
-// The hot loop: what a few query rows see of one segment, merged into their states. Keys are walked in tiles; all rows
-// that see the same keys of a tile go through it together. A row's arithmetic does not depend on the rows beside it.
+// The hot loop: what query rows see of one segment, merged into their states. Keys are walked in tiles. The logits of a
+// tile lie as [keys, rows of the group], so that the softmax needs no sums across a vector.
+//
+// A few rows (decode) go through a tile in groups of up to four: each key is loaded once for all of a group, where it
+// lies and whatever its format, and multiplied along the head. Many rows (prefill) go in panels, a row a lane: a tile
+// is decoded once for all of them, and each of its elements multiplies a whole panel. A row's arithmetic does not
+// depend on the rows beside it.
 
 #include <algorithm>
 #include <cmath>
 #include <concepts>
+#include <type_traits>
 
-#include "../format.hpp"
-#include "../segment.hpp"
-#include "simd.hpp"
+#include "tile.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Rows of floats [n, round_up(dim, 16)] of a tile, `stride` floats apart.
-struct tile_rows {
-  const float* data;
-  index_t stride;
-
-  const float* row(index_t i) const { return data + i * stride; }
-};
-
-// The rows [first, first + n) of a store: f32 where they lie, other formats decoded into `scratch`.
-template <kv_format F>
-tile_rows rows_of(const std::byte* store, index_t block, index_t first, index_t n, index_t dim,
-                  float* scratch) noexcept {
-  if constexpr (std::same_as<F, f32>) {
-    return {reinterpret_cast<const float*>(store + first * block), block / index_t{sizeof(float)}};
-  } else {
-    const index_t stride = round_up(dim, 16);
-    for (index_t i = 0; i < n; ++i) {
-      const index_t row = first + i;
-      float* const to = scratch + i * stride;
-      F::decode(store + row / F::block_rows * block, row % F::block_rows, dim, to);
-      std::fill(to + dim, to + stride, 0.f);
-    }
-    return {scratch, stride};
-  }
-}
-
-// logits[r][j] = q[r] . k[j], for Rows rows, `lanes` dot products at a time: as many accumulators as hide the latency
-// of an FMA. Behind the n-th key the last one repeats. Meanwhile `ahead`, what is read next, comes into the L1.
-template <int Rows>
-void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows ahead, float* logits) noexcept {
-  constexpr int keys = lanes / Rows;
-  for (index_t j = 0; j < n; j += keys) {
-    const float* key[keys];
-    for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
-    for (int i = 0; i < keys; ++i)
-      for (index_t d = 0; d < dim; d += 16) __builtin_prefetch(ahead.row(std::min(j + i, n - 1)) + d);
-    vfloat sums[lanes] = {};
-    for (index_t d = 0; d < dim; d += 16)
-#pragma GCC unroll 4
-      for (index_t part = d; part < d + 16; part += lanes) {
-        vfloat query[Rows];
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) query[r] = load(q + r * dim + part);
-#pragma GCC unroll 16
-        for (int i = 0; i < keys; ++i) {
-          const vfloat kd = load(key[i] + part);
-#pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) sums[r * keys + i] += query[r] * kd;
-        }
-      }
-    const vfloat dots = sums_of_lanes(sums);
-    for (int r = 0; r < Rows; ++r)
-      std::memcpy(logits + r * tile_scratch::stride + j, reinterpret_cast<const char*>(&dots) + r * keys * 4,
-                  keys * sizeof(float));
-  }
-}
-
-// o[r] = o[r] * scale[r] + sum over j of weights[r][j] * v[j]. Long sums drift: 16 keys are summed by themselves, then
-// the tile, which is added once. Strips of columns are a pattern that hardware does not prefetch, so each line of V
-// brings in the same line of `ahead`.
-template <int Rows, int Vectors>
-void add_values(const float* weights, const float* scale, tile_rows v, index_t n, tile_rows ahead, index_t column,
-                float* o, index_t o_stride) noexcept {
-  vfloat tile[Rows][Vectors] = {};
-  for (index_t first = 0; first < n; first += 16) {
-    vfloat sums[Rows][Vectors] = {};
-    const index_t last = std::min<index_t>(n, first + 16);
-#pragma GCC unroll 4
-    for (index_t j = first; j < last; ++j) {
-      const float* const value = v.row(j) + column;
-      for (int line = 0; line < Vectors * lanes; line += 16) __builtin_prefetch(ahead.row(j) + column + line);
-#pragma GCC unroll 8
-      for (int c = 0; c < Vectors; ++c) {
-        const vfloat vc = load(value + c * lanes);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) sums[r][c] += vc * weights[r * tile_scratch::stride + j];
-      }
-    }
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Vectors; ++c) tile[r][c] += sums[r][c];
-  }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Vectors; ++c) {
-      float* const to = o + r * o_stride + column + c * lanes;
-      store(to, load(to) * scale[r] + tile[r][c]);
-    }
-}
-
-template <int Rows, int Vectors>
-void add_columns(const float* weights, const float* scale, tile_rows v, index_t n, tile_rows ahead, index_t column,
-                 index_t dim, float* o, index_t o_stride) noexcept {
-  for (; column + Vectors * lanes <= dim; column += Vectors * lanes)
-    add_values<Rows, Vectors>(weights, scale, v, n, ahead, column, o, o_stride);
-  if constexpr (Vectors > 1) add_columns<Rows, Vectors / 2>(weights, scale, v, n, ahead, column, dim, o, o_stride);
-}
-
-// tanh(x), within 2e-7 of it.
-inline vfloat tanh(vfloat x) noexcept {
-  const vfloat magnitude = x < vfloat{} ? -x : x, x2 = x * x;
-  vfloat p = broadcast(-5.70498872745e-3f);  // Cephes tanhf, |x| < 0.625
-  p = p * x2 + 2.06390887954e-2f;
-  p = p * x2 - 5.37397155531e-2f;
-  p = p * x2 + 1.33314422036e-1f;
-  p = p * x2 - 3.33332819422e-1f;
-  const vfloat near = x + x * x2 * p;
-  const vfloat t = exp2_nonpositive(magnitude * (-2 * std::numbers::log2e_v<float>));
-  const vfloat far = (1.f - t) / (1.f + t);
-  return magnitude < broadcast(0.625f) ? near : (x < vfloat{} ? -far : far);
-}
-
-// Soft cap, ALiBi and sink bias of one row's logits for the keys [first, first + n).
-inline void adjust_logits(const query_rows& rows, index_t row, position_t gap, position_t first, index_t n,
-                          float* logits) noexcept {
+// Soft cap, ALiBi and sink bias of Rows rows' logits for the keys [first, first + n).
+template <int Rows, int Width = width_of<Rows>>
+void adjust_logits(const query_rows& rows, index_t row, const extent* extents, position_t first, index_t n,
+                   float* logits) noexcept {
+  using lanes_of = row_lanes<Width>;
+  const index_t all = round_up(n * Width, lanes);
   if (rows.soft_cap > 0)
-    for (index_t j = 0; j < n; j += lanes) store(logits + j, rows.soft_cap * tanh(load(logits + j) / rows.soft_cap));
+    for (index_t i = 0; i < all; i += lanes) store(logits + i, rows.soft_cap * tanh(load(logits + i) / rows.soft_cap));
   if (rows.terms == nullptr) return;
-  const logit_terms& terms = rows.terms[row];
-  if (terms.alibi_slope != 0) {
-    const auto nearest = static_cast<float>(first - (terms.query - gap));
-    for (index_t j = 0; j < n; ++j) logits[j] += terms.alibi_slope * (nearest + static_cast<float>(j));
+  float slope[std::max(Width, 4)] = {}, bias[Width] = {}, nearest[std::max(Width, 4)] = {};
+  for (int r = 0; r < Rows && row + r < rows.rows; ++r) {
+    const logit_terms& terms = rows.terms[row + r];
+    slope[r] = terms.alibi_slope;
+    bias[r] = terms.sink_bias;
+    nearest[r] = static_cast<float>(first - (terms.query - extents[row + r].gap));
   }
+  vfloat slopes[lanes_of::vectors], distance[lanes_of::vectors];
+  lanes_of::spread(slope, slopes);
+  lanes_of::spread(nearest, distance);
+  for (vfloat& d : distance) d += lanes_of::key_numbers();
+  for (index_t i = 0; i < all; i += lanes_of::vectors * lanes)
+    for (int part = 0; part < lanes_of::vectors; ++part) {
+      float* const at = logits + i + part * lanes;
+      store(at, load(at) + slopes[part] * distance[part]);
+      distance[part] += static_cast<float>(lanes_of::keys);
+    }
   const index_t pinned = static_cast<index_t>(std::clamp<position_t>(rows.num_sink_tokens - first, 0, n));
-  for (index_t j = 0; j < pinned; ++j) logits[j] += terms.sink_bias;
+  for (index_t j = 0; j < pinned; ++j)
+    for (int r = 0; r < Width; ++r) logits[j * Width + r] += bias[r];
 }
 
-// Turns the logits of one row into weights relative to its new maximum, and brings d along; returns the scale of o.
-inline float weigh(float* logits, index_t n, float* m, float* d) noexcept {
-  const index_t padded = round_up(n, lanes);
-  std::fill(logits + n, logits + padded, no_logit);
-  vfloat largest = load(logits);
-  for (index_t j = lanes; j < padded; j += lanes) largest = max(largest, load(logits + j));
-  // A whole number, so that no later change of it rounds what was summed.
-  const float tile_max = std::ceil(max_of_lanes(largest)), new_max = tile_max > *m ? tile_max : *m;
-  const float subtract = new_max == no_logit ? 0.f : new_max;  // logits of -inf alone: weights 0, not NaN
-  vfloat sum{};
-  for (index_t j = 0; j < padded; j += lanes) {
-    const vfloat w = exp2_nonpositive(load(logits + j) - subtract);
-    store(logits + j, w);
-    sum += w;
+// Turns the logits of Rows rows for n keys, from number `offset` of a tile on, into weights relative to their new
+// maxima, and brings d along; scale: what o has to be multiplied with.
+template <int Rows, int Width = width_of<Rows>>
+void weigh(float* logits, index_t offset, index_t n, const running_states& to, float* scale) noexcept {
+  using lanes_of = row_lanes<Width>;
+  constexpr int vectors = lanes_of::vectors;
+  const index_t used = n * Width, all = round_up(used, lanes);
+  std::fill(logits + used, logits + all, no_logit);
+  vfloat largest[vectors], old_max[vectors], subtract[vectors], factor[vectors], sum[vectors] = {};
+  for (int part = 0; part < vectors; ++part) largest[part] = load(logits + part * lanes);
+  for (index_t i = vectors * lanes; i < all; i += vectors * lanes)
+    for (int part = 0; part < vectors; ++part) largest[part] = max(largest[part], load(logits + i + part * lanes));
+  lanes_of::spread(to.m, old_max);
+  for (int part = 0; part < vectors; ++part) {
+    // A whole number, so that no later change of it rounds what was summed.
+    const vfloat tile_max = ceil(join_lanes<Width>(largest[part], [](vfloat a, vfloat b) { return max(a, b); }));
+    const vfloat new_max = max(tile_max, old_max[part]);
+    subtract[part] = new_max == broadcast(no_logit) ? vfloat{} : new_max;  // logits of -inf alone: weights 0, not NaN
+    factor[part] = exp2_nonpositive(old_max[part] == new_max ? vfloat{} : old_max[part] - new_max);
+    largest[part] = new_max;
   }
-  const float scale = rescale(*m, new_max);
-  *m = new_max;
-  *d = *d * scale + sum_of_lanes(sum);
-  return scale;
+  const auto to_weight = [&](index_t i, int part) {
+    const vfloat w = exp2_nonpositive(load(logits + i) - subtract[part]);
+    store(logits + i, w);
+    return w;
+  };
+  if constexpr (vectors == 1) {
+    // Keys `lanes` apart are summed first, then halves: the same whatever the width.
+    vfloat sums[Width] = {};
+    for (index_t i = 0; i < all; i += Width * lanes)
+#pragma GCC unroll 4
+      for (int part = 0; part < Width; ++part)
+        if (i + part * lanes < all) sums[part] += to_weight(i + part * lanes, 0);
+    for (int half = Width / 2; half > 0; half /= 2)
+      for (int part = 0; part < half; ++part) sums[part] += sums[part + half];
+    sum[0] = sums[0];
+  } else {
+    // Sixteen keys first, by their numbers in the tile.
+    for (index_t i = 0; i < all;) {
+      const index_t some = std::min(all, i + (16 - (offset + i / Width) % 16) * Width);
+      vfloat some_sum[vectors] = {};
+      for (; i < some; i += Width)
+        for (int part = 0; part < vectors; ++part) some_sum[part] += to_weight(i + part * lanes, part);
+      for (int part = 0; part < vectors; ++part) sum[part] += some_sum[part];
+    }
+  }
+  vfloat old_d[vectors], old_rest[vectors];
+  lanes_of::spread(to.d, old_d);
+  lanes_of::spread(to.d_rest, old_rest);
+  for (int part = 0; part < vectors; ++part) {
+    const vfloat tile_d = join_lanes<Width>(sum[part], [](vfloat a, vfloat b) { return a + b; });
+    const vfloat old = old_d[part] * factor[part], new_d = old + tile_d;
+    const vfloat rest = old_rest[part] * factor[part] + (tile_d - (new_d - old));
+    constexpr std::size_t bytes = std::min(Rows, lanes) * sizeof(float);
+    std::memcpy(to.m + part * lanes, &largest[part], bytes);
+    std::memcpy(to.d + part * lanes, &new_d, bytes);
+    std::memcpy(to.d_rest + part * lanes, &rest, bytes);
+    std::memcpy(scale + part * lanes, &factor[part], bytes);
+  }
 }
 
-// `Rows` query rows from `row` on take in n keys and values, of positions from `first` on.
-template <int Rows>
-void absorb_rows(const query_rows& rows, index_t row, const extent* extents, tile_rows k, tile_rows v, tile_rows next_k,
-                 position_t first, index_t n, const states& to, float* logits) noexcept {
-  const index_t dim = round_up(rows.head_dim, 16);
-  float scale[Rows];
-  dot_products<Rows>(rows.q + row * dim, dim, k, n, v, logits);
-  for (int r = 0; r < Rows; ++r) {
-    float* const row_logits = logits + r * tile_scratch::stride;
-    adjust_logits(rows, row + r, extents[row + r].gap, first, n, row_logits);
-    scale[r] = weigh(row_logits, n, to.m + row + r, to.d + row + r);
+// `count` query rows from `row` on take in n keys and values, of positions from `first` on; all of them see all.
+template <class K, class V>
+void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
+                 const std::byte* next_k, index_t offset, position_t first, index_t n, const running_states& to,
+                 float* logits) noexcept {
+  const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16), groups = (count + 3) / 4;
+  const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::max_keys + 16); };
+  float scale[tile_scratch::max_rows];
+  prefetcher ahead(v.data);
+  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+    const float* const q = rows.q + (row + r) * dim;
+    if (k.decoded)
+      dot_products<f32, Rows>(q, dim, k, n, ahead, v.stride / groups, logits_of(group));
+    else
+      dot_products<K, Rows>(q, dim, k, n, ahead, v.stride / groups, logits_of(group));
+  });
+  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+    if (rows.soft_cap > 0 || rows.terms != nullptr)
+      adjust_logits<Rows>(rows, row + r, extents, first, n, logits_of(group));
+    weigh<Rows>(logits_of(group), offset, n, to.from_row(row + r), scale + r);
+  });
+  rescale_values(scale, count, to.from_row(row));
+  ahead = prefetcher(next_k);
+  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+    const running_states sums = to.from_row(row + r);
+    const float* const weights = logits_of(group);
+    in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
+      constexpr index_t width = width_of<Rows>;
+      const index_t step = k.stride * Vectors * lanes / v_dim / groups;
+      if (v.decoded)
+        add_values<f32, Rows, Vectors>(weights, width, v, offset, n, ahead, step, column, sums);
+      else
+        add_values<V, Rows, Vectors>(weights, width, v, offset, n, ahead, step, column, sums);
+    });
+  });
+}
+
+// The positions that a row sees between `first` and `last`.
+inline position_span seen_of(const extent& extent, position_t first, position_t last) {
+  const position_span span{std::max(extent.lo, first), std::min(extent.hi, last)};
+  return span.first < span.last ? span : position_span{};
+}
+
+// The panel of rows from `row` on takes in what each row sees of a decoded tile of n keys, of positions from `first`
+// on.
+inline void absorb_panel(const query_rows& rows, index_t row, const extent* extents, tile_rows k, tile_rows v,
+                         index_t offset, position_t first, index_t n, const running_states& to,
+                         float* logits) noexcept {
+  constexpr int panel = query_rows::panel;
+  const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
+  position_span seen[panel];
+  index_t lo = n, hi = 0;  // what any row sees, as keys of the tile
+  for (int r = 0; r < panel; ++r) {
+    seen[r] = row + r < rows.rows ? seen_of(extents[row + r], first, first + n) : position_span{};
+    if (seen[r].size() == 0) continue;
+    lo = std::min(lo, static_cast<index_t>(seen[r].first - first));
+    hi = std::max(hi, static_cast<index_t>(seen[r].last - first));
   }
-  add_columns<Rows, 8 / Rows>(logits, scale, v, n, next_k, 0, round_up(rows.v_head_dim, 16), to.o + row * to.o_stride,
-                              to.o_stride);
+  if (lo >= hi) return;
+  const position_span all{first + lo, first + hi};
+  k = k.from_row(lo), v = v.from_row(lo), n = hi - lo;
+  panel_dot_products(rows.q + row * dim, dim, k, n, logits);
+  if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<panel, panel>(rows, row, extents, all.first, n, logits);
+  bool alike = true;
+  for (int r = 0; r < panel; ++r) {
+    if (seen[r] == all) continue;
+    alike = false;
+    const index_t from = static_cast<index_t>(seen[r].first - all.first), upto = from + seen[r].size();
+    for (index_t j = 0; j < n; ++j)
+      if (seen[r].size() == 0 || j < from || j >= upto) logits[j * panel + r] = no_logit;
+  }
+  float scale[panel];
+  weigh<panel, panel>(logits, offset + lo, n, to.from_row(row), scale);
+  rescale_values(scale, panel, to.from_row(row));
+  prefetcher nothing(nullptr);
+  // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
+  if (!alike && !all_finite(v, n, v_dim)) {
+    for (int r = 0; r < panel; ++r) {
+      const index_t from = static_cast<index_t>(seen[r].first - all.first);
+      if (seen[r].size() == 0) continue;
+      in_strips<1>(v_dim, [&]<int Vectors>(index_t column) {
+        add_values<f32, 1, Vectors>(logits + from * panel + r, panel, v.from_row(from), offset + lo + from,
+                                    seen[r].size(), nothing, 0, column, to.from_row(row + r));
+      });
+    }
+    return;
+  }
+  in_strips<4>(v_dim, [&]<int Vectors>(index_t column) {
+    for (int r = 0; r < panel; r += 4)
+      add_values<f32, 4, Vectors>(logits + r, panel, v, offset + lo, n, nothing, 0, column, to.from_row(row + r));
+  });
 }
 
 // See absorb_fn.
 template <kv_format K, kv_format V>
-void absorb(const segment& from, const query_rows& rows, const extent* extents, const states& to,
+void absorb(const segment& from, const query_rows& rows, const extent* extents, const running_states& to,
             const tile_scratch& scratch) noexcept {
   position_t lo = from.last, hi = from.first;
   for (index_t r = 0; r < rows.rows; ++r) {
-    if (extents[r].lo >= extents[r].hi) continue;
-    lo = std::min(lo, std::max(extents[r].lo, from.first));
-    hi = std::max(hi, std::min(extents[r].hi, from.last));
+    const position_span seen = seen_of(extents[r], from.first, from.last);
+    if (seen.size() == 0) continue;
+    lo = std::min(lo, seen.first);
+    hi = std::max(hi, seen.last);
   }
-  const index_t tile_keys = tile_scratch::keys(rows.head_dim, rows.v_head_dim);
-  for (position_t tile = lo; tile < hi; tile += tile_keys) {
-    const position_t end = std::min<position_t>(hi, tile + tile_keys);
+  using K_loaded = std::conditional_t<elementwise_format<K>, K, f32>;
+  using V_loaded = std::conditional_t<elementwise_format<V>, V, f32>;
+  const stored_rows keys{from.k, from.k_block, from.k_step}, values{from.v, from.v_block, from.v_step};
+  const index_t tile_keys = rows.in_panels ? tile_scratch::panel_keys
+                                           : tile_scratch::keys(row_bytes<K>(from.k_block, rows.head_dim),
+                                                                row_bytes<V>(from.v_block, rows.v_head_dim));
+  // Tiles end where positions are a multiple, whatever is seen of them.
+  for (position_t tile = lo, end; tile < hi; tile = end) {
+    end = std::min(hi, tile - tile % tile_keys + tile_keys);
+    const index_t offset = static_cast<index_t>(tile % tile_keys);
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
-    const tile_rows k = rows_of<K>(from.k, from.k_block, first_row, n, rows.head_dim, scratch.k);
-    const tile_rows v = rows_of<V>(from.v, from.v_block, first_row, n, rows.v_head_dim, scratch.v);
-    tile_rows next_k = k;
-    if (std::same_as<K, f32> && end + n <= hi) next_k.data = k.row(n);
+    if (rows.in_panels) {
+      const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
+      const tile_rows k = decoded_rows<K>(keys, first_row, n, rows.head_dim, dim, scratch.k);
+      const tile_rows v = decoded_rows<V>(values, first_row, n, rows.v_head_dim, v_dim + 16, scratch.v);
+      for (index_t r = 0; r < rows.rows; r += query_rows::panel)
+        absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
+      continue;
+    }
+    const tile_rows k = rows_of<K>(keys, first_row, n, rows.head_dim, scratch.k);
+    const tile_rows v = rows_of<V>(values, first_row, n, rows.v_head_dim, scratch.v);
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
-    for (index_t r = 0; r < rows.rows;) {
-      const auto sees = [&](index_t row) {
-        return position_span{std::max(extents[row].lo, tile), std::min(extents[row].hi, end)};
-      };
-      const position_span seen = sees(r);
-      index_t same = r + 1;
-      while (same < rows.rows && same < r + 4 && sees(same) == seen) ++same;
-      if (seen.first >= seen.last) {
-        ++r;
-        continue;
-      }
-      const index_t offset = static_cast<index_t>(seen.first - tile), keys = seen.size();
-      const auto together = [&]<int Rows>() {
-        absorb_rows<Rows>(rows, r, extents, {k.row(offset), k.stride}, {v.row(offset), v.stride}, next_k, seen.first,
-                          keys, to, scratch.logits);
-        r += Rows;
-      };
-      if (same - r >= 4)
-        together.template operator()<4>();
-      else if (same - r >= 2)
-        together.template operator()<2>();
-      else
-        together.template operator()<1>();
+    for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
+      const position_span seen = seen_of(extents[r], tile, end);
+      while (same < tile_scratch::max_rows && r + same < rows.rows && seen_of(extents[r + same], tile, end) == seen)
+        ++same;
+      const index_t skipped = static_cast<index_t>(seen.first - tile);
+      if (seen.size() > 0)
+        absorb_tile<K_loaded, V_loaded>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped), k.row(n),
+                                        offset + skipped, seen.first, seen.size(), to, scratch.logits);
     }
   }
 }

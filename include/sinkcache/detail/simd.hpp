@@ -7,10 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numbers>
+#include <utility>
 
 #include "../config.hpp"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -26,79 +28,97 @@ inline constexpr int lanes = 4;
 
 typedef float vfloat __attribute__((vector_size(lanes * sizeof(float))));
 typedef std::int32_t vint __attribute__((vector_size(lanes * sizeof(float))));
+typedef std::uint32_t vuint __attribute__((vector_size(lanes * sizeof(float))));
+typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint16_t))));
+typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 
 [[gnu::always_inline]] inline vfloat load(const float* from) noexcept {
   vfloat v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
+// As load, but into a register that several products share: compilers like to load it again for each.
+[[gnu::always_inline]] inline vfloat load_once(const float* from) noexcept {
+  vfloat v = load(from);
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+// sum + a * b, fused where the instruction set can.
+[[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, vfloat b) noexcept {
+#if defined(__FMA__) && !defined(__clang__)
+  // g++ 12 picks forms of the instruction that cost moves and spills where all registers are in use.
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
 [[gnu::always_inline]] inline void store(float* to, vfloat v) noexcept { std::memcpy(to, &v, sizeof v); }
 [[gnu::always_inline]] inline vfloat broadcast(float x) noexcept { return x - vfloat{}; }
+[[gnu::always_inline]] inline vuint broadcast_bits(std::uint32_t x) noexcept { return x - vuint{}; }
 
 // Lane by lane; b where either is NaN.
 [[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept { return a > b ? a : b; }
 
-// The sum of the lanes, and their maximum (a NaN may be passed over).
-[[gnu::always_inline]] inline float sum_of_lanes(vfloat v) noexcept {
-  float lane[lanes];
-  store(lane, v);
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
-[[gnu::always_inline]] inline float max_of_lanes(vfloat v) noexcept {
-  float lane[lanes];
-  store(lane, v);
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
-}
-
-// Lane i of the result is the sum of the lanes of v[i]. Every sum is associated alike, whatever i is.
-[[gnu::always_inline]] inline vfloat sums_of_lanes(const vfloat (&v)[lanes]) noexcept {
+// Lane i of the result is the sum of the lanes of vi. Every sum is associated alike, whatever i is.
+[[gnu::always_inline]] inline vquad sums_of_lanes(vfloat v0, vfloat v1, vfloat v2, vfloat v3) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  vfloat quad[4];
-  for (int i = 0; i < 4; ++i) {
-    vfloat pair[2];
-    for (int j = 0; j < 2; ++j) {
-      const vfloat a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-      pair[j] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    }
-    quad[i] = __builtin_shufflevector(pair[0], pair[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-              __builtin_shufflevector(pair[0], pair[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  }
-  vfloat half[2];
-  for (int i = 0; i < 2; ++i)
-    half[i] =
-        __builtin_shufflevector(quad[2 * i], quad[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-        __builtin_shufflevector(quad[2 * i], quad[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,
-                                31);
-  return __builtin_shufflevector(half[0], half[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         __builtin_shufflevector(half[0], half[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  const auto pair = [](vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  const vfloat ab = pair(v0, v1), cd = pair(v2, v3);
+  const vfloat sums = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                      __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  const auto half = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 #elif defined(__AVX__)
-  vfloat quad[2];
-  for (int i = 0; i < 2; ++i) {
-    vfloat pair[2];
-    for (int j = 0; j < 2; ++j) {
-      const vfloat a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-      pair[j] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
-                __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    quad[i] = __builtin_shufflevector(pair[0], pair[1], 0, 1, 8, 9, 4, 5, 12, 13) +
-              __builtin_shufflevector(pair[0], pair[1], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  return __builtin_shufflevector(quad[0], quad[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(quad[0], quad[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  const auto pair = [](vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+           __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  };
+  const vfloat ab = pair(v0, v1), cd = pair(v2, v3);
+  const vfloat sums = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                      __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
 #else
-  const vfloat ab = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5) + __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
-  const vfloat cd = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5) + __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+  const auto pair = [](vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  };
+  const vfloat ab = pair(v0, v1), cd = pair(v2, v3);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 #endif
 }
 
+// The lanes, moved round by Distance.
+template <int Distance, std::size_t... I>
+[[gnu::always_inline]] inline vfloat rotated(vfloat v, std::index_sequence<I...>) noexcept {
+  return __builtin_shufflevector(v, v, ((int(I) + Distance) % lanes)...);
+}
+
+// Joins the lanes that are a multiple of Width apart, halves first; each ends up with what they joined to.
+template <int Width, int Distance = lanes / 2, class F>
+[[gnu::always_inline]] inline vfloat join_lanes(vfloat v, const F& join) noexcept {
+  if constexpr (Distance >= Width)
+    v = join_lanes<Width, Distance / 2>(join(v, rotated<Distance>(v, std::make_index_sequence<lanes>())), join);
+  return v;
+}
+
+// The next whole number.
+[[gnu::always_inline]] inline vfloat ceil(vfloat x) noexcept {
+  const vfloat cut = __builtin_convertvector(__builtin_convertvector(x, vint), vfloat);
+  const vfloat up = cut < x ? cut + 1.f : cut;
+  return x < broadcast(0x1p24f) && x > broadcast(-0x1p24f) ? up : x;  // what is larger is whole, or infinite, or NaN
+}
+
 // 2^x for x <= 0, within 1e-7 of it; 0 below -100, so that no product with a weight is denormal. NaN stays NaN.
 [[gnu::always_inline]] inline vfloat exp2_nonpositive(vfloat x) noexcept {
+#if defined(__clang__)
+#pragma clang fp reassociate(off)  // under -fassociative-math, which clang does not tell of
+#endif
   const vfloat round = broadcast(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
   const vfloat shifted = x + round;
   const vfloat f = x - (shifted - round);
@@ -113,6 +133,20 @@ typedef std::int32_t vint __attribute__((vector_size(lanes * sizeof(float))));
   return x < broadcast(-100.f) ? vfloat{} : p * power;
 }
 inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadcast(x))[0]; }
+
+// tanh(x), within 2e-7 of it.
+inline vfloat tanh(vfloat x) noexcept {
+  const vfloat magnitude = x < vfloat{} ? -x : x, x2 = x * x;
+  vfloat p = broadcast(-5.70498872745e-3f);  // Cephes tanhf, |x| < 0.625
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  const vfloat near = x + x * x2 * p;
+  const vfloat t = exp2_nonpositive(magnitude * (-2 * std::numbers::log2e_v<float>));
+  const vfloat far = (1.f - t) / (1.f + t);
+  return magnitude < broadcast(0.625f) ? near : (x < vfloat{} ? -far : far);
+}
 
 // IEEE half precision, rounded to nearest even; a signalling NaN becomes quiet.
 inline std::uint16_t to_f16(float x) noexcept {
@@ -146,7 +180,35 @@ inline float from_bf16(std::uint16_t half) noexcept {
   return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
 }
 
+// `lanes` 16-bit floats from anywhere, widened.
+[[gnu::always_inline]] inline vuint load_halves(const std::byte* from) noexcept {
+#if defined(__AVX2__) && !(defined(__AVX512F__) && defined(__AVX512DQ__))
+  // g++ 12 converts the two halves of the vector one after the other.
+  return std::bit_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  vhalf halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return __builtin_convertvector(halves, vuint);
+#endif
+}
+[[gnu::always_inline]] inline vfloat load_bf16(const std::byte* from) noexcept {
+  return std::bit_cast<vfloat>(load_halves(from) << 16);
+}
+[[gnu::always_inline]] inline vfloat load_f16(const std::byte* from) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  const vuint halves = load_halves(from);
+  const vfloat magnitude = std::bit_cast<vfloat>((halves & 0x7fffu) << 13) * 0x1p112f;
+  const vuint special = magnitude >= broadcast(65536.f) ? broadcast_bits(255u << 23) : vuint{};
+  return std::bit_cast<vfloat>(std::bit_cast<vuint>(magnitude) | special | (halves & 0x8000u) << 16);
+#endif
+}
+
 struct f16_convert {
+  static vfloat load(const std::byte* from) noexcept { return load_f16(from); }
   static void narrow(const float* from, index_t n, std::byte* to) noexcept {
     index_t i = 0;
 #if defined(__F16C__)
@@ -174,6 +236,7 @@ struct f16_convert {
 };
 
 struct bf16_convert {
+  static vfloat load(const std::byte* from) noexcept { return load_bf16(from); }
   static void narrow(const float* from, index_t n, std::byte* to) noexcept {
     for (index_t i = 0; i < n; ++i) {
       const std::uint16_t half = to_bf16(from[i]);

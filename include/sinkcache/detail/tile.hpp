@@ -1,0 +1,283 @@
+#pragma once
+
+// The inner loops over one tile of keys: dot products of query rows with keys, and weighted sums of values.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../format.hpp"
+#include "../segment.hpp"
+#include "simd.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// Rows of a tile, `stride` bytes apart, each of round_up(dim, 16) elements; `decoded`: of floats, else of the format.
+struct tile_rows {
+  const std::byte* data;
+  index_t stride;
+  bool decoded;
+
+  const std::byte* row(index_t i) const { return data + i * stride; }
+  tile_rows from_row(index_t i) const { return {row(i), stride, decoded}; }
+};
+
+// Where the rows of one segment's keys, or values, lie.
+struct stored_rows {
+  const std::byte* store;
+  index_t block, step;  // see segment
+};
+
+// Bytes that the kernel reads of a row.
+template <kv_format F>
+index_t row_bytes(index_t block, index_t dim) noexcept {
+  if constexpr (elementwise_format<F>)
+    return dim * F::element_bytes;
+  else
+    return block / F::block_rows;
+}
+
+// Decodes the rows [first, first + n) into floats [n, stride], zero behind `dim`.
+template <kv_format F>
+tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
+  for (index_t i = 0; i < n; ++i) {
+    const index_t row = first + i;
+    float* const out = to + i * stride;
+    if (from.step == 0) {
+      F::decode(from.store + row / F::block_rows * from.block, row % F::block_rows, dim, out);
+    } else if constexpr (elementwise_format<F>) {
+      if (from.step == F::element_bytes)
+        F::decode(from.store + row * from.block, 0, dim, out);
+      else
+        for (index_t d = 0; d < dim; ++d) F::decode(from.store + row * from.block + d * from.step, 0, 1, out + d);
+    }
+    std::fill(out + dim, out + round_up(dim, 16), 0.f);
+  }
+  return {reinterpret_cast<const std::byte*>(to), stride * index_t{sizeof(float)}, true};
+}
+
+// The same rows where they lie, if vectors can be loaded there; else decoded.
+template <kv_format F>
+tile_rows rows_of(stored_rows from, index_t first, index_t n, index_t dim, float* scratch) noexcept {
+  if constexpr (elementwise_format<F>)
+    if (from.step == 0 || (from.step == F::element_bytes && dim % 16 == 0))
+      return {from.store + first * from.block, from.block, false};
+  return decoded_rows<F>(from, first, n, dim, round_up(dim, 16), scratch);
+}
+
+inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
+  vfloat sum{};
+  for (index_t j = 0; j < n; ++j)
+    for (index_t d = 0; d < dim; d += lanes) {
+      const vfloat x = load(reinterpret_cast<const float*>(decoded.row(j)) + d);
+      sum += x - x;
+    }
+  for (int i = 0; i < lanes; ++i)
+    if (sum[i] != 0) return false;
+  return true;
+}
+
+// What is read next comes into the L1 line by line, while there is arithmetic to do. Integers: it may run past the end.
+struct prefetcher {
+  std::uintptr_t next, upto;
+
+  explicit prefetcher(const std::byte* at) : next(reinterpret_cast<std::uintptr_t>(at)), upto(next) {}
+
+  [[gnu::always_inline]] void advance(index_t bytes) {
+    for (upto += static_cast<std::uintptr_t>(bytes); next < upto; next += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(next));
+  }
+};
+
+// Lanes that a group of Rows rows takes of a tile's logits [keys, width].
+template <int Rows>
+inline constexpr int width_of = Rows == 3 ? 4 : Rows;
+
+// Lanes of a tile's logits [keys, Width] that one vector, or the several of one key, hold.
+template <int Width>
+struct row_lanes {
+  static constexpr int vectors = Width > lanes ? Width / lanes : 1, keys = Width < lanes ? lanes / Width : 1;
+
+  // One value a row in all lanes of the row; may read up to four.
+  static void spread(const float* from, vfloat (&to)[vectors]) noexcept {
+    if constexpr (Width == 1)
+      to[0] = broadcast(*from);
+    else if constexpr (Width < lanes)
+      to[0] = repeated(from, std::make_index_sequence<lanes>());
+    else
+      for (int i = 0; i < vectors; ++i) to[i] = load(from + i * lanes);
+  }
+  template <std::size_t... I>
+  static vfloat repeated(const float* from, std::index_sequence<I...>) noexcept {
+    vquad four;
+    std::memcpy(&four, from, sizeof four);
+    return __builtin_shufflevector(four, four, (int(I) % Width)...);
+  }
+  // The keys' numbers, from 0 on.
+  static vfloat key_numbers() noexcept {
+    alignas(64) float numbers[lanes];
+    for (int i = 0; i < lanes; ++i) numbers[i] = static_cast<float>(i / Width);
+    return load(numbers);
+  }
+};
+
+// logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time: as many sums as hide the latency of an FMA and
+// leave registers for what is multiplied. Behind the n-th key the last one repeats. `ahead` is brought in meanwhile,
+// `step` bytes a key.
+template <class K, int Rows>
+[[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, prefetcher& ahead,
+                                    index_t step, float* logits) noexcept {
+  constexpr int keys = Rows == 4 ? 3 : Rows == 1 ? 8 : 4, width = width_of<Rows>;
+  for (index_t j = 0; j < n; j += keys) {
+    const std::byte* key[keys];
+    for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
+    ahead.advance(keys * step);
+    vfloat sums[keys][Rows] = {};
+#pragma GCC unroll 1
+    for (index_t d = 0; d < dim; d += lanes) {
+      vfloat qd[Rows], kd[keys];  // only the fewer of them fit the registers all at once
+      if constexpr (Rows > keys) {
+        for (int i = 0; i < keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          qd[r] = load_once(q + r * dim + d);
+#pragma GCC unroll 4
+          for (int i = 0; i < keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+        }
+      } else {
+        for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * dim + d);
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; ++i) {
+          kd[i] = K::load(key[i] + d * K::element_bytes);
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+        }
+      }
+    }
+    const vfloat* const sum = sums[0];
+    for (int i = 0; i < keys * width; i += 4) {
+      vquad dots;
+      if constexpr (Rows == 3)
+        dots = sums_of_lanes(sums[i / 4][0], sums[i / 4][1], sums[i / 4][2], vfloat{});
+      else
+        dots = sums_of_lanes(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+      std::memcpy(logits + j * width + i, &dots, sizeof dots);
+    }
+  }
+}
+
+// logits[j][r] = q[r] . k[j] for a panel of rows, six keys at a time; 32 products are summed by themselves.
+[[gnu::noinline]] inline void panel_dot_products(const float* q, index_t dim, tile_rows k, index_t n,
+                                                 float* logits) noexcept {
+  constexpr index_t panel = query_rows::panel;
+  constexpr int keys = 6;
+  for (index_t j = 0; j < n; j += keys) {
+    const float* key[keys];
+    for (int i = 0; i < keys; ++i) key[i] = reinterpret_cast<const float*>(k.row(std::min(j + i, n - 1)));
+    for (index_t first = 0; first < dim; first += 32) {
+      const index_t last = std::min<index_t>(dim, first + 32);
+      vfloat sums[keys][2] = {};
+#pragma GCC unroll 1
+      for (index_t d = first; d < last; ++d) {
+        const vfloat q0 = load_once(q + d * panel), q1 = load_once(q + d * panel + lanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; ++i) {
+          const vfloat kd = broadcast(key[i][d]);
+          sums[i][0] = add_product(sums[i][0], q0, kd);
+          sums[i][1] = add_product(sums[i][1], q1, kd);
+        }
+      }
+      for (int i = 0; i < keys; ++i)
+        for (int half = 0; half < 2; ++half) {
+          float* const to = logits + (j + i) * panel + half * lanes;
+          store(to, first == 0 ? sums[i][half] : load(to) + sums[i][half]);
+        }
+    }
+  }
+}
+
+// o *= scale, for `rows` rows.
+inline void rescale_values(const float* scale, index_t rows, const running_states& of) noexcept {
+  for (index_t r = 0; r < rows; ++r) {
+    if (scale[r] == 1.f) continue;  // most often
+    float *const o = of.o + r * of.o_stride, *const rest = of.o_rest + r * of.o_stride;
+    for (index_t i = 0; i < of.o_stride; ++i) o[i] *= scale[r], rest[i] *= scale[r];
+  }
+}
+
+// o[r] += sum over j of weights[j][r] * v[j], for Rows rows and a strip of columns. `keys_at_once` keys are summed by
+// themselves, counted from key number -`offset` on, then the tile.
+inline constexpr index_t keys_at_once = 24;
+
+template <class V, int Rows, int Vectors>
+[[gnu::noinline]] void add_values(const float* weights, index_t width, tile_rows v, index_t offset, index_t n,
+                                  prefetcher& ahead, index_t step, index_t column, const running_states& to) noexcept {
+  const std::byte* value = v.data + column * V::element_bytes;
+  vfloat tile[Rows][Vectors] = {};
+  for (index_t first = 0, last; first < n; first = last) {
+    last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
+    ahead.advance((last - first) * step);
+    vfloat sums[Rows][Vectors] = {};
+    for (index_t j = first; j < last; ++j, value += v.stride, weights += width) {
+      vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
+      if constexpr (Rows > Vectors) {
+        for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) {
+          weight[r] = broadcast(weights[r]);
+#pragma GCC unroll 8
+          for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
+        }
+      } else {
+        for (int r = 0; r < Rows; ++r) weight[r] = broadcast(weights[r]);
+#pragma GCC unroll 8
+        for (int c = 0; c < Vectors; ++c) {
+          vc[c] = V::load(value + c * lanes * V::element_bytes);
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
+        }
+      }
+    }
+    for (int r = 0; r < Rows; ++r)
+      for (int c = 0; c < Vectors; ++c) tile[r][c] = first == 0 ? sums[r][c] : tile[r][c] + sums[r][c];
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Vectors; ++c) {
+      const index_t at = r * to.o_stride + column + c * lanes;
+      const vfloat old = load(to.o + at), sum = old + tile[r][c];
+      store(to.o_rest + at, load(to.o_rest + at) + (tile[r][c] - (sum - old)));
+      store(to.o + at, sum);
+    }
+}
+
+// Calls f<Rows>(row, group) for groups of up to four of `count` rows.
+template <class F>
+void in_groups(index_t count, const F& f) {
+  index_t group = 0;
+  for (index_t row = 0; row < count; ++group) {
+    const index_t left = count - row;
+    if (left % 4 == 0)
+      f.template operator()<4>(row, group), row += 4;
+    else if (left >= 3)
+      f.template operator()<3>(row, group), row += 3;
+    else if (left == 2)
+      f.template operator()<2>(row, group), row += 2;
+    else
+      f.template operator()<1>(row, group), row += 1;
+  }
+}
+
+// Calls f<Vectors>(column) for strips of columns: as many vectors as give Rows rows eight to twelve sums, which hide
+// the latency of an FMA.
+template <int Rows, class F>
+void in_strips(index_t dim, const F& f) {
+  index_t column = 0;
+  const auto take = [&]<int Vectors>() {
+    for (; column + Vectors * lanes <= dim; column += Vectors * lanes) f.template operator()<Vectors>(column);
+  };
+  take.template operator()<Rows == 1 ? 8 : Rows == 4 ? 2 : 4>();
+  if constexpr (Rows != 4) take.template operator()<2>();
+  take.template operator()<1>();
+}
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
