@@ -159,8 +159,8 @@ class any_kv_cache : public kv_source {
   explicit any_kv_cache(const cache_config& config) noexcept : kv_source(config) {}
   any_kv_cache(any_kv_cache&& from) noexcept : kv_source(std::move(from)), high_(std::exchange(from.high_, 0)) {}
   any_kv_cache& operator=(any_kv_cache&& from) noexcept {
-    kv_source::operator=(std::move(from));
     high_ = std::exchange(from.high_, 0);
+    kv_source::operator=(std::move(from));
     return *this;
   }
 

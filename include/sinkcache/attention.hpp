@@ -51,7 +51,7 @@ class attention {
     try_decode(q, keys, out, workspace, lse).or_fail();
   }
   status try_decode(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
-                    float* lse = nullptr) const noexcept {
+                    float* lse = nullptr) const noexcept {  // NOLINT(readability-non-const-parameter)
     status found = detail::check_decode(params_, q, keys, out);
     if (!found) return found;
     const decode_item item{q.row(0), &keys, out.row(0), lse};
@@ -175,7 +175,7 @@ class attention {
   };
 
   // A cache, and behind it the block that is about to be appended.
-  class staged_source final : public segment_source {
+  class staged_source final : public segment_source {  // NOLINT(cppcoreguidelines-virtual-class-destructor)
    public:
     staged_source(const any_kv_cache& cache, index_t tokens, const std::byte* block)
         : cache_(cache), tokens_(tokens), block_(block) {}

@@ -47,7 +47,7 @@ inline constexpr index_t max_head_dim = 512;
 // allocated, and nothing but its length is touched where all is well.
 class [[nodiscard]] status {
  public:
-  status() noexcept {}
+  status() noexcept {}  // NOLINT(modernize-use-equals-default): that would clear the text
   status(const status& other) noexcept { *this = other; }
   status& operator=(const status& other) noexcept {
     length_ = other.length_;

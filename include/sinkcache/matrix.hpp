@@ -53,16 +53,15 @@ class basic_matrix_view {
   basic_matrix_view(Float* data, index_t rows, index_t cols) noexcept : basic_matrix_view(data, rows, cols, cols) {}
 
   template <detail::row_major_floats M>
-  requires(std::is_const_v<Float> || detail::writable<M>) basic_matrix_view(M&& m)
-  noexcept  // NOLINT(google-explicit-constructor): views convert, as std::span does
-      : basic_matrix_view(const_cast<Float*>(m.data()), m.rows(), m.cols(), m.outerStride()) {}
+  requires(std::is_const_v<Float> || detail::writable<M>)
+      basic_matrix_view(M&& m)  // NOLINT(google-explicit-constructor)
+  noexcept : basic_matrix_view(const_cast<Float*>(m.data()), m.rows(), m.cols(), m.outerStride()) {}
 
-  // What is written can be read.
+  // What can be written can be read. Views convert, as std::span does.
   template <class Other>
   requires(std::is_const_v<Float>&& std::same_as<Other, std::remove_const_t<Float>>)
-      basic_matrix_view(const basic_matrix_view<Other>& m)
-  noexcept  // NOLINT(google-explicit-constructor)
-      : basic_matrix_view(m.row(0), m.rows(), m.cols(), m.stride()) {}
+      basic_matrix_view(const basic_matrix_view<Other>& m)  // NOLINT(google-explicit-constructor)
+  noexcept : basic_matrix_view(m.row(0), m.rows(), m.cols(), m.stride()) {}
 
   // These would have to be copied. Compilers show the line.
   // clang-format off

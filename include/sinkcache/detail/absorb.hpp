@@ -213,8 +213,8 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     lo = std::min(lo, seen.first);
     hi = std::max(hi, seen.last);
   }
-  using K_loaded = std::conditional_t<elementwise_format<K>, K, f32>;
-  using V_loaded = std::conditional_t<elementwise_format<V>, V, f32>;
+  using loaded_k = std::conditional_t<elementwise_format<K>, K, f32>;
+  using loaded_v = std::conditional_t<elementwise_format<V>, V, f32>;
   const stored_rows keys{from.k, from.k_block, from.k_step}, values{from.v, from.v_block, from.v_step};
   const index_t tile_keys = rows.in_panels ? tile_scratch::panel_keys
                                            : tile_scratch::keys(row_bytes<K>(from.k_block, rows.head_dim),
@@ -241,7 +241,7 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
         ++same;
       const index_t skipped = static_cast<index_t>(seen.first - tile);
       if (seen.size() > 0)
-        absorb_tile<K_loaded, V_loaded>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped), k.row(n),
+        absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped), k.row(n),
                                         offset + skipped, seen.first, seen.size(), to, scratch.logits);
     }
   }

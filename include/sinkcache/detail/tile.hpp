@@ -70,7 +70,7 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   for (index_t j = 0; j < n; ++j)
     for (index_t d = 0; d < dim; d += lanes) {
       const vfloat x = load(reinterpret_cast<const float*>(decoded.row(j)) + d);
-      sum += x - x;
+      sum += x * 0.f;
     }
   for (int i = 0; i < lanes; ++i)
     if (sum[i] != 0) return false;
@@ -85,7 +85,7 @@ struct prefetcher {
 
   [[gnu::always_inline]] void advance(index_t bytes) {
     for (upto += static_cast<std::uintptr_t>(bytes); next < upto; next += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(next));
+      __builtin_prefetch(reinterpret_cast<const void*>(next));  // NOLINT(performance-no-int-to-ptr)
   }
 };
 
@@ -116,7 +116,7 @@ struct row_lanes {
   // The keys' numbers, from 0 on.
   static vfloat key_numbers() noexcept {
     alignas(64) float numbers[lanes];
-    for (int i = 0; i < lanes; ++i) numbers[i] = static_cast<float>(i / Width);
+    for (int i = 0; i < lanes; ++i) numbers[i] = static_cast<float>(i / Width);  // NOLINT(bugprone-integer-division)
     return load(numbers);
   }
 };
