@@ -273,6 +273,19 @@ TEST_CASE("the report has what its readers rely on") {
   CHECK_THAT(svg, !Catch::Contains("nan\""));
 }
 
+TEST_CASE("a picture of the shortest texts has an end, and numbers only") {
+  const std::vector<subject> subjects = {{&nano("softmax"), "nano-softmax"}};
+  for (const index_t tokens : {2, 3, 4, 5, 9})
+    for (const index_t cache : {2, 3, 8}) {
+      const setting s{"text", cache, tokens};
+      const std::vector<run> runs = evaluated(subjects, "full,window,sinks:1", cache, tokens);
+      const std::string svg = to_svg(s, comparison(runs, cache));
+      INFO(tokens << " tokens, cache of " << cache);
+      CHECK_THAT(svg, Catch::StartsWith("<svg") && Catch::EndsWith("</svg>\n"));
+      CHECK_THAT(svg, !Catch::Contains("nan\"") && !Catch::Contains("inf\""));
+    }
+}
+
 TEST_CASE("files are written whole or not at all") {
   const std::filesystem::path dir =
       std::filesystem::temp_directory_path() / ("sinkcache_compare_test_" + std::to_string(getpid()));

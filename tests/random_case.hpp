@@ -134,7 +134,7 @@ struct random_case {
 };
 
 struct limits {
-  index_t max_head_dim = 256, max_group = 16, max_sinks = 8, max_window = 300, max_tokens = 900;
+  index_t max_head_dim = 512, max_group = 71, max_sinks = 8, max_window = 300, max_tokens = 900;
 };
 
 random_case draw_case(std::uint64_t seed, const limits& = {});
