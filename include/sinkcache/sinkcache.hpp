@@ -4,6 +4,7 @@
 //
 //   kv_cache.hpp          the cache: append, truncate, what is kept
 //   any_kv_cache.hpp      its configuration, and a cache whose formats were chosen at run time
+//   kv_view.hpp           keys and values in an engine's own memory, read in place
 //   attention.hpp         decode and prefill over it, for standard softmax, softmax1 and learned sink logits
 //   attention_params.hpp  what an attention layer is told once
 //   policy.hpp            which tokens stay: pure functions of how many were seen
@@ -25,6 +26,7 @@
 #include "config.hpp"
 #include "format.hpp"
 #include "kv_cache.hpp"
+#include "kv_view.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"
 #include "rope.hpp"
