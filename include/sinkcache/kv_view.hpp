@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <iterator>
 #include <optional>
+#include <ranges>
 #include <span>
 #include <utility>
 
@@ -55,6 +56,10 @@ class kv_memory {
   template <class Pieces>
   requires(std::convertible_to<Pieces&, std::span<const kv_piece>>) kv_memory(Pieces& pieces)  // NOLINT
       : kv_memory(std::span<const kv_piece>(pieces)) {}
+  template <class Pieces>
+  requires(std::convertible_to<Pieces, std::span<const kv_piece>> && !std::ranges::borrowed_range<Pieces>)
+      kv_memory(Pieces&&)
+  = delete;  // refused: a temporary would dangle
 
  private:
   template <elementwise_format K, elementwise_format V>
@@ -168,8 +173,11 @@ class kv_view final : public kv_source {
 
   segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept override {
     const kv_piece piece = piece_at(first);
-    return {static_cast<const std::byte*>(piece.k) + kv_head * k_.head,
-            static_cast<const std::byte*>(piece.v) + kv_head * v_.head,
+    const auto of_head = [&](const void* memory, index_t stride) {
+      return memory == nullptr ? nullptr : static_cast<const std::byte*>(memory) + kv_head * stride;
+    };
+    return {of_head(piece.k, k_.head),
+            of_head(piece.v, v_.head),
             k_.token,
             v_.token,
             k_.dim,
@@ -197,13 +205,17 @@ class kv_view final : public kv_source {
 
   position_t window() const noexcept { return config_.window == 0 ? max_position : config_.window; }
 
-  // The piece, or page, that holds a position.
+  // The piece, or page, that holds a position. Rows with different windows see different spans: what lies between, of
+  // which none sees anything, is a piece without memory.
   kv_piece piece_at(position_t position) const noexcept {
-    if (!memory_.paged_) {
-      const std::span<const kv_piece> pieces = memory_.pieces();
-      return *std::prev(std::upper_bound(pieces.begin(), pieces.end(), position,
-                                         [](position_t p, const kv_piece& piece) { return p < piece.first; }));
-    }
+    if (memory_.paged_) return page_at(position);
+    const std::span<const kv_piece> pieces = memory_.pieces();
+    const auto next = std::upper_bound(pieces.begin(), pieces.end(), position,
+                                       [](position_t p, const kv_piece& piece) { return p < piece.first; });
+    if (next != pieces.begin() && position - std::prev(next)->first < std::prev(next)->tokens) return *std::prev(next);
+    return {position, static_cast<index_t>((next == pieces.end() ? max_position : next->first) - position)};
+  }
+  kv_piece page_at(position_t position) const noexcept {
     const kv_pages& pages = memory_.pages_;
     const index_t i = static_cast<index_t>((position - pages.first) / pages.page_tokens);
     const index_t page = pages.table[static_cast<std::size_t>(i)];
@@ -260,14 +272,14 @@ class kv_view final : public kv_source {
       found.require(piece.tokens <= max_position - piece.first, "a piece's tokens", piece.tokens, "at most",
                     max_position - piece.first);
       if (!found) return;
+      end = piece.first + piece.tokens;
       if (piece.tokens == 0) continue;
       require_memory(found, piece.k, piece.v);
-      const bool follows = held.size() > 0 && piece.first == end;
+      const bool follows = held.size() > 0 && held[held.size() - 1].last == piece.first;
       if (!follows && held.size() == max_spans) {
         found.refuse("pieces had more than {} spans of positions, had to have at most {}", max_spans, max_spans);
         return;
       }
-      end = piece.first + piece.tokens;
       held.push_back({piece.first, end});
       longest = std::max(longest, piece.tokens);
     }

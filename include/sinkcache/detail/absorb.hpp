@@ -112,18 +112,18 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
 // `count` query rows from `row` on take in n keys and values, of positions from `first` on; all of them see all.
 template <class K, class V>
 void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
-                 const std::byte* next_k, index_t offset, position_t first, index_t n, const running_states& to,
+                 tile_rows next_k, index_t offset, position_t first, index_t n, const running_states& to,
                  float* logits) noexcept {
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16), groups = (count + 3) / 4;
   const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::max_keys + 16); };
   float scale[tile_scratch::max_rows];
-  prefetcher ahead(v.data);
+  prefetcher ahead(v);
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const q = rows.q + (row + r) * dim;
     if (k.decoded)
-      dot_products<f32, Rows>(q, dim, k, n, ahead, v.stride / groups, logits_of(group));
+      dot_products<f32, Rows>(q, dim, k, n, ahead, v.bytes / groups, logits_of(group));
     else
-      dot_products<K, Rows>(q, dim, k, n, ahead, v.stride / groups, logits_of(group));
+      dot_products<K, Rows>(q, dim, k, n, ahead, v.bytes / groups, logits_of(group));
   });
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     if (rows.soft_cap > 0 || rows.terms != nullptr)
@@ -137,7 +137,7 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
     const float* const weights = logits_of(group);
     in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
       constexpr index_t width = width_of<Rows>;
-      const index_t step = k.stride * Vectors * lanes / v_dim / groups;
+      const index_t step = k.bytes * Vectors * lanes / v_dim / groups;
       if (v.decoded)
         add_values<f32, Rows, Vectors>(weights, width, v, offset, n, ahead, step, column, sums);
       else
@@ -183,7 +183,7 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   float scale[panel];
   weigh<panel, panel>(logits, offset + lo, n, to.from_row(row), scale);
   rescale_values(scale, panel, to.from_row(row));
-  prefetcher nothing(nullptr);
+  prefetcher nothing(v);
   // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
   if (!alike && !all_finite(v, n, v_dim)) {
     for (int r = 0; r < panel; ++r) {
@@ -216,9 +216,9 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
   using loaded_k = std::conditional_t<elementwise_format<K>, K, f32>;
   using loaded_v = std::conditional_t<elementwise_format<V>, V, f32>;
   const stored_rows keys{from.k, from.k_block, from.k_step}, values{from.v, from.v_block, from.v_step};
-  const index_t tile_keys = rows.in_panels ? tile_scratch::panel_keys
-                                           : tile_scratch::keys(row_bytes<K>(from.k_block, rows.head_dim),
-                                                                row_bytes<V>(from.v_block, rows.v_head_dim));
+  const index_t tile_keys = rows.in_panels
+                                ? tile_scratch::panel_keys
+                                : tile_scratch::keys(keys.row_bytes(rows.head_dim), values.row_bytes(rows.v_head_dim));
   // Tiles end where positions are a multiple, whatever is seen of them.
   for (position_t tile = lo, end; tile < hi; tile = end) {
     end = std::min(hi, tile - tile % tile_keys + tile_keys);
@@ -241,7 +241,7 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
         ++same;
       const index_t skipped = static_cast<index_t>(seen.first - tile);
       if (seen.size() > 0)
-        absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped), k.row(n),
+        absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped), k.from_row(n),
                                         offset + skipped, seen.first, seen.size(), to, scratch.logits);
     }
   }

@@ -12,48 +12,52 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Rows of a tile, `stride` bytes apart, each of round_up(dim, 16) elements; `decoded`: of floats, else of the format.
+// Rows of a tile, `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements; `decoded`: of floats, else of
+// the format.
 struct tile_rows {
   const std::byte* data;
-  index_t stride;
+  index_t stride, bytes;
   bool decoded;
 
   const std::byte* row(index_t i) const { return data + i * stride; }
-  tile_rows from_row(index_t i) const { return {row(i), stride, decoded}; }
+  tile_rows from_row(index_t i) const { return {row(i), stride, bytes, decoded}; }
 };
 
 // Where the rows of one segment's keys, or values, lie.
 struct stored_rows {
   const std::byte* store;
   index_t block, step;  // see segment
-};
 
-// Bytes that the kernel reads of a row.
-template <kv_format F>
-index_t row_bytes(index_t block, index_t dim) noexcept {
-  if constexpr (elementwise_format<F>)
-    return dim * F::element_bytes;
-  else
-    return block / F::block_rows;
-}
+  // What a row takes of a cache near the processor: an engine's rows may lie far apart.
+  index_t row_bytes(index_t dim) const { return step == 0 ? block : dim * std::min(step, index_t{sizeof(float)}); }
+};
 
 // Decodes the rows [first, first + n) into floats [n, stride], zero behind `dim`.
 template <kv_format F>
 tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
-  for (index_t i = 0; i < n; ++i) {
-    const index_t row = first + i;
-    float* const out = to + i * stride;
-    if (from.step == 0) {
-      F::decode(from.store + row / F::block_rows * from.block, row % F::block_rows, dim, out);
-    } else if constexpr (elementwise_format<F>) {
-      if (from.step == F::element_bytes)
-        F::decode(from.store + row * from.block, 0, dim, out);
-      else
-        for (index_t d = 0; d < dim; ++d) F::decode(from.store + row * from.block + d * from.step, 0, 1, out + d);
+  const index_t bytes = stride * index_t{sizeof(float)};
+  const tile_rows rows{reinterpret_cast<const std::byte*>(to), bytes, bytes, true};
+  for (index_t i = 0; i < n; ++i) std::fill(to + i * stride + dim, to + i * stride + round_up(dim, 16), 0.f);
+  if constexpr (elementwise_format<F>) {
+    if (from.step != 0 && from.step != F::element_bytes) {
+      const std::byte* const store = from.store + first * from.block;
+      if (from.block == F::element_bytes) {  // transposed: an element of all rows at a time
+        float column[tile_scratch::panel_keys];
+        for (index_t d = 0; d < dim; ++d) {
+          F::decode(store + d * from.step, 0, n, column);
+          for (index_t i = 0; i < n; ++i) to[i * stride + d] = column[i];
+        }
+      } else {
+        for (index_t i = 0; i < n; ++i)
+          for (index_t d = 0; d < dim; ++d)
+            F::decode(store + i * from.block + d * from.step, 0, 1, to + i * stride + d);
+      }
+      return rows;
     }
-    std::fill(out + dim, out + round_up(dim, 16), 0.f);
   }
-  return {reinterpret_cast<const std::byte*>(to), stride * index_t{sizeof(float)}, true};
+  for (index_t i = 0; i < n; ++i)
+    F::decode(from.store + (first + i) / F::block_rows * from.block, (first + i) % F::block_rows, dim, to + i * stride);
+  return rows;
 }
 
 // The same rows where they lie, if vectors can be loaded there; else decoded.
@@ -61,7 +65,7 @@ template <kv_format F>
 tile_rows rows_of(stored_rows from, index_t first, index_t n, index_t dim, float* scratch) noexcept {
   if constexpr (elementwise_format<F>)
     if (from.step == 0 || (from.step == F::element_bytes && dim % 16 == 0))
-      return {from.store + first * from.block, from.block, false};
+      return {from.store + first * from.block, from.block, from.row_bytes(dim), false};
   return decoded_rows<F>(from, first, n, dim, round_up(dim, 16), scratch);
 }
 
@@ -77,15 +81,26 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   return true;
 }
 
-// What is read next comes into the L1 line by line, while there is arithmetic to do. Integers: it may run past the end.
+// The rows that are read next come into the L1 line by line, while there is arithmetic to do. Integers: it may run past
+// the end.
 struct prefetcher {
-  std::uintptr_t next, upto;
+  std::uintptr_t next, row_end;
+  index_t row, between, missing = 0;
 
-  explicit prefetcher(const std::byte* at) : next(reinterpret_cast<std::uintptr_t>(at)), upto(next) {}
+  explicit prefetcher(tile_rows rows)
+      : next(reinterpret_cast<std::uintptr_t>(rows.data)),
+        row_end(next + static_cast<std::uintptr_t>(rows.bytes)),
+        row(rows.bytes),
+        between(rows.stride - rows.bytes) {}
 
   [[gnu::always_inline]] void advance(index_t bytes) {
-    for (upto += static_cast<std::uintptr_t>(bytes); next < upto; next += 64)
+    for (missing += bytes; missing > 0; missing -= 64, next += 64) {
+      if (next >= row_end) {
+        next = row_end + static_cast<std::uintptr_t>(between);
+        row_end = next + static_cast<std::uintptr_t>(row);
+      }
       __builtin_prefetch(reinterpret_cast<const void*>(next));  // NOLINT(performance-no-int-to-ptr)
+    }
   }
 };
 
