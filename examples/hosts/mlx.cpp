@@ -1,0 +1,36 @@
+// mlx-lm's RotatingKVCache: [head][max_size][dim], the first `keep` tokens and behind them a ring. The same three
+// pieces serve any buffer of sinks and a window (StreamingLLM's start_size and recent_size).
+
+#include "hosts.hpp"
+
+bool hosts::mlx() {
+  using namespace sinkcache;
+  constexpr index_t keep = 4, max_size = 36, ring = max_size - keep, tokens = 90;
+  std::vector<std::uint16_t> k(num_kv_heads * max_size * head_dim), v = k;
+  const auto slot = [](index_t t) { return t < keep ? t : keep + (t - keep) % ring; };
+
+  cache_config layer = config();
+  layer.num_sink_tokens = keep;  // window stays 0: all that the pieces hold
+  const kv_strides strides{.head = max_size * head_dim, .token = head_dim};
+  kv_view<f16> view(layer, {strides, strides});
+  const attention attention({.num_qo_heads = num_heads});
+  workspace workspace;
+  matrix q, out(1, num_heads * head_dim);
+  for (index_t t = 0; t < tokens; ++t) {
+    for (index_t h = 0; h < num_kv_heads; ++h)
+      for (index_t d = 0; d < head_dim; ++d) {
+        k[static_cast<std::size_t>((h * max_size + slot(t)) * head_dim + d)] = half(key(t, h, d));
+        v[static_cast<std::size_t>((h * max_size + slot(t)) * head_dim + d)] = half(value(t, h, d));
+      }
+    const index_t seen = t + 1, pinned = std::min(seen, keep), oldest = std::max(pinned, seen - ring);
+    const index_t turn = seen - (seen - pinned) % ring;  // the oldest token that lies behind the ring's end again
+    const auto piece = [&](index_t first, index_t last) {
+      return kv_piece{first, last - first, k.data() + slot(first) * head_dim, v.data() + slot(first) * head_dim};
+    };
+    const kv_piece pieces[] = {piece(0, pinned), piece(oldest, turn), piece(turn, seen)};
+    view.assign(pieces, seen);
+    q = query(t);
+    attention.decode(q, view, out, workspace);
+  }
+  return report("mlx", q, out, tokens, [](index_t t) { return t < keep || t >= tokens - ring; });
+}
