@@ -136,7 +136,10 @@ struct host {
     std::vector<float> lse(as_size(rows * params.num_qo_heads));
     workspace scratch;
     const attention attention(params);
+    const index_t enough = std::max(scratch.nbytes(), attention.workspace_bytes(view, rows));
+    scratch.reserve(enough);
     attention.attend(q, view, out, scratch, lse.data());
+    if (scratch.nbytes() != enough) return "workspace_bytes was too little";
     for (index_t row = 0; row < rows; ++row) {
       const position_t query = view.seen() - rows + row;
       const std::vector<position_t> seen = visible(query);
@@ -228,7 +231,7 @@ TEST_CASE("kv_view: llama.cpp without flash attention, V transposed, f16 [head][
 }
 
 TEST_CASE(
-    "kv_view: llama.cpp after a context shift, keys still at their true positions: a gap behind the kept tokens") {
+    "kv_view: llama.cpp after seq_rm, keys at their true positions: a gap behind the kept tokens, cells taken again") {
   constexpr index_t heads = 1, dim = 32, kept = 4, discarded = 29, tokens = 75;
   cache_config config = engine_rotated(heads, dim);
   config.positions = positions::in_cache;
@@ -237,9 +240,9 @@ TEST_CASE(
   llama.turn_with(frequencies(dim));
   for (index_t t = kept; t < kept + discarded; ++t) llama.held[as_size(t)] = false;
   // Freed cells are taken again: the newest tokens lie where the discarded ones did.
-  constexpr index_t cells = 50, first_reused = cells + discarded;
+  constexpr index_t cells = 50;
   const auto cell = [](index_t t) { return t < cells ? t : kept + t - cells; };
-  static_assert(tokens < first_reused);
+  static_assert(tokens < cells + discarded);
   buffer<f16> k(cells * dim), v(cells * dim);
   llama.put_keys(k, [&](index_t t, index_t, index_t d) { return cell(t) * dim + d; });
   llama.put_values(v, [&](index_t t, index_t, index_t d) { return cell(t) * dim + d; });

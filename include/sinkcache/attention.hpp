@@ -137,15 +137,16 @@ class attention {
     return found;
   }
 
-  // What a workspace needs for decode (tokens = 1), or attend or prefill of so many tokens, with an executor of that
-  // concurrency.
+  // What a workspace needs for decode (tokens = 1), or attend or (of a cache) prefill of so many tokens, with an
+  // executor of that concurrency.
   index_t workspace_bytes(const any_kv_cache& cache, index_t tokens, index_t concurrency = 1) const {
     status found;
-    const index_t block = std::min(tokens, cache.config().prefill_block);
-    const index_t shared = std::max(staging_bytes(found, cache, block), decode_bytes(found, cache));
-    const index_t bytes = layout::bytes(found, concurrency, scratch_shape(cache, block), shared);
-    found.or_fail();
-    return bytes;
+    const index_t staging = staging_bytes(found, cache, std::min(tokens, cache.config().prefill_block));
+    return workspace_bytes(found, cache, tokens, concurrency, staging);
+  }
+  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1) const {
+    status found;
+    return workspace_bytes(found, keys, tokens, concurrency, 0);
   }
 
  private:
@@ -200,6 +201,13 @@ class attention {
     float* partials;
   };
 
+  index_t workspace_bytes(status& found, const kv_source& keys, index_t tokens, index_t concurrency,
+                          index_t staging) const {
+    const index_t shared = std::max(staging, decode_bytes(found, keys));
+    const index_t bytes = layout::bytes(found, concurrency, scratch_shape(keys, tokens), shared);
+    found.or_fail();
+    return bytes;
+  }
   index_t group_size(const kv_source& keys) const { return params_.num_qo_heads / keys.config().num_kv_heads; }
   static shape shape_of(const kv_source& keys) { return {0, keys.config().head_dim, keys.config().v_head_dim}; }
   shape scratch_shape(const kv_source& keys, index_t tokens) const {
