@@ -740,6 +740,8 @@ TEST_CASE("kv_cache: a try_ call that is refused says what would be thrown, and 
         "sinkcache: k.rows() was -1, had to be at least 0");
   CHECK(any.try_append({floats, most, 8}, {floats, most, 6}).message() ==
         "sinkcache: tokens seen and appended was 9223372036854775819, had to be at most 4611686018427387904");
+  CHECK(any.try_append({floats, max_position, 8}, {floats, max_position, 6}).message() ==
+        "sinkcache: tokens seen and appended was 4611686018427387916, had to be at most 4611686018427387904");
   CHECK(any.try_append({nullptr, 0, 8}, {nullptr, 0, 6}).ok());
 
   CHECK(any.try_truncate(3).message() == "sinkcache: seen was 3, had to be at least 12: older tokens are overwritten");
@@ -779,6 +781,22 @@ TEST_CASE("kv_cache: everything but its making works through any_kv_cache") {
       cache->clear();
       CHECK((cache->seen() == 0 && cache->size() == 0 && cache->min_truncate() == 0));
     }
+}
+
+TEST_CASE("kv_cache: what was overwritten stays known after a move") {
+  cache_config config = small_config();
+  config.rollback = 4;
+  kv_cache<f32> a(config), c(config);
+  append(a, numbers(0, 30));
+  a.truncate(27);
+  const position_t smallest = a.min_truncate();
+  REQUIRE(smallest == 26);
+  kv_cache<f32> b(std::move(a));
+  CHECK(b.min_truncate() == smallest);
+  CHECK(!b.try_truncate(smallest - 1));
+  c = std::move(b);
+  CHECK(c.min_truncate() == smallest);
+  CHECK(!c.try_truncate(smallest - 1));
 }
 
 // What was moved from.

@@ -279,7 +279,7 @@ TEST_CASE("workspace: workspace_bytes is what calls need") {
   }
 }
 
-TEST_CASE("workspace: decode never allocates, prefill not after as long a chunk, append never") {
+TEST_CASE("workspace: decode never allocates, batches and prefill not after as large a one, append never") {
   if (!COUNTS_ALLOCATIONS) return;
   layer layer;
   kv_cache<f32> cache({.num_kv_heads = 8, .head_dim = 256, .window = 40, .rope = rope::plain(256, 1e4)});
@@ -298,6 +298,15 @@ TEST_CASE("workspace: decode never allocates, prefill not after as long a chunk,
           layer.cache.append(layer.k.topRows(3), layer.v.topRows(3));
           layer.layer_attention.decode(layer.q.topRows(1), layer.cache, small_out, scratch);
         }) == 0);
+
+  const decode_item item{layer.q.data(), &layer.cache, small_out.data()};
+  const std::vector<decode_item> few(5, item);
+  CHECK(allocated_by([&] { layer.layer_attention.decode(few, scratch); }) == 0);
+  CHECK(allocated_by([&] { layer.layer_attention.attend(layer.q.topRows(1), layer.cache, small_out, scratch); }) == 0);
+  const std::vector<decode_item> many(4000, item);
+  workspace for_many;
+  CHECK(allocated_by([&] { layer.layer_attention.decode(many, for_many); }) == 1);
+  CHECK(allocated_by([&] { layer.layer_attention.decode(many, for_many); }) == 0);
 
   scratch.reserve(attention.workspace_bytes(cache, 1));
   CHECK(allocated_by([&] { attention.decode(q.topRows(1), cache, out.topRows(1), scratch); }) == 0);
