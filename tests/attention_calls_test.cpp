@@ -378,8 +378,8 @@ TEST_CASE("calls: any partition over KV heads and rows gives the bits of the who
       for (const auto& [first_head, heads] : partition(dice, c.config.num_kv_heads))
         for (const auto& [first_row, rows] : partition(dice, c.rows)) {
           call_part part{first_head, heads, first_row, rows};
-          if (first_head + heads == c.config.num_kv_heads && dice.one_in(2)) part.num_kv_heads = 0;
-          if (first_row + rows == c.rows && dice.one_in(2)) part.num_rows = 0;
+          if (first_head + heads == c.config.num_kv_heads && dice.one_in(2)) part.num_kv_heads = call_part::rest;
+          if (first_row + rows == c.rows && dice.one_in(2)) part.num_rows = call_part::rest;
           attention.attend(c.q, cache, parts.out, scratch, parts.lse.data(), part);
         }
       CHECK(parts == whole);
@@ -404,8 +404,7 @@ TEST_CASE("calls: a part writes what is its own, and nothing else") {
                        dice.from_to(0, c.rows - first_row)};
     CAPTURE(of.first_kv_head, of.num_kv_heads, of.first_row, of.num_rows);
     attention.attend(c.q, cache, part.out, scratch, part.lse.data(), of);
-    const index_t heads = of.num_kv_heads == 0 ? c.config.num_kv_heads - first_head : of.num_kv_heads;
-    const index_t rows = of.num_rows == 0 ? c.rows - first_row : of.num_rows;
+    const index_t heads = of.num_kv_heads, rows = of.num_rows;
     const index_t group = c.params.num_qo_heads / c.config.num_kv_heads;
     bool right = true;
     for (index_t row = 0; row < c.rows; ++row)
@@ -436,7 +435,8 @@ TEST_CASE("calls: parts of one token may be slices of a long cache") {
     for (const auto& [first, size] : partition(b.dice, kv_heads))
       b.attention.attend(b.queries[i], *b.caches[i], parts.out, scratch, parts.lse.data(), {first, size, 0, 1});
     CHECK(parts == expected[i]);
-    for (const call_part& empty : {call_part{kv_heads, 0, 0, 0}, {0, 0, 1, 0}, {kv_heads, 0, 1, 0}})
+    for (const call_part& empty :
+         {call_part{kv_heads, 0, 0, 1}, {0, kv_heads, 1, 0}, {0, 0}, {.num_rows = 0}, {kv_heads}})
       b.attention.attend(b.queries[i], *b.caches[i], past_the_end.out, scratch, past_the_end.lse.data(), empty);
     CHECK(past_the_end.untouched());
   }
@@ -462,7 +462,7 @@ TEST_CASE("calls: bad parts are refused in exact words") {
       {{-1, 0, 0, 0}, "first_kv_head was -1, had to be from 0 to 3", nullptr},
       {{4, 0, 0, 0}, "first_kv_head was 4, had to be from 0 to 3", nullptr},
       {{largest_index, 0, 0, 0}, "first_kv_head was 9223372036854775807, had to be from 0 to 3", nullptr},
-      {{0, -1, 0, 0}, "num_kv_heads was -1, had to be from 0 to 3", nullptr},
+      {{0, -2, 0, 0}, "num_kv_heads was -2, had to be from 0 to 3", nullptr},
       {{0, 4, 0, 0}, "num_kv_heads was 4, had to be from 0 to 3", nullptr},
       {{2, 2, 0, 0}, "num_kv_heads was 2, had to be from 0 to 1", nullptr},
       {{1, largest_index, 0, 0}, "num_kv_heads was 9223372036854775807, had to be from 0 to 2", nullptr},

@@ -99,13 +99,13 @@ class engine_executor {
 };
 
 // For an operator that the engine calls on all of its threads at once (as ggml does, with ith and nth): calls f with
-// the thread's part of the KV heads, unless there are fewer heads than threads and none is left for it. Each thread has
-// a workspace of its own.
+// the thread's part of the KV heads, none if there are fewer heads than threads. Each thread has a workspace of its
+// own.
 template <class F>
 void with_part(index_t thread_index, index_t num_threads, index_t num_kv_heads, const F& f) {
   const index_t first = num_kv_heads * thread_index / num_threads,
                 last = num_kv_heads * (thread_index + 1) / num_threads;
-  if (first < last) f(sinkcache::call_part{.first_kv_head = first, .num_kv_heads = last - first});
+  f(sinkcache::call_part{.first_kv_head = first, .num_kv_heads = last - first});
 }
 
 }  // namespace threads

@@ -28,11 +28,13 @@ struct decode_item {
   float* lse = nullptr;
 };
 
-// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q. What
-// is 0 or not given goes to the end. Parts that do not overlap may run at the same time, each with its own workspace,
-// and give the same bits as the whole.
+// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
+// of them if a count is 0. What is not given goes to the end. Parts that do not overlap may run at the same time, each
+// with its own workspace, and give the same bits as the whole.
 struct call_part {
-  index_t first_kv_head = 0, num_kv_heads = 0, first_row = 0, num_rows = 0;
+  static constexpr index_t rest = -1;
+
+  index_t first_kv_head = 0, num_kv_heads = rest, first_row = 0, num_rows = rest;
 };
 
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
@@ -81,7 +83,7 @@ class attention {
                     float* lse = nullptr, const call_part& part = {}) const noexcept {
     status found = detail::check_attend(params_, q, keys, out);
     const call_part whole = detail::whole_part(found, part, keys.config().num_kv_heads, q.rows());
-    if (!found || whole.num_rows == 0) return found;
+    if (!found || whole.num_rows == 0 || whole.num_kv_heads == 0) return found;
     if (q.rows() == 1) {
       const decode_item item{q.row(0), &keys, out.row(0), lse};
       decode_items({&item, 1}, part, workspace, found);

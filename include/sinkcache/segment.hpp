@@ -79,7 +79,8 @@ class segment_source {
   // The positions visible to token number seen - 1, oldest first.
   virtual span_list visible(position_t seen) const noexcept = 0;
 
-  // The longest segment of a KV head that starts at `first` and ends by `last`; the tokens between must be stored.
+  // The longest segment of a KV head that starts at `first` and ends by `last`. Where nothing is stored it may be asked
+  // for, too: a segment of what no row sees is not read.
   virtual segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept = 0;
 
  protected:

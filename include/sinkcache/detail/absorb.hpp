@@ -33,15 +33,13 @@ void adjust_logits(const query_rows& rows, index_t row, const extent* extents, p
     bias[r] = terms.sink_bias;
     nearest[r] = static_cast<float>(first - (terms.query - extents[row + r].gap));
   }
-  vfloat slopes[lanes_of::vectors], distance[lanes_of::vectors];
+  vfloat slopes[lanes_of::vectors], from[lanes_of::vectors], key = lanes_of::key_numbers();
   lanes_of::spread(slope, slopes);
-  lanes_of::spread(nearest, distance);
-  for (vfloat& d : distance) d += lanes_of::key_numbers();
-  for (index_t i = 0; i < all; i += lanes_of::vectors * lanes)
+  lanes_of::spread(nearest, from);
+  for (index_t i = 0; i < all; i += lanes_of::vectors * lanes, key += static_cast<float>(lanes_of::keys))
     for (int part = 0; part < lanes_of::vectors; ++part) {
       float* const at = logits + i + part * lanes;
-      store(at, load(at) + slopes[part] * distance[part]);
-      distance[part] += static_cast<float>(lanes_of::keys);
+      store(at, load(at) + slopes[part] * (from[part] + key));
     }
   const index_t pinned = static_cast<index_t>(std::clamp<position_t>(rows.num_sink_tokens - first, 0, n));
   for (index_t j = 0; j < pinned; ++j)
