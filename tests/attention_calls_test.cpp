@@ -515,7 +515,7 @@ TEST_CASE("calls: threads of the host share a call, each with its workspace", "[
         });
         const index_t rows = (c.rows + nth - 1) / nth, first = std::min(c.rows, ith * rows);
         attention.attend(c.q, cache, by_rows.out, own, by_rows.lse.data(),
-                         {0, 0, first, std::min(rows, c.rows - first)});
+                         {0, call_part::rest, first, std::min(rows, c.rows - first)});
       });
       CHECK(by_heads == whole);
       CHECK(by_rows == whole);
