@@ -7,6 +7,7 @@ import sys
 import time
 import types
 
+sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples/hosts/torch"))
 
 import torch
