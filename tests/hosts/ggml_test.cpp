@@ -116,15 +116,20 @@ struct host {
     return cell <= position && (window == 0 || cell > position - window || cell < num_sink_tokens);
   }
 
+  float mask_value(int64_t token, int64_t cell, int64_t window, int64_t num_sink_tokens, float max_bias) const {
+    if (!visible(token, cell, window, num_sink_tokens)) return -inf;
+    return max_bias > 0 ? static_cast<float>(cell - (s.seen - s.tokens + token)) : 0;
+  }
+
   // ggml's own, with the mask that says what ours is told in two numbers.
-  ggml_tensor* flash(float scale, float soft_cap, const std::vector<float>& sink_logits, int64_t window,
+  ggml_tensor* flash(float scale, float soft_cap, float max_bias, const std::vector<float>& sink_logits, int64_t window,
                      int64_t num_sink_tokens) {
     ggml_tensor* const mask = ggml_new_tensor_2d(context.get(), GGML_TYPE_F16, s.cells, s.tokens);
     for (int64_t token = 0; token < s.tokens; ++token)
       for (int64_t cell = 0; cell < s.cells; ++cell)
-        store(mask, cell, token, 0, 0, visible(token, cell, window, num_sink_tokens) ? 0 : -inf);
+        store(mask, cell, token, 0, 0, mask_value(token, cell, window, num_sink_tokens, max_bias));
     ggml_tensor* const values = s.order == cells::transposed_values ? ggml_cont(context.get(), v) : v;
-    ggml_tensor* const out = ggml_flash_attn_ext(context.get(), q, k, values, mask, scale, 0, soft_cap);
+    ggml_tensor* const out = ggml_flash_attn_ext(context.get(), q, k, values, mask, scale, max_bias, soft_cap);
     if (!sink_logits.empty()) {
       ggml_tensor* const sinks = ggml_new_tensor_1d(context.get(), GGML_TYPE_F32, s.heads);
       std::copy(sink_logits.begin(), sink_logits.end(), ggml_get_data_f32(sinks));
@@ -177,7 +182,10 @@ double error(const host& h, oracle::layer layer, const std::vector<float>& out, 
       const auto answers =
           oracle::attend(layer, query.data(), s.seen - s.tokens + token, visible, keys.data(), values.data());
       for (size_t head = 0; head < answers.size(); ++head) {
-        const double bound = 16 * 0x1p-24 * (1 + answers[head].a) * answers[head].v_max;
+        const double distance = layer.alibi_slopes.empty() || visible.empty()
+                                    ? 0
+                                    : double(layer.alibi_slopes[head]) * double(s.seen - visible.front());
+        const double bound = 16 * 0x1p-24 * (1 + answers[head].a + distance) * answers[head].v_max;
         for (size_t i = 0; i < size_t(s.v_dim); ++i) {
           const size_t row = size_t(stream * s.tokens + token) * size_t(s.heads) + head;
           const double difference = std::abs(double(out[row * size_t(s.v_dim) + i]) - answers[head].out[i]);
@@ -188,6 +196,19 @@ double error(const host& h, oracle::layer layer, const std::vector<float>& out, 
     }
   }
   return worst;
+}
+
+// ggml's, from its one number.
+std::vector<float> alibi_slopes(int64_t heads, float max_bias) {
+  std::vector<float> slopes;
+  if (max_bias == 0) return slopes;
+  int64_t power = 1;
+  while (2 * power <= heads) power *= 2;
+  for (int64_t head = 0; head < heads; ++head)
+    slopes.push_back(
+        std::exp2(-max_bias / static_cast<float>(power) *
+                  (head < power ? static_cast<float>(head + 1) : static_cast<float>(head - power) + 0.5f)));
+  return slopes;
 }
 
 double nmse(const std::vector<float>& ours, const std::vector<float>& theirs) {
@@ -222,16 +243,21 @@ TEST_CASE("in a ggml graph it gives what ggml_flash_attn_ext gives, and the orac
     const int64_t window = dice.one_in(2) ? dice.from_to(1, s.seen) : 0;
     const int64_t num_sink_tokens = window > 0 && dice.one_in(2) ? dice.from_to(1, 4) : 0;
     const float soft_cap = dice.one_in(4) ? 5.0f : 0.0f, scale = 1 / std::sqrt(static_cast<float>(s.dim));
+    const float max_bias = dice.one_in(4) ? 8.0f : 0.0f;  // ALiBi
     std::vector<float> sink_logits;
     if (dice.one_in(2))
       for (int64_t head = 0; head < s.heads; ++head) sink_logits.push_back(3 * dice.signed_unit());
     INFO("case " << number << ": heads " << s.heads << "/" << s.kv_heads << " of " << s.dim << "/" << s.v_dim
                  << ", seen " << s.seen << ", tokens " << s.tokens << ", streams " << s.streams << ", layout "
                  << static_cast<int>(s.order) << ", " << ggml_type_name(s.k_type) << ", window " << window << "+"
-                 << num_sink_tokens << ", soft cap " << soft_cap << ", sinks " << sink_logits.size());
+                 << num_sink_tokens << ", soft cap " << soft_cap << ", max_bias " << max_bias << ", sinks "
+                 << sink_logits.size());
     host h(s, static_cast<uint64_t>(number) + 1000);
 
-    attention_params params{.num_qo_heads = s.heads, .sm_scale = scale, .logits_soft_cap = soft_cap};
+    attention_params params{.num_qo_heads = s.heads,
+                            .sm_scale = scale,
+                            .logits_soft_cap = soft_cap,
+                            .alibi_slopes = alibi_slopes(s.heads, max_bias)};
     if (!sink_logits.empty()) params.softmax = softmax_variant::sink_logits(sink_logits);
     std::vector<workspace> workspaces(4);
     ggml_attention op(params, {.num_sink_tokens = num_sink_tokens, .window = window, .positions = positions::absolute},
@@ -251,9 +277,10 @@ TEST_CASE("in a ggml graph it gives what ggml_flash_attn_ext gives, and the orac
 
     oracle::layer layer;
     layer.in_cache = false, layer.sm_scale = static_cast<double>(scale), layer.soft_cap = static_cast<double>(soft_cap);
-    layer.sink_logits = sink_logits;
+    layer.sink_logits = sink_logits, layer.alibi_slopes = params.alibi_slopes;
     h.clear_unseen_cells();
-    const std::vector<float> theirs = h.run(h.flash(scale, soft_cap, sink_logits, window, num_sink_tokens), 2);
+    const std::vector<float> theirs =
+        h.run(h.flash(scale, soft_cap, max_bias, sink_logits, window, num_sink_tokens), 2);
     const double ours_off = error(h, layer, ours, window, num_sink_tokens);
     CHECK(ours_off <= 1);
     CHECK(nmse(ours, theirs) <= 5e-4);
@@ -356,7 +383,7 @@ TEST_CASE("time, beside ggml_flash_attn_ext", "[.][timing]") {
       ggml_attention op(params, {.positions = positions::absolute}, workspaces);
       status found;
       ggml_tensor* const nodes[] = {op.build(h.context.get(), h.q, h.k, h.v, h.positions, found),
-                                    h.flash(1 / std::sqrt(128.0f), 0, sink_logits, 0, 0)};
+                                    h.flash(1 / std::sqrt(128.0f), 0, 0, sink_logits, 0, 0)};
       REQUIRE(found.message() == "");
       double best[] = {1e9, 1e9};
       for (int round = 0; round < (of.tokens > 1 ? 5 : 15); ++round)
