@@ -178,7 +178,7 @@ class attention {
   };
 
   // A cache, and behind it the block that is about to be appended.
-  class staged_source final : public segment_source {  // NOLINT(cppcoreguidelines-virtual-class-destructor)
+  class staged_source final : public segment_source {
    public:
     staged_source(const any_kv_cache& cache, index_t tokens, const std::byte* block)
         : cache_(cache), tokens_(tokens), block_(block) {}

@@ -112,16 +112,16 @@ template <class K, class V>
 void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
                  tile_rows next_k, index_t offset, position_t first, index_t n, const running_states& to,
                  float* logits) noexcept {
-  const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16), groups = (count + 3) / 4;
+  const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::max_keys + 16); };
   float scale[tile_scratch::max_rows];
-  prefetcher ahead(v);
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const q = rows.q + (row + r) * dim;
+    const tile_rows next = r == 0 ? v : tile_rows{};
     if (k.decoded)
-      dot_products<f32, Rows>(q, dim, k, n, ahead, v.bytes / groups, logits_of(group));
+      dot_products<f32, Rows>(q, dim, k, n, next, logits_of(group));
     else
-      dot_products<K, Rows>(q, dim, k, n, ahead, v.bytes / groups, logits_of(group));
+      dot_products<K, Rows>(q, dim, k, n, next, logits_of(group));
   });
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     if (rows.soft_cap > 0 || rows.terms != nullptr)
@@ -129,17 +129,17 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
     weigh<Rows>(logits_of(group), offset, n, to.from_row(row + r), scale + r);
   });
   rescale_values(scale, count, to.from_row(row));
-  ahead = prefetcher(next_k);
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const running_states sums = to.from_row(row + r);
     const float* const weights = logits_of(group);
     in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
       constexpr index_t width = width_of<Rows>;
-      const index_t step = k.bytes * Vectors * lanes / v_dim / groups;
+      // Strips of columns are a pattern that hardware does not prefetch over, so the next keys come in beside them.
+      if (r == 0) prefetch(next_k, n * column / v_dim, n * (column + Vectors * lanes) / v_dim);
       if (v.decoded)
-        add_values<f32, Rows, Vectors>(weights, width, v, offset, n, ahead, step, column, sums);
+        add_values<f32, Rows, Vectors>(weights, width, v, offset, n, column, sums);
       else
-        add_values<V, Rows, Vectors>(weights, width, v, offset, n, ahead, step, column, sums);
+        add_values<V, Rows, Vectors>(weights, width, v, offset, n, column, sums);
     });
   });
 }
@@ -181,7 +181,6 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   float scale[panel];
   weigh<panel, panel>(logits, offset + lo, n, to.from_row(row), scale);
   rescale_values(scale, panel, to.from_row(row));
-  prefetcher nothing(v);
   // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
   if (!alike && !all_finite(v, n, v_dim)) {
     for (int r = 0; r < panel; ++r) {
@@ -189,14 +188,14 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
       if (seen[r].size() == 0) continue;
       in_strips<1>(v_dim, [&]<int Vectors>(index_t column) {
         add_values<f32, 1, Vectors>(logits + from * panel + r, panel, v.from_row(from), offset + lo + from,
-                                    seen[r].size(), nothing, 0, column, to.from_row(row + r));
+                                    seen[r].size(), column, to.from_row(row + r));
       });
     }
     return;
   }
   in_strips<4>(v_dim, [&]<int Vectors>(index_t column) {
     for (int r = 0; r < panel; r += 4)
-      add_values<f32, 4, Vectors>(logits + r, panel, v, offset + lo, n, nothing, 0, column, to.from_row(row + r));
+      add_values<f32, 4, Vectors>(logits + r, panel, v, offset + lo, n, column, to.from_row(row + r));
   });
 }
 

@@ -81,28 +81,17 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   return true;
 }
 
-// The rows that are read next come into the L1 line by line, while there is arithmetic to do. Integers: it may run past
-// the end.
-struct prefetcher {
-  std::uintptr_t next, row_end;
-  index_t row, between, missing = 0;
-
-  explicit prefetcher(tile_rows rows)
-      : next(reinterpret_cast<std::uintptr_t>(rows.data)),
-        row_end(next + static_cast<std::uintptr_t>(rows.bytes)),
-        row(rows.bytes),
-        between(rows.stride - rows.bytes) {}
-
-  [[gnu::always_inline]] void advance(index_t bytes) {
-    for (missing += bytes; missing > 0; missing -= 64, next += 64) {
-      if (next >= row_end) {
-        next = row_end + static_cast<std::uintptr_t>(between);
-        row_end = next + static_cast<std::uintptr_t>(row);
-      }
-      __builtin_prefetch(reinterpret_cast<const void*>(next));  // NOLINT(performance-no-int-to-ptr)
-    }
+// Brings the rows [first, last) into the L1, while there is arithmetic to do. Integers: they may lie behind the end.
+[[gnu::always_inline]] inline void prefetch(tile_rows rows, index_t first, index_t last) noexcept {
+  for (; first < last; ++first) {
+    const std::uintptr_t row =
+        reinterpret_cast<std::uintptr_t>(rows.data) + static_cast<std::uintptr_t>(first * rows.stride);
+#pragma GCC unroll 4
+    for (index_t line = 0; line < rows.bytes; line += 64)
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(row + static_cast<std::uintptr_t>(line)));  // NOLINT(performance-no-int-to-ptr)
   }
-};
+}
 
 // Lanes that a group of Rows rows takes of a tile's logits [keys, width].
 template <int Rows>
@@ -137,16 +126,16 @@ struct row_lanes {
 };
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time: as many sums as hide the latency of an FMA and
-// leave registers for what is multiplied. Behind the n-th key the last one repeats. `ahead` is brought in meanwhile,
-// `step` bytes a key.
+// leave registers for what is multiplied. Behind the n-th key the last one repeats. Meanwhile as many rows of `next`
+// are brought in, none if it has no bytes.
 template <class K, int Rows>
-[[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, prefetcher& ahead,
-                                    index_t step, float* logits) noexcept {
+[[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows next,
+                                    float* logits) noexcept {
   constexpr int keys = Rows == 4 ? 3 : Rows == 1 ? 8 : 4, width = width_of<Rows>;
   for (index_t j = 0; j < n; j += keys) {
     const std::byte* key[keys];
     for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
-    ahead.advance(keys * step);
+    prefetch(next, j, j + keys);
     vfloat sums[keys][Rows] = {};
 #pragma GCC unroll 1
     for (index_t d = 0; d < dim; d += lanes) {
@@ -226,12 +215,11 @@ inline constexpr index_t keys_at_once = 24;
 
 template <class V, int Rows, int Vectors>
 [[gnu::noinline]] void add_values(const float* weights, index_t width, tile_rows v, index_t offset, index_t n,
-                                  prefetcher& ahead, index_t step, index_t column, const running_states& to) noexcept {
+                                  index_t column, const running_states& to) noexcept {
   const std::byte* value = v.data + column * V::element_bytes;
   vfloat tile[Rows][Vectors] = {};
   for (index_t first = 0, last; first < n; first = last) {
     last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
-    ahead.advance((last - first) * step);
     vfloat sums[Rows][Vectors] = {};
     for (index_t j = first; j < last; ++j, value += v.stride, weights += width) {
       vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
