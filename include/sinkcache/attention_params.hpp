@@ -118,6 +118,7 @@ template <class Part>
 Part whole_part(status& found, Part part, index_t num_kv_heads, index_t num_rows) noexcept {
   const auto fill = [&](const char* first_name, const char* size_name, index_t first, index_t& size, index_t all) {
     found.require(first >= 0 && first <= all, first_name, first, "from 0 to", all);
+    if (!found) return;
     if (size == Part::rest) size = all - first;
     found.require(size >= 0 && size <= all - first, size_name, size, "from 0 to", all - first);
   };
