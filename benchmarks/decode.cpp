@@ -41,7 +41,7 @@ void decode(benchmark::State& state, const effort& effort, const shape& of, inde
 
 int main(int argc, char** argv) {
   suite::program program(argc, argv);
-  suite::for_each_format([&](auto format, const std::string& name) {
+  suite::for_each_format<sinkcache::f32, sinkcache::f16, sinkcache::bf16>([&](auto format, const std::string& name) {
     using F = decltype(format);
     for (const shape& of : shapes) {
       const index_t visible = short_visible(of);

@@ -91,12 +91,10 @@ class program {
   measure::effort effort_;
 };
 
-// f(format, name) for every format.
-template <class F>
+// f(format, name) for each format.
+template <class... Formats, class F>
 void for_each_format(const F& f) {
-  f(sinkcache::f32{}, "f32");
-  f(sinkcache::f16{}, "f16");
-  f(sinkcache::bf16{}, "bf16");
+  (f(Formats(), std::string(Formats::name)), ...);
 }
 
 }  // namespace suite

@@ -1,0 +1,107 @@
+// How much faster are two threads than one, and a batch of sequences than one after the other? Method and reading:
+// README.md.
+
+#include "../examples/threads/thread_pool.hpp"
+#include "suite.hpp"
+
+namespace {
+
+using namespace measure;
+
+// The work on one thread and on two, beside as many flops of plain arithmetic that are handed out in the same way.
+void two_threads(suite::row& row, const rounds& rounds) {
+  row.number("fma_speedup", rounds.ratio(0, 1).median);
+  row.number("speedup", rounds.ratio(2, 3).median);
+  row.ratio("of_fma_speedup", rounds.of([](const std::vector<double>& s) { return (s[2] / s[3]) / (s[0] / s[1]); }));
+  row.number("fma%", 100 * rounds.ratio(1, 3).median);
+}
+
+struct thread_pools {
+  threads::thread_pool one{1}, two{2};
+
+  static void multiply_add(threads::thread_pool& pool, double flops) {
+    constexpr index_t parts = 16;
+    auto part = [=](index_t, index_t) { measure::multiply_add(flops / parts); };
+    pool.run(parts, sinkcache::work_ref(part));
+  }
+};
+
+// One thread takes the sequences one after the other, two take them as one batch.
+template <class F>
+void decode(benchmark::State& state, const effort& effort, const shape& of, index_t visible, std::size_t sequences) {
+  const auto config = config_of(of, visible);
+  layers<F> caches(config, visible + visible / 3, sequences * sinkcache::kv_cache<F>::required_bytes(config));
+  const matrix q = queries(of, static_cast<index_t>(sequences));
+  matrix out(q.rows(), q.cols());
+  const sinkcache::attention attention(params_of(of));
+  thread_pools pools;
+  sinkcache::workspace one(pools.one), two(pools.two);
+  std::vector<sinkcache::decode_item> batch;
+  for (std::size_t i = 0; i < sequences; ++i) {
+    const auto row = static_cast<index_t>(i);
+    batch.push_back({q.row(row).data(), &caches.cache(i), out.row(row).data()});
+  }
+  const double flops =
+      4. * static_cast<double>(of.num_qo_heads * of.head_dim * visible) * static_cast<double>(sequences);
+  const rounds rounds({
+                          [&](std::size_t) { thread_pools::multiply_add(pools.one, flops); },
+                          [&](std::size_t) { thread_pools::multiply_add(pools.two, flops); },
+                          [&](std::size_t) {
+                            for (const sinkcache::decode_item& item : batch) attention.decode({&item, 1}, one);
+                          },
+                          [&](std::size_t) { attention.decode(batch, two); },
+                      },
+                      effort, wall_seconds);
+  suite::row row(state, rounds, 3);
+  two_threads(row, rounds);
+  row.number("error", error_of(caches.cache(0), attention.params(), q.data(), out.data()));
+}
+
+template <class F>
+void prefill(benchmark::State& state, const effort& effort, const shape& of) {
+  constexpr index_t visible = 1024, tokens = 512;
+  layers<F> caches(config_of(of, visible), visible, 2 * sinkcache::kv_cache<F>::required_bytes(config_of(of, visible)));
+  const matrix q = queries(of, tokens);
+  const matrix k = normal(tokens, of.num_kv_heads * of.head_dim, 5), v = normal(tokens, k.cols(), 6);
+  matrix out(tokens, q.cols());
+  const sinkcache::attention attention(params_of(of));
+  thread_pools pools;
+  sinkcache::workspace one(pools.one), two(pools.two);
+  const auto run = [&](sinkcache::any_kv_cache& cache, sinkcache::workspace& workspace) {
+    cache.truncate(visible - tokens);
+    attention.prefill(q, k, v, cache, out, workspace);
+  };
+  const double flops =
+      4. * static_cast<double>(of.num_qo_heads * of.head_dim * (tokens * visible - tokens * (tokens - 1) / 2));
+  const rounds rounds({
+                          [&](std::size_t) { thread_pools::multiply_add(pools.one, flops); },
+                          [&](std::size_t) { thread_pools::multiply_add(pools.two, flops); },
+                          [&](std::size_t) { run(caches.cache(0), one); },
+                          [&](std::size_t) { run(caches.cache(1), two); },
+                      },
+                      effort, wall_seconds);
+  suite::row row(state, rounds, 3);
+  two_threads(row, rounds);
+  row.number("error",
+             error_of(caches.cache(1), attention.params(), q.row(tokens - 1).data(), out.row(tokens - 1).data()));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  suite::program program(argc, argv);
+  suite::for_each_format<sinkcache::f32, sinkcache::f16>([&](auto format, const std::string& name) {
+    using F = decltype(format);
+    for (const shape& of : {shapes[0], shapes[1], shapes[2]}) {
+      const auto run_decode = [=](index_t visible, std::size_t sequences) {
+        return [=](auto& state, const effort& effort) { decode<F>(state, effort, of, visible, sequences); };
+      };
+      const std::string row = "threads/" + name + "/" + of.name + "/";
+      program.add(row + "decode/1024", run_decode(1024, 1));
+      program.add_slow(row + "decode/32768", run_decode(32768, 1));
+      program.add(row + "batch_of_8/1024", run_decode(1024, 8));
+      program.add_slow(row + "prefill/1024", [=](auto& state, const effort& effort) { prefill<F>(state, effort, of); });
+    }
+  });
+  return program.main();
+}
