@@ -36,6 +36,7 @@ struct layer {
   index_t visible, tokens;
   matrix k = normal(visible, of.num_kv_heads*of.head_dim, 1), v = normal(visible, k.cols(), 2);
   matrix q = queries(of, tokens);
+  visible_memory memory = {};  // our cache's
   std::vector<double> exact = {}, exact_without_sinks = {};
   std::vector<contender> contenders = {};
   std::vector<std::shared_ptr<void>> owned = {};
@@ -65,7 +66,8 @@ void add_ours(layer& layer) {
                                        .head_dim = of.head_dim,
                                        .window = layer.visible,
                                        .positions = positions::absolute,
-                                       .rope = rope::none()}));
+                                       .rope = rope::none()},
+                                      &layer.memory));
   cache.append(layer.k, layer.v);
   auto& ours =
       layer.own(our_memory{.attention = attention(params_of(of)), .out = matrix(layer.tokens, layer.q.cols())});
@@ -297,11 +299,16 @@ const float* layer_data(const layer* of, char which) {
 }
 double layer_error_of(const layer* of, const float* out) { return error(of->exact_without_sinks, out); }
 
-// The seconds that as much arithmetic takes.
+// The machine's limits: seconds of as much arithmetic, and of one plain read of as many bytes as our cache has.
 double layer_fma(const layer* of) {
   const index_t pairs = of->tokens * of->visible - of->tokens * (of->tokens - 1) / 2;
   const double began = thread_seconds(), part = of->tokens == 1 ? 1 : 8;
   multiply_add(4. / part * static_cast<double>(of->of.num_qo_heads * of->of.head_dim * pairs));
   return part * (thread_seconds() - began);
+}
+double layer_read(const layer* of) {
+  const double began = thread_seconds();
+  read(of->memory.data(), of->memory.size());
+  return thread_seconds() - began;
 }
 }
