@@ -35,11 +35,11 @@ struct query_rows {
 // Scratch of one worker: tiles of floats of K [keys, round_up(dim, 16)] and V (rows 16 floats further apart, so that a
 // column of them spreads over the sets of the L1), and logits [keys, rows].
 struct tile_scratch {
-  // Keys in a tile that a few rows walk over, about 48 KiB of K and V: the keys pass by once, while the values come
-  // into the L1.
+  // Keys in a tile that a few rows walk over, about 48 KiB of K and V: the keys pass by once, the values come in
+  // strips.
   static constexpr index_t max_keys = 96, max_rows = 32;
   static constexpr index_t keys(index_t k_row_bytes, index_t v_row_bytes) {
-    return std::clamp<index_t>(49152 / (k_row_bytes + v_row_bytes) / 24 * 24, 24, max_keys);
+    return std::clamp<index_t>(49152 / (k_row_bytes + v_row_bytes) / 32 * 32, 32, max_keys);
   }
   // Keys in a tile for panels of rows.
   static constexpr index_t panel_keys = 128;

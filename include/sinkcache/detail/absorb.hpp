@@ -52,8 +52,9 @@ template <int Rows, int Width = width_of<Rows>>
 void weigh(float* logits, index_t offset, index_t n, const running_states& to, float* scale) noexcept {
   using lanes_of = row_lanes<Width>;
   constexpr int vectors = lanes_of::vectors;
-  const index_t used = n * Width, all = round_up(used, lanes);
-  std::fill(logits + used, logits + all, no_logit);
+  // A few rows: `lanes` keys at a time.
+  const index_t used = n * Width, all = vectors == 1 ? round_up(used, Width * lanes) : used;
+  for (index_t i = used; i < all; ++i) logits[i] = no_logit;
   vfloat largest[vectors], old_max[vectors], subtract[vectors], factor[vectors], sum[vectors] = {};
   for (int part = 0; part < vectors; ++part) largest[part] = load(logits + part * lanes);
   for (index_t i = vectors * lanes; i < all; i += vectors * lanes)
@@ -74,11 +75,11 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
   };
   if constexpr (vectors == 1) {
     // Keys `lanes` apart are summed first, then halves: the same whatever the width.
-    vfloat sums[Width] = {};
-    for (index_t i = 0; i < all; i += Width * lanes)
+    vfloat sums[Width];
+    for (int part = 0; part < Width; ++part) sums[part] = to_weight(part * lanes, 0);
+    for (index_t i = Width * lanes; i < all; i += Width * lanes)
 #pragma GCC unroll 4
-      for (int part = 0; part < Width; ++part)
-        if (i + part * lanes < all) sums[part] += to_weight(i + part * lanes, 0);
+      for (int part = 0; part < Width; ++part) sums[part] += to_weight(i + part * lanes, 0);
     for (int half = Width / 2; half > 0; half /= 2)
       for (int part = 0; part < half; ++part) sums[part] += sums[part + half];
     sum[0] = sums[0];
@@ -110,18 +111,16 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
 // `count` query rows from `row` on take in n keys and values, of positions from `first` on; all of them see all.
 template <class K, class V>
 void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
-                 tile_rows next_k, index_t offset, position_t first, index_t n, const running_states& to,
-                 float* logits) noexcept {
+                 index_t offset, position_t first, index_t n, const running_states& to, float* logits) noexcept {
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::max_keys + 16); };
   float scale[tile_scratch::max_rows];
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const q = rows.q + (row + r) * dim;
-    const tile_rows next = r == 0 ? v : tile_rows{};
     if (k.decoded)
-      dot_products<f32, Rows>(q, dim, k, n, next, logits_of(group));
+      dot_products<f32, Rows>(q, dim, k, n, v, logits_of(group));
     else
-      dot_products<K, Rows>(q, dim, k, n, next, logits_of(group));
+      dot_products<K, Rows>(q, dim, k, n, v, logits_of(group));
   });
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     if (rows.soft_cap > 0 || rows.terms != nullptr)
@@ -134,8 +133,6 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
     const float* const weights = logits_of(group);
     in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
       constexpr index_t width = width_of<Rows>;
-      // Strips of columns are a pattern that hardware does not prefetch over, so the next keys come in beside them.
-      if (r == 0) prefetch(next_k, n * column / v_dim, n * (column + Vectors * lanes) / v_dim);
       if (v.decoded)
         add_values<f32, Rows, Vectors>(weights, width, v, offset, n, column, sums);
       else
@@ -187,15 +184,15 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
       const index_t from = static_cast<index_t>(seen[r].first - all.first);
       if (seen[r].size() == 0) continue;
       in_strips<1>(v_dim, [&]<int Vectors>(index_t column) {
-        add_values<f32, 1, Vectors>(logits + from * panel + r, panel, v.from_row(from), offset + lo + from,
-                                    seen[r].size(), column, to.from_row(row + r));
+        add_values<f32, 1, Vectors, false>(logits + from * panel + r, panel, v.from_row(from), offset + lo + from,
+                                           seen[r].size(), column, to.from_row(row + r));
       });
     }
     return;
   }
   in_strips<4>(v_dim, [&]<int Vectors>(index_t column) {
     for (int r = 0; r < panel; r += 4)
-      add_values<f32, 4, Vectors>(logits + r, panel, v, offset + lo, n, column, to.from_row(row + r));
+      add_values<f32, 4, Vectors, false>(logits + r, panel, v, offset + lo, n, column, to.from_row(row + r));
   });
 }
 
@@ -238,7 +235,7 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
         ++same;
       const index_t skipped = static_cast<index_t>(seen.first - tile);
       if (seen.size() > 0)
-        absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped), k.from_row(n),
+        absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped),
                                         offset + skipped, seen.first, seen.size(), to, scratch.logits);
     }
   }

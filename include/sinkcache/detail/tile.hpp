@@ -81,16 +81,10 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   return true;
 }
 
-// Brings the rows [first, last) into the L1, while there is arithmetic to do. Integers: they may lie behind the end.
-[[gnu::always_inline]] inline void prefetch(tile_rows rows, index_t first, index_t last) noexcept {
-  for (; first < last; ++first) {
-    const std::uintptr_t row =
-        reinterpret_cast<std::uintptr_t>(rows.data) + static_cast<std::uintptr_t>(first * rows.stride);
-#pragma GCC unroll 4
-    for (index_t line = 0; line < rows.bytes; line += 64)
-      __builtin_prefetch(
-          reinterpret_cast<const void*>(row + static_cast<std::uintptr_t>(line)));  // NOLINT(performance-no-int-to-ptr)
-  }
+// Brings a line into the L1, while there is arithmetic to do. Integers: it may lie behind the end.
+[[gnu::always_inline]] inline void prefetch(const std::byte* from, index_t offset) noexcept {
+  const std::uintptr_t line = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(line));  // NOLINT(performance-no-int-to-ptr)
 }
 
 // Lanes that a group of Rows rows takes of a tile's logits [keys, width].
@@ -126,38 +120,47 @@ struct row_lanes {
 };
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time: as many sums as hide the latency of an FMA and
-// leave registers for what is multiplied. Behind the n-th key the last one repeats. Meanwhile as many rows of `next`
-// are brought in, none if it has no bytes.
+// leave registers for what is multiplied. Behind the n-th key the last one repeats. Meanwhile keys further on, and the
+// first line of the values, are brought in.
 template <class K, int Rows>
-[[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows next,
+[[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
   constexpr int keys = Rows == 4 ? 3 : Rows == 1 ? 8 : 4, width = width_of<Rows>;
+  constexpr index_t line = 64 / K::element_bytes;
+  const index_t ahead = 12 * k.stride;
+  const std::byte* key[keys];
+  for (int i = 0; i < keys; ++i) key[i] = k.row(i);
   for (index_t j = 0; j < n; j += keys) {
-    const std::byte* key[keys];
-    for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
-    prefetch(next, j, j + keys);
+    if (j + keys > n)
+      for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
+    for (int i = 0; i < keys; ++i) prefetch(v.data, (j + i) * v.stride);
     vfloat sums[keys][Rows] = {};
+    for (index_t first = 0; first < dim; first += line) {
+      for (int i = 0; i < keys; ++i) prefetch(key[i], ahead + first * K::element_bytes);
+      const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
-    for (index_t d = 0; d < dim; d += lanes) {
-      vfloat qd[Rows], kd[keys];  // only the fewer of them fit the registers all at once
-      if constexpr (Rows > keys) {
-        for (int i = 0; i < keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
+      for (index_t d = first; d < last; d += lanes) {
+        vfloat qd[Rows], kd[keys];  // only the fewer of them fit the registers all at once
+        if constexpr (Rows > keys) {
+          for (int i = 0; i < keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-          qd[r] = load_once(q + r * dim + d);
+          for (int r = 0; r < Rows; ++r) {
+            qd[r] = load_once(q + r * dim + d);
 #pragma GCC unroll 4
-          for (int i = 0; i < keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
-        }
-      } else {
-        for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * dim + d);
+            for (int i = 0; i < keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+          }
+        } else {
+          for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * dim + d);
 #pragma GCC unroll 8
-        for (int i = 0; i < keys; ++i) {
-          kd[i] = K::load(key[i] + d * K::element_bytes);
+          for (int i = 0; i < keys; ++i) {
+            kd[i] = K::load(key[i] + d * K::element_bytes);
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+            for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+          }
         }
       }
     }
+    for (int i = 0; i < keys; ++i) key[i] += keys * k.stride;
     const vfloat* const sum = sums[0];
     for (int i = 0; i < keys * width; i += 4) {
       vquad dots;
@@ -209,19 +212,24 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
   }
 }
 
-// o[r] += sum over j of weights[j][r] * v[j], for Rows rows and a strip of columns. `keys_at_once` keys are summed by
-// themselves, counted from key number -`offset` on, then the tile.
-inline constexpr index_t keys_at_once = 24;
+// o[r] += sum over j of weights[j][r] * v[j], for Rows rows and a strip of columns. `keys_at_once` keys, counted from
+// key number -`offset` on, are summed by themselves, then the tile. Unless the values are at hand, the next strip is
+// brought in meanwhile: strips are a pattern that hardware does not prefetch over.
+inline constexpr index_t keys_at_once = 32;
 
-template <class V, int Rows, int Vectors>
+template <class V, int Rows, int Vectors, bool Prefetch = true>
 [[gnu::noinline]] void add_values(const float* weights, index_t width, tile_rows v, index_t offset, index_t n,
                                   index_t column, const running_states& to) noexcept {
+  constexpr index_t strip = Vectors * lanes * V::element_bytes;
   const std::byte* value = v.data + column * V::element_bytes;
-  vfloat tile[Rows][Vectors] = {};
+  const index_t ahead = column * V::element_bytes + strip < v.bytes ? 2 * strip - 1 : 0;
+  vfloat tile[Rows][Vectors];
   for (index_t first = 0, last; first < n; first = last) {
     last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
     vfloat sums[Rows][Vectors] = {};
     for (index_t j = first; j < last; ++j, value += v.stride, weights += width) {
+      if constexpr (Prefetch) prefetch(value, ahead);
+      if constexpr (Prefetch && strip > 64) prefetch(value, ahead - 64);
       vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
       if constexpr (Rows > Vectors) {
         for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
@@ -271,16 +279,20 @@ void in_groups(index_t count, const F& f) {
 }
 
 // Calls f<Vectors>(column) for strips of columns: as many vectors as give Rows rows eight to twelve sums, which hide
-// the latency of an FMA.
+// the latency of an FMA, with none left over.
 template <int Rows, class F>
 void in_strips(index_t dim, const F& f) {
+  constexpr int most = Rows == 1 ? 8 : Rows == 4 ? 3 : 4;
   index_t column = 0;
-  const auto take = [&]<int Vectors>() {
-    for (; column + Vectors * lanes <= dim; column += Vectors * lanes) f.template operator()<Vectors>(column);
-  };
-  take.template operator()<Rows == 1 ? 8 : Rows == 4 ? 2 : 4>();
-  if constexpr (Rows != 4) take.template operator()<2>();
-  take.template operator()<1>();
+  const auto take = [&]<int Vectors>() { f.template operator()<Vectors>(column), column += Vectors * lanes; };
+  for (index_t left = dim / lanes; left > 0; left = (dim - column) / lanes) {
+    if (left % most == 0)
+      take.template operator()<most>();
+    else if (left >= 2)
+      take.template operator()<2>();
+    else
+      take.template operator()<1>();
+  }
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
