@@ -1,0 +1,3 @@
+#include "precompiled.hpp"
+
+SINKCACHE_TEST_KERNELS()
