@@ -23,6 +23,14 @@ struct tensor {
   std::vector<float> values;  // row-major, whatever the file's type
 };
 
+// Quantised: value i is scales[i / group] * codes[i] + offsets[i / group].
+struct coded_tensor {
+  std::vector<std::int64_t> shape;
+  std::int64_t group;  // 16 or 32, a divisor of the rows' size
+  std::vector<std::int8_t> codes;
+  std::vector<float> scales, offsets;
+};
+
 // A file, or what stands for one in memory. It stays open; bytes are read when asked for, so that one that claims a
 // terabyte costs nothing until then, and one that shrinks meanwhile is an error, not a signal.
 struct byte_source {

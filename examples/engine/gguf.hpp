@@ -20,12 +20,13 @@ class gguf {
  public:
   // The format itself sets hardly any. A header of today's largest vocabularies takes under 20 MB.
   static constexpr std::uint64_t max_header_bytes = std::uint64_t{64} << 20;
-  static constexpr std::uint64_t max_name_bytes = 256;
-  static constexpr std::uint64_t max_metadata = 1 << 12, max_tensors = 1 << 16;
+  static constexpr std::uint64_t max_key_bytes = 256, max_name_bytes = 64, max_string_bytes = 1 << 20;
+  static constexpr std::uint64_t max_metadata = 1 << 12, max_elements = 1 << 22, max_tensors = 1 << 16;
   static constexpr std::uint64_t max_alignment = 1 << 16;
   static constexpr std::uint32_t max_dims = 4;
   static constexpr std::int64_t max_dim = std::int64_t{1} << 40;
 
+  static bool is_gguf(const std::string& path);  // by its first four bytes; file_error where it cannot be read
   static gguf load(const std::string& path);
   // The same on a copy of `file`; `name` stands for the path in messages.
   static gguf parse(std::span<const std::byte> file, const std::string& name);
@@ -47,30 +48,48 @@ class gguf {
   std::vector<std::string> names() const;  // sorted
   bool contains(const std::string& name) const { return tensors_.contains(name); }
   const std::vector<std::int64_t>& shape(const std::string& name) const { return find(name).shape; }
-  std::string_view type(const std::string& name) const;  // "F32", "Q4_K", ...
-  // Dequantised; file_error where the type is none of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K.
-  tensor read(const std::string& name) const;
+  std::string_view type(const std::string& name) const { return find(name).type->name; }
+  tensor read(const std::string& name) const;  // dequantised
+  bool is_coded(const std::string& name) const { return find(name).type->unpack != nullptr; }
+  coded_tensor read_coded(const std::string& name) const;
 
   // "FILE: metadata: KEY is VALUE, had to be ..."; and "FILE: what".
   [[noreturn]] void refuse(const std::string& key, const std::string& had_to_be) const;
   [[noreturn]] void fail(const std::string& what) const { engine::fail(file_, what); }
 
  private:
+  enum class kind : std::uint32_t { u8, i8, u16, i16, u32, i32, f32, boolean, string, array, u64, i64, f64 };
   struct value {
-    std::uint32_t type, element;  // as in the file; `element` of arrays only
-    std::uint64_t count;          // elements, of arrays only
-    std::size_t at;               // of the first byte of the value or of its elements in header_
+    kind type;  // that of the elements, where it is an array
+    bool is_array;
+    std::uint64_t count;  // 1 unless it is an array
+    std::size_t at;       // where it begins in header_
+  };
+  struct tensor_type {
+    std::uint32_t id;
+    std::string_view name;
+    std::int64_t block_values;
+    std::uint64_t block_bytes;
+    float (*value)(const std::byte* from);  // null where it is quantised, below where it is not
+    std::int64_t group;                     // values per scale and offset
+    void (*unpack)(const std::byte* block, std::int8_t* codes, float* scales, float* offsets);
   };
   struct entry {
     std::vector<std::int64_t> shape;
-    std::uint32_t type;
+    const tensor_type* type;
     std::uint64_t begin, bytes;  // from the start of the data
   };
   class header_reader;
+  struct types;
 
   gguf(const std::string& file, byte_source);
   const entry& find(const std::string& name) const;
-  const value* find_value(const std::string& key) const;
+  const value* find_value(const std::string& key, bool is_array) const;
+  const std::byte* at(std::size_t offset) const { return reinterpret_cast<const std::byte*>(header_.data()) + offset; }
+  std::optional<std::int64_t> integer_at(const value&, std::uint64_t i) const;
+  std::optional<double> number_at(const value&, std::uint64_t i) const;
+  std::string described(const value&) const;
+  std::vector<std::byte> bytes_of(const entry&) const;
 
   std::string file_;
   byte_source source_;
