@@ -125,7 +125,9 @@ class word_splitter {
         else
           take_all(look());
     }
-    return text_.substr(std::exchange(first_, end_), end_ - first_);
+    const std::string_view word = rest.substr(0, end_ - first_);
+    first_ = end_;
+    return word;
   }
 
  private:
