@@ -15,6 +15,7 @@
 #include "chat/options.hpp"
 #include "chat/sampler.hpp"
 #include "chat/terminal.hpp"
+#include "compare/known_models.hpp"
 #include "engine/gguf.hpp"
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
@@ -191,6 +192,7 @@ void talk(stream& s, const text_model& text, const std::string& system_turn, cha
 }
 
 void run(const options& o) {
+  compare::offer_missing_model(o.model);
   std::string report;
   {
     chat::terminal terminal;

@@ -5,22 +5,11 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <cmath>
-#include <cstdlib>
-#include <filesystem>
+
+#include "../compare/known_models.hpp"
 
 namespace chat {
 namespace {
-
-std::string model_file(const std::string& name) {
-  if (name == "smollm2") {
-    const char* const cache = std::getenv("XDG_CACHE_HOME");
-    const char* const home = std::getenv("HOME");
-    const std::string folder = cache && *cache ? cache : fmt::format("{}/.cache", home ? home : "");
-    return folder + "/sinkcache/SmolLM2-135M-Instruct.Q4_1.gguf";
-  }
-  if (name.find('/') != std::string::npos || name.find('.') != std::string::npos) return name;
-  return SINKCACHE_SOURCE_DIR "/examples/models/" + name + ".safetensors";
-}
 
 index_t parse_sinks(const std::string& policy, index_t cache) {
   if (policy == "window" || policy == "full") return 0;
@@ -85,11 +74,7 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   if (o.prompt && o.prompt->empty()) throw usage_error("--write is empty, had to be the beginning of a text");
   if (temperature && std::isnan(*temperature)) throw usage_error("--temperature is nan, had to be a number");
   o.num_sink_tokens = parse_sinks(o.policy, o.cache.value_or(default_cache));
-  const std::string file = model_file(o.model);
-  if (!std::filesystem::exists(file))
-    throw std::runtime_error(
-        fmt::format("{}: no such file{}", file, o.model == "smollm2" ? "; examples/get-model smollm2 gets it" : ""));
-  o.model = file;
+  o.model = compare::model_file(o.model);
   o.sampling.temperature = temperature.value_or(o.prompt ? 1 : 0.6);
   return o;
 }
