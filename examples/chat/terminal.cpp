@@ -86,7 +86,7 @@ terminal::terminal()
 
 terminal::~terminal() {
   end_status();
-  if (output_is_terminal_ && !at_line_start_) write_now(1, "\n");
+  if (output_is_terminal_ && column_ > 0) write_now(1, "\n");
   for (const int signal : ending_signals) handle(signal, SIG_DFL);
   if (has_status_) handle(SIGTSTP, SIG_DFL);
   for (const int fd : wake) ::close(fd);
@@ -132,7 +132,12 @@ bool terminal::put(int fd, std::string_view text) {
 bool terminal::write(std::string_view text) {
   if (!output_is_terminal_) return put(1, text);
   const std::string shown = without_controls(text);
-  if (!shown.empty()) at_line_start_ = shown.back() == '\n';
+  for (const char c : shown) {
+    if (c == '\n')
+      column_ = 0;
+    else if ((c & 0xc0) != 0x80)  // else it goes on with a character
+      ++column_;
+  }
   return put(1, shown);
 }
 
@@ -144,7 +149,7 @@ std::optional<std::string> terminal::read_line(std::string_view prompt) {
       std::string line = input_.substr(0, end);
       input_.erase(0, end == std::string::npos ? end : end + 1);
       if (line.ends_with('\r')) line.pop_back();
-      if (input_is_terminal_) at_line_start_ = true;  // the terminal has shown the newline
+      if (input_is_terminal_) column_ = 0;  // the terminal has shown the newline
       return line;
     }
     if (input_ended_) return {};
@@ -185,6 +190,8 @@ void terminal::show_status(const std::string& text) {
     rows_ = size.ws_row;
     return;
   }
+  // Where a row has just been filled, some terminals forget that the next character begins another.
+  if (column_ > 0 && column_ % size.ws_col == 0) return;
   if (rows_ != size.ws_row) take_row(size.ws_row);
   put(2, fmt::format("\x1b"
                      "7\x1b[{};1H\x1b[7m{}\x1b[0m\x1b[K\x1b"

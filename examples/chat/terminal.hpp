@@ -34,8 +34,8 @@ class terminal {
   void suspend();
 
   bool input_is_terminal_, output_is_terminal_, has_status_;
-  int rows_ = 0;  // of the terminal whose last row is taken; 0: none is
-  bool at_line_start_ = true;
+  int rows_ = 0;    // of the terminal whose last row is taken; 0: none is
+  int column_ = 0;  // of the text, as if a line had no end and every character the same width
   std::string input_;
   bool input_ended_ = false;
 };
