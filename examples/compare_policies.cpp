@@ -8,9 +8,11 @@
 #include <exception>
 #include <filesystem>
 #include <memory>
+#include <numeric>
 
 #include "compare/evaluate.hpp"
 #include "compare/files.hpp"
+#include "compare/known_models.hpp"
 #include "compare/options.hpp"
 #include "compare/progress.hpp"
 #include "compare/report.hpp"
@@ -20,36 +22,68 @@ namespace {
 
 using namespace compare;
 
+// What the subjects point to.
+struct loaded {
+  std::vector<std::unique_ptr<engine::model>> models;
+  std::vector<std::unique_ptr<engine::tokenizer>> tokenizers;
+};
+
+// Of a GGUF file; models in other files read bytes.
+const engine::tokenizer* tokenizer_of(const std::string& file, const engine::model& model, loaded& to) {
+  if (!engine::gguf::is_gguf(file)) return nullptr;
+  const engine::tokenizer& t =
+      *to.tokenizers.emplace_back(std::make_unique<engine::tokenizer>(engine::gguf::load(file)));
+  if (t.size() > model.config().vocab_size)
+    throw std::runtime_error(fmt::format("{}: has {} tokens, had to have at most the {} rows of its embedding", file,
+                                         t.size(), model.config().vocab_size));
+  return &t;
+}
+
 // The models of the command line, with --models each followed by itself without its remedy. Plain softmax has none of
 // its own: its remedy is the pinned token, so the window's row shows it removed.
-std::vector<subject> subjects_of(const options& o, std::vector<std::unique_ptr<engine::model>>& models) {
+std::vector<subject> subjects_of(const options& o, loaded& to) {
   std::vector<subject> subjects;
   for (const std::string& file : o.models) {
-    models.push_back(std::make_unique<engine::model>(file));
-    const engine::model* model = models.back().get();
+    offer_missing_model(file);
+    const engine::model* model = to.models.emplace_back(std::make_unique<engine::model>(file)).get();
     const std::string name = std::filesystem::path(file).stem().string();
-    subjects.push_back({model, name, false});
-    if (o.remedies && model->config().attention != engine::attention_kind::softmax)
-      subjects.push_back({model, name, true});
+    subject s{model, name, false, tokenizer_of(file, *model, to)};
+    if (o.bos && !model->config().bos_token_id) {
+      s.first_token = s.tokenizer ? s.tokenizer->bos() : std::nullopt;
+      if (!s.first_token) throw usage_error(fmt::format("--bos: {} has no BOS token", name));
+    }
+    subjects.push_back(s);
+    s.remedy_removed = true;
+    if (o.remedies && model->config().attention != engine::attention_kind::softmax) subjects.push_back(s);
   }
   return subjects;
 }
 
-index_t tokens_to_predict(const options& o, const std::vector<subject>& subjects, const std::string& text) {
-  index_t available = index_t{1} << 30;
-  for (const subject& s : subjects) available = std::min(available, predictions_in(*s.model, text));
+setting setting_of(const options& o, const std::vector<subject>& subjects, const std::string& text) {
+  index_t available = index_t{1} << 30, tokens = default_tokens;
+  std::vector<token_stream> streams;
+  for (const subject& s : subjects) {
+    streams.push_back(read_by(s, text));
+    available = std::min(available, static_cast<index_t>(streams.back().ids.size()) - 1);
+    if (s.tokenizer) tokens = default_long_tokens;
+  }
   if (available < 2)
-    throw std::runtime_error(fmt::format("{}: too short, there have to be 2 bytes to predict", o.text));
+    throw std::runtime_error(fmt::format("{}: too short, there have to be 2 tokens to predict", o.text));
   if (o.tokens && *o.tokens > available)
     throw usage_error(fmt::format("--tokens is {}, but {} has only {} to predict", *o.tokens, o.text, available));
-  return o.tokens.value_or(std::min(default_tokens, available));
+  setting s{shown_path(o.text), o.cache, o.tokens.value_or(std::min(tokens, available))};
+  if (subjects.front().tokenizer) {
+    const auto bytes = streams.front().bytes.begin() + 1;
+    s.bytes = std::accumulate(bytes, bytes + s.tokens, index_t{0});
+  }
+  return s;
 }
 
 void compare_policies(const options& o) {
-  std::vector<std::unique_ptr<engine::model>> models;
+  loaded models;
   const std::vector<subject> subjects = subjects_of(o, models);
   const std::string text = read_file(o.text);
-  const setting s{shown_path(o.text), o.cache, tokens_to_predict(o, subjects, text)};
+  const setting s = setting_of(o, subjects, text);
   for (const std::string& path : {o.json, o.svg})
     if (!path.empty()) check_writable(path);
 

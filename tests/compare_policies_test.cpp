@@ -2,19 +2,24 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "catch.hpp"
 #include "compare/evaluate.hpp"
 #include "compare/files.hpp"
+#include "compare/known_models.hpp"
 #include "compare/options.hpp"
 #include "compare/report.hpp"
 #include "compare/svg.hpp"
 #include "effort.hpp"
+#include "gguf_writer.hpp"
 
 namespace {
 
@@ -74,7 +79,93 @@ std::string words(const std::vector<invented>& losses, index_t cache = 10, index
   return sentence(comparison(runs, cache).findings());
 }
 
+// A variable that is as it was afterwards.
+struct environment {
+  explicit environment(const char* variable) : name(variable) {
+    if (const char* const value = std::getenv(variable)) before = value;
+  }
+  ~environment() { before ? set(*before) : static_cast<void>(::unsetenv(name)); }
+  void set(const std::string& value) const { ::setenv(name, value.c_str(), 1); }
+
+  const char* name;
+  std::optional<std::string> before;
+};
+
+// A vocabulary of the bytes, "th" and "the", in a file without tensors.
+std::string small_vocabulary() {
+  namespace w = gguf_writer;
+  std::vector<std::string> tokens;
+  int others = 256;
+  for (int byte = 0; byte < 256; ++byte) {
+    const bool shown = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+    const int code = shown ? byte : others++;  // the alphabet that GPT-2 spells bytes in
+    tokens.push_back(code < 128
+                         ? std::string(1, static_cast<char>(code))
+                         : std::string{static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 63))});
+  }
+  tokens.insert(tokens.end(), {"th", "the", "<bos>"});
+  std::string texts, types;
+  for (const std::string& token : tokens) texts += w::string(token), types += w::u32(token == "<bos>" ? 3 : 1);
+  w::file file;
+  file.metadata = {w::metadata("tokenizer.ggml.model", "gpt2"),
+                   w::metadata("tokenizer.ggml.pre", "smollm"),
+                   w::metadata("tokenizer.ggml.tokens", w::array, w::u32(w::text) + w::u64(tokens.size()) + texts),
+                   w::metadata("tokenizer.ggml.token_type", w::array, w::u32(w::int32) + w::u64(tokens.size()) + types),
+                   w::metadata("tokenizer.ggml.merges", w::array,
+                               w::u32(w::text) + w::u64(2) + w::string("t h") + w::string("th e")),
+                   w::metadata("tokenizer.ggml.bos_token_id", 258u)};
+  return file.bytes();
+}
+
 }  // namespace
+
+TEST_CASE("bits are counted per byte, however many a token stands for") {
+  const std::string bytes = small_vocabulary();
+  const engine::tokenizer tokenizer(engine::gguf::parse(std::as_bytes(std::span(bytes)), "vocabulary"));
+  // Its own vocabulary is smaller by a token or two, which this text does not need.
+  const subject by_token{&nano("softmax"), "nano-softmax", false, &tokenizer};
+  const std::string text = "the lathe, then the other";
+  const token_stream stream = read_by(by_token, text);
+  CHECK(stream.ids.front() == 256);
+  CHECK(stream.bytes.front() == 0);
+  CHECK(std::accumulate(stream.bytes.begin(), stream.bytes.end(), 0) == static_cast<int>(text.size()));
+  CHECK(stream.ids.size() == 1 + text.size() - 2 * 5);
+  CHECK(stream.bytes[1] == 3);
+
+  run r{&by_token, parse_policies("window", 4).front(), 4, {8, 8, 1, 3, 5, 7}, 0, 0, {4, 4, 1, 1, 2, 2}};
+  const loss_summary summary = summarise(r, nullptr, 4);
+  CHECK(summary.before == Approx(20 / 10.));
+  CHECK(summary.after == Approx(12 / 4.));
+  CHECK(summary.all == Approx(32 / 14.));
+  CHECK(loss_by_segment(r, 4).front().loss_bits == Approx(32 / 14.));
+
+  const setting s{"text", 4, 6, 14};
+  CHECK_THAT(header(s, std::vector{by_token}), Catch::Contains("6 tokens (14 bytes) of text, a cache of 4 tokens"));
+  const nlohmann::json json = nlohmann::json::parse(to_json(s, std::vector{comparison(std::span(&r, 1), 4)}));
+  CHECK(json.at("runs").at(0).at("bytes") == 14);
+  CHECK(json.at("runs").at(0).at("tokenizer") == "bpe");
+}
+
+TEST_CASE("a model of one's own BOS keeps it, another begins with one only where asked to") {
+  const subject own{&nano("softmax"), "nano-softmax", false, nullptr, 7};
+  CHECK(read_by(own, "ab").ids == std::vector<int>{256, 'a', 'b'});
+}
+
+TEST_CASE("smollm2 is looked for in the user's cache folder, and where it is missing it is said how to get it") {
+  const environment cache("XDG_CACHE_HOME"), home("HOME");
+  cache.set("/nonexistent");
+  const std::string file = model_file("smollm2");
+  CHECK(file == "/nonexistent/sinkcache/SmolLM2-135M-Instruct.Q4_1.gguf");
+  if (::isatty(0) == 0)
+    CHECK(message_of<std::runtime_error>([&] { offer_missing_model(file); }) ==
+          file + ": no such file: examples/get-model smollm2 gets it");
+  cache.set("");
+  home.set("/home/me");
+  CHECK(model_file("smollm2") == "/home/me/.cache/sinkcache/SmolLM2-135M-Instruct.Q4_1.gguf");
+  CHECK(model_file("a.gguf") == "a.gguf");
+  CHECK(model_file("tiny-sink") == source_dir + "/examples/models/tiny-sink.safetensors");
+  CHECK_NOTHROW(offer_missing_model("/nonexistent/other.gguf"));
+}
 
 TEST_CASE("policies are read strictly") {
   const std::vector<policy> policies = parse_policies("full,window,sinks:04,recompute", 8);
@@ -126,8 +217,8 @@ TEST_CASE("recompute is a fresh pass over the first token and the newest") {
   const std::vector<subject> subjects = {{&nano("softmax"), "nano-softmax"}};
   const index_t cache = 12, tokens = 1200;
   const std::vector<run> runs = evaluated(subjects, "window,recompute", cache, tokens);
-  const std::vector<int> ids = token_ids(nano("softmax"), held_out_text(), tokens);
-  REQUIRE(static_cast<index_t>(ids.size()) == tokens + 1);
+  const std::vector<int> ids = read_by(subjects.front(), held_out_text()).ids;
+  REQUIRE(ids.size() == held_out_text().size() + 1);
   CHECK(ids.front() == 256);
 
   index_t sampled = 0;
@@ -248,6 +339,9 @@ TEST_CASE("the report has what its readers rely on") {
     comparisons.emplace_back(std::span(runs).subspan(4 * i, 4), s.cache);
 
   const nlohmann::json json = nlohmann::json::parse(to_json(s, comparisons));
+  CHECK(json.at("runs").at(0).at("bytes") == 100);
+  CHECK(json.at("runs").at(0).at("tokenizer") == "byte");
+  CHECK(json.at("runs").at(0).at("first_token") == 256);
   for (const char* key :
        {"schema_version", "machine", "compiler", "isa", "git_commit", "model", "text", "tokens", "cache"})
     CHECK(json.contains(key));

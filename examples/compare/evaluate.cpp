@@ -81,16 +81,18 @@ void recompute_samples(run& r, engine::session& session, std::span<const int> id
   r.us_per_token = (recomputing.tokens > 0 ? recomputing : decoding).us_per_token();
 }
 
-run evaluate_one(const subject& s, const policy& p, std::span<const int> ids, index_t cache,
+run evaluate_one(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t threads,
                  const std::function<void()>& on_token) {
+  const std::span<const int> ids = stream.ids;
   const index_t tokens = static_cast<index_t>(ids.size()) - 1;
   const bool recompute = p.is == policy::kind::recompute;
   run r{&s, p, p.is == policy::kind::full ? tokens : cache - p.num_sink_tokens, {}, 0, 0};
+  r.token_bytes.assign(stream.bytes.begin() + 1, stream.bytes.end());
   r.loss_bits.assign(static_cast<std::size_t>(tokens), not_scored);
 
   // Recomputing pins nothing: its first token is simply the first of every pass.
-  engine::session_config config{.num_sink_tokens = recompute ? 0 : p.num_sink_tokens,
-                                .window = recompute ? cache : r.window};
+  engine::session_config config{
+      .num_sink_tokens = recompute ? 0 : p.num_sink_tokens, .window = recompute ? cache : r.window, .threads = threads};
   if (s.remedy_removed) config.softmax = sinkcache::softmax_variant::standard();
   engine::session session(*s.model, config);
   r.cache_bytes = session.cache_bytes();
@@ -104,16 +106,25 @@ run evaluate_one(const subject& s, const policy& p, std::span<const int> ids, in
 // Sum and count of what was scored, from `first` on; with `like`, only of what was scored there too.
 struct total {
   double bits = 0;
-  index_t tokens = 0;
+  index_t bytes = 0, tokens = 0;
 
-  double mean() const { return tokens > 0 ? bits / static_cast<double>(tokens) : not_scored; }
+  double mean() const { return bytes > 0 ? bits / static_cast<double>(bytes) : not_scored; }
 };
+
+index_t bytes_of(const run& r, std::size_t token) { return r.token_bytes.empty() ? 1 : r.token_bytes[token]; }
+
+index_t bytes_of(const run& r, index_t first, index_t last) {
+  index_t bytes = 0;
+  for (index_t i = first; i < last; ++i) bytes += bytes_of(r, static_cast<std::size_t>(i));
+  return bytes;
+}
 
 total total_loss(const run& r, index_t first, index_t last, const run* like = nullptr) {
   total t;
   for (std::size_t i = static_cast<std::size_t>(first); i < static_cast<std::size_t>(last); ++i) {
     if (std::isnan(r.loss_bits[i]) || (like && std::isnan(like->loss_bits[i]))) continue;
     t.bits += r.loss_bits[i];
+    t.bytes += bytes_of(r, i);
     ++t.tokens;
   }
   return t;
@@ -121,21 +132,27 @@ total total_loss(const run& r, index_t first, index_t last, const run* like = nu
 
 }  // namespace
 
-index_t predictions_in(const engine::model& model, const std::string& text) {
-  return static_cast<index_t>(text.size()) - (model.config().bos_token_id ? 0 : 1);
-}
-
-std::vector<int> token_ids(const engine::model& model, const std::string& text, index_t tokens) {
-  std::vector<int> ids;
-  if (model.config().bos_token_id) ids.push_back(*model.config().bos_token_id);
-  for (std::size_t i = 0; static_cast<index_t>(ids.size()) < tokens + 1; ++i) {
-    const int byte = static_cast<unsigned char>(text.at(i));
-    if (byte >= model.config().vocab_size)
-      throw std::runtime_error(fmt::format("byte {} of the text is {}, the model's vocabulary ends at {}", i, byte,
-                                           model.config().vocab_size - 1));
-    ids.push_back(byte);
+token_stream read_by(const subject& s, const std::string& text) {
+  const engine::model_config& config = s.model->config();
+  token_stream stream;
+  if (const std::optional<int> first = config.bos_token_id ? config.bos_token_id : s.first_token)
+    stream = {{*first}, {0}};
+  if (s.tokenizer) {
+    for (const int id : s.tokenizer->encode(text)) {
+      stream.ids.push_back(id);
+      stream.bytes.push_back(static_cast<int>(s.tokenizer->bytes(id).size()));
+    }
+    return stream;
   }
-  return ids;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const int byte = static_cast<unsigned char>(text[i]);
+    if (byte >= config.vocab_size)
+      throw std::runtime_error(
+          fmt::format("byte {} of the text is {}, the model's vocabulary ends at {}", i, byte, config.vocab_size - 1));
+    stream.ids.push_back(byte);
+    stream.bytes.push_back(1);
+  }
+  return stream;
 }
 
 index_t work(std::span<const subject> subjects, std::span<const policy> policies, index_t cache, index_t tokens) {
@@ -150,10 +167,15 @@ index_t work(std::span<const subject> subjects, std::span<const policy> policies
 
 std::vector<run> evaluate(std::span<const subject> subjects, std::span<const policy> policies, const std::string& text,
                           index_t cache, index_t tokens, std::size_t threads, const std::function<void()>& on_token) {
-  std::vector<std::vector<int>> ids;
-  for (const subject& s : subjects) ids.push_back(token_ids(*s.model, text, tokens));
+  std::vector<token_stream> streams;
+  for (const subject& s : subjects) {
+    streams.push_back(read_by(s, text));
+    streams.back().ids.resize(static_cast<std::size_t>(tokens + 1));
+    streams.back().bytes.resize(static_cast<std::size_t>(tokens + 1));
+  }
 
   std::vector<run> runs(subjects.size() * policies.size());
+  const auto threads_each = static_cast<index_t>(std::max<std::size_t>(1, threads / runs.size()));
   std::atomic<std::size_t> next = 0;
   std::exception_ptr failure;
   std::mutex failure_mutex;
@@ -161,7 +183,7 @@ std::vector<run> evaluate(std::span<const subject> subjects, std::span<const pol
     try {
       for (std::size_t i; (i = next++) < runs.size();) {
         const std::size_t s = i / policies.size();
-        runs[i] = evaluate_one(subjects[s], policies[i % policies.size()], ids[s], cache, on_token);
+        runs[i] = evaluate_one(subjects[s], policies[i % policies.size()], streams[s], cache, threads_each, on_token);
       }
     } catch (...) {
       const std::scoped_lock lock(failure_mutex);
@@ -181,7 +203,9 @@ loss_summary summarise(const run& r, const run* recompute, index_t cache) {
   const index_t tokens = static_cast<index_t>(r.loss_bits.size());
   const index_t border = std::min(cache, tokens);  // predicting ids[i + 1] follows i + 1 appended tokens
   const total before = total_loss(r, 0, border), after = total_loss(r, border, tokens);
-  const double weight = static_cast<double>(tokens - border) / static_cast<double>(tokens);
+  const auto bytes_after = static_cast<double>(bytes_of(r, border, tokens)),
+             bytes_before = static_cast<double>(bytes_of(r, 0, border));
+  const double weight = bytes_after / (bytes_before + bytes_after);
   return {.all = border == tokens ? before.mean() : (1 - weight) * before.mean() + weight * after.mean(),
           .before = before.mean(),
           .after = after.mean(),

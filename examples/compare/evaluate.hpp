@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../engine/model.hpp"
+#include "../engine/tokenizer.hpp"
 #include "options.hpp"
 
 namespace compare {
@@ -18,7 +19,9 @@ namespace compare {
 struct subject {
   const engine::model* model;
   std::string name;
-  bool remedy_removed = false;  // plain softmax in place of softmax1 or of the sink logits
+  bool remedy_removed = false;                    // plain softmax in place of softmax1 or of the sink logits
+  const engine::tokenizer* tokenizer = nullptr;   // null: a token is a byte
+  std::optional<int> first_token = std::nullopt;  // before the text, where the model has no BOS of its own
 };
 
 // One policy on one subject.
@@ -30,12 +33,13 @@ struct run {
   std::vector<double> loss_bits;
   std::size_t cache_bytes;
   double us_per_token;
+  std::vector<int> token_bytes = {};  // [tokens] of the text that ids[i + 1] stands for; empty: one each
 };
 
-// Plain means; NaN over nothing.
+// Bits per byte; NaN over nothing.
 struct loss_summary {
   double all, before,
-      after;             // the first eviction. `all` weighs the two by their tokens, also where `after` is sampled.
+      after;             // the first eviction. `all` weighs the two by their bytes, also where `after` is sampled.
   double after_sampled;  // over the tokens that recompute sampled; NaN where it did not run
   index_t tokens_scored;
 };
@@ -45,9 +49,11 @@ struct segment_loss {
   double loss_bits;
 };
 
-// BOS, if the model has one, and as many bytes of the text as make `tokens` predictions.
-std::vector<int> token_ids(const engine::model&, const std::string& text, index_t tokens);
-index_t predictions_in(const engine::model&, const std::string& text);
+// What a subject reads: BOS, if it begins with one, and the text.
+struct token_stream {
+  std::vector<int> ids, bytes;  // bytes: of the text, that each stands for
+};
+token_stream read_by(const subject&, const std::string& text);
 
 // All policies on all subjects, subject by subject, `threads` at a time. `on_token` is called from any of them.
 std::vector<run> evaluate(std::span<const subject>, std::span<const policy>, const std::string& text, index_t cache,

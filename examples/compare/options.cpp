@@ -7,6 +7,8 @@
 #include <charconv>
 #include <set>
 
+#include "known_models.hpp"
+
 namespace compare {
 namespace {
 
@@ -27,12 +29,6 @@ std::vector<std::string> split(const char* option, const std::string& list) {
   return parts;
 }
 
-// A name like tiny-sink stands for a file in examples/models.
-std::string model_file(const std::string& name) {
-  if (name.find('/') != std::string::npos || name.ends_with(".safetensors")) return name;
-  return SINKCACHE_SOURCE_DIR "/examples/models/" + name + ".safetensors";
-}
-
 policy parse_policy(const std::string& name, index_t cache) {
   if (name == "full") return {policy::kind::full, 0, name};
   if (name == "window") return {policy::kind::window, 0, name};
@@ -49,8 +45,8 @@ policy parse_policy(const std::string& name, index_t cache) {
 }  // namespace
 
 const char* const usage =
-    "usage: compare_policies [--model FILE | --models LIST] [--text FILE] [--cache N] [--policies LIST] [--tokens N]\n"
-    "                        [--threads N] [--json FILE] [--svg FILE]\n"
+    "usage: compare_policies [--model FILE | --models LIST] [--text FILE] [--bos] [--cache N] [--policies LIST]\n"
+    "                        [--tokens N] [--threads N] [--json FILE] [--svg FILE]\n"
     "       compare_policies --help\n";
 
 std::vector<policy> parse_policies(const std::string& list, index_t cache) {
@@ -90,12 +86,14 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
 
   std::string model = "tiny-softmax-natural";
   CLI::Option* one = text("--model", model, "FILE",
-                          "a safetensors file with its configuration in the metadata,\n"
-                          "or a name in examples/models (default: tiny-softmax-natural)");
+                          "a GGUF file, a safetensors file with its configuration in the metadata,\n"
+                          "a name in examples/models (default: tiny-softmax-natural), or smollm2:\n"
+                          "SmolLM2-135M, which examples/get-model smollm2 gets");
   CLI::Option* several = text("--models", models, "LIST",
                               "several models side by side, comma separated,\n"
                               "each also with its own remedy removed");
-  text("--text", o.text, "FILE", "what to predict, byte by byte (default: examples/data/sotu-heldout.txt)");
+  text("--text", o.text, "FILE", "what to predict (default: examples/data/sotu-heldout.txt)");
+  app.add_flag("--bos", o.bos, "begin with the model's BOS token where it is not used to one, as SmolLM2 is not");
   count("--cache", 2, index_t{1} << 20, "tokens that a cache holds, pinned ones included (default: 128)",
         [&o](index_t n) { o.cache = n; });
   text("--policies", policies, "LIST",
@@ -104,7 +102,8 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
        "window: the newest tokens\n"
        "sinks:N: the first N tokens for ever, and the newest\n"
        "recompute: a fresh pass over the first token and the newest, at sampled tokens");
-  count("--tokens", 2, index_t{1} << 30, "tokens to predict (default: 20480, or all of a shorter text)",
+  count("--tokens", 2, index_t{1} << 30,
+        "tokens to predict (default: 20480 bytes, 4096 where a token is more, or all of\na shorter text)",
         [&o](index_t n) { o.tokens = n; });
   count("--threads", 1, 1024,
         "policies evaluated at a time, which changes no result (default: one a core)\n"

@@ -30,6 +30,7 @@ struct options {
   std::vector<std::string> models;  // files
   bool remedies = false;            // --models: also each model with its own remedy removed
   std::string text;
+  bool bos = false;  // --bos: also before models that do not begin with it by themselves
   index_t cache = 128;
   std::optional<index_t> tokens;  // missing: default_tokens, or all of a shorter text
   std::vector<policy> policies;
@@ -37,7 +38,7 @@ struct options {
   std::string json, svg;  // empty: none
 };
 
-inline constexpr index_t default_tokens = 20480;
+inline constexpr index_t default_tokens = 20480, default_long_tokens = 4096;  // about the same text
 
 // Nothing where --help was asked for, and printed.
 std::optional<options> parse_options(int argc, const char* const* argv);

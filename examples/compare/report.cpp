@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <sinkcache/version.hpp>
 
 #include "machine.hpp"
@@ -58,11 +59,16 @@ std::string describe(const engine::model& model) {
   return fmt::format("{:.2f} M parameters, {}", static_cast<double>(model.num_parameters()) / 1e6, remedy(model));
 }
 
+std::string amount(const setting& s) {
+  if (s.bytes == 0) return fmt::format("{} bytes", grouped(s.tokens));
+  return fmt::format("{} ({} bytes)", tokens_text(s.tokens), grouped(s.bytes));
+}
+
 std::string header(const setting& s, std::span<const subject> subjects) {
   std::string out;
   for (const subject& each : subjects)
     if (!each.remedy_removed) out += fmt::format("{}: {}\n", each.name, describe(*each.model));
-  return out + fmt::format("{} bytes of {}, a cache of {}\n", grouped(s.tokens), s.text, tokens_text(s.cache));
+  return out + fmt::format("{} of {}, a cache of {}\n", amount(s), s.text, tokens_text(s.cache));
 }
 
 std::string table(const comparison& c) {
@@ -168,8 +174,16 @@ std::string to_json(const setting& s, std::span<const comparison> comparisons) {
                             {"tokens", segment.tokens},
                             {"tokens_scored", segment.tokens_scored},
                             {"loss_bits", segment.loss_bits}});
+      const std::optional<int> bos = r.subject->model->config().bos_token_id;
+      const std::optional<int> first_token = bos ? bos : r.subject->first_token;
+      const index_t bytes = r.token_bytes.empty()
+                                ? static_cast<index_t>(r.loss_bits.size())
+                                : std::accumulate(r.token_bytes.begin(), r.token_bytes.end(), index_t{0});
       runs.push_back({{"model", r.subject->name},
                       {"attention", r.subject->remedy_removed ? "softmax" : remedy(*r.subject->model)},
+                      {"tokenizer", r.subject->tokenizer ? "bpe" : "byte"},
+                      {"first_token", first_token ? json(*first_token) : json(nullptr)},
+                      {"bytes", bytes},
                       {"policy", r.policy.name},
                       {"num_sink_tokens", r.policy.num_sink_tokens},
                       {"window", r.window},

@@ -14,7 +14,10 @@ namespace compare {
 struct setting {
   std::string text;  // its name
   index_t cache, tokens;
+  index_t bytes = 0;  // that the tokens of the first subject stand for; 0: one each
 };
+
+std::string amount(const setting&);  // 20,480 bytes, or 4,096 tokens (17,823 bytes)
 
 std::string describe(const engine::model&);  // 0.77 M parameters, softmax
 

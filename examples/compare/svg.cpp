@@ -185,8 +185,8 @@ class chart {
       }
     }
     const subject& s = comparison_.subject();
-    std::vector<std::string> notes = {fmt::format("{} ({}) on {} bytes of {}, a cache of {} tokens.", s.name,
-                                                  describe(*s.model), grouped(setting_.tokens), setting_.text,
+    std::vector<std::string> notes = {fmt::format("{} ({}) on {} of {}, a cache of {} tokens.", s.name,
+                                                  describe(*s.model), amount(setting_), setting_.text,
                                                   grouped(setting_.cache))};
     if (comparison_.evicted())
       notes.push_back(

@@ -3,317 +3,28 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
+#include <functional>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
-#include <stdexcept>
 #include <utility>
-
-#include "safetensors.hpp"
 
 namespace engine {
 namespace {
 
-using rows_view = Eigen::Ref<matrix, 0, Eigen::OuterStride<>>;
-using const_rows_view = Eigen::Ref<const matrix, 0, Eigen::OuterStride<>>;
-
 constexpr index_t prefill_rows = 256;  // bounds the activations, whatever the prompt
-
-std::string joined(const std::vector<std::string>& parts, const char* between) {
-  std::string all;
-  for (const std::string& part : parts) all += (all.empty() ? "" : between) + part;
-  return all;
-}
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::vector<std::string> dims;
-  for (const std::int64_t dim : shape) dims.push_back(std::to_string(dim));
-  return fmt::format("[{}]", joined(dims, ", "));
-}
-
-// The file's metadata, strings all of them, as what they stand for.
-class metadata_reader {
- public:
-  metadata_reader(const std::string& path, const std::map<std::string, std::string>& metadata)
-      : path_(path), metadata_(metadata) {}
-
-  const std::string& path() const { return path_; }
-
-  const std::string* find(const std::string& key) const {
-    const auto it = metadata_.find(key);
-    return it == metadata_.end() ? nullptr : &it->second;
-  }
-
-  std::optional<index_t> optional_size(const std::string& key, index_t min, index_t max) const {
-    const std::string* text = find(key);
-    if (!text) return {};
-    index_t value = 0;
-    const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
-    if (error != std::errc() || end != text->data() + text->size() || value < min || value > max)
-      refuse(key, *text, fmt::format("a whole number from {} to {}", min, max));
-    return value;
-  }
-
-  index_t size(const std::string& key, index_t max) const {
-    required(key);
-    return *optional_size(key, 1, max);
-  }
-
-  double number(const std::string& key, double min, double max) const {
-    const std::string& text = required(key);
-    char* end = nullptr;
-    const double value = std::strtod(text.c_str(), &end);
-    const bool digit_first = !text.empty() && text.front() >= '0' && text.front() <= '9';  // strtod takes " +nan" too
-    if (!digit_first || end != text.data() + text.size() || !(value >= min && value <= max))
-      refuse(key, text, fmt::format("a number from {} to {}", min, max));
-    return value;
-  }
-
-  // The place of the value among `allowed`; 0 where the key is missing.
-  std::size_t one_of(const std::string& key, const std::vector<std::string>& allowed) const {
-    const std::string* text = find(key);
-    if (!text) return 0;
-    const auto it = std::find(allowed.begin(), allowed.end(), *text);
-    if (it == allowed.end()) refuse(key, *text, joined(allowed, " or "));
-    return static_cast<std::size_t>(it - allowed.begin());
-  }
-
-  [[noreturn]] void refuse(const std::string& key, std::string text, const std::string& had_to_be) const {
-    std::replace_if(
-        text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, '?');
-    throw file_error(fmt::format("{}: metadata: {} is '{:.40}', had to be {}", path_, key, text, had_to_be));
-  }
-
- private:
-  const std::string& required(const std::string& key) const {
-    const std::string* text = find(key);
-    if (!text) throw file_error(fmt::format("{}: metadata: {} is missing", path_, key));
-    return *text;
-  }
-
-  const std::string& path_;
-  const std::map<std::string, std::string>& metadata_;
-};
-
-// Keys that change what a model computes, with what this decoder computes, which is what a missing key means too.
-void check_nothing_else_is_asked_for(const metadata_reader& metadata) {
-  metadata.one_of("hidden_act", {"silu"});
-  metadata.one_of("tokenizer", {"byte"});
-  for (const char* key : {"attention_bias", "mlp_bias", "use_dynamic_ntk"}) metadata.one_of(key, {"false", "False"});
-  for (const char* key : {"sliding_window", "rope_local_base_freq", "attention_multiplier", "query_pre_attn_scalar",
-                          "attn_logit_softcapping", "final_logit_softcapping"})
-    metadata.one_of(key, {"null", "None"});
-  for (const char* key : {"embscale", "embedding_multiplier", "residual_multiplier", "logits_scaling"})
-    metadata.one_of(key, {"1.0", "1"});
-  for (const char* key : {"kv_lora_rank", "qk_rope_head_dim"})
-    if (const std::string* text = metadata.find(key); text && *text != "null" && *text != "None")
-      metadata.refuse(
-          key, *text,
-          "null: multi-head latent attention (MLA) caches a latent row and a rotary key that all heads share, "
-          "not a key per head");
-}
-
-// Hugging Face's rope_parameters or, before transformers 5, rope_scaling: a JSON object, or none.
-class rope_reader {
- public:
-  explicit rope_reader(const metadata_reader& metadata) : metadata_(metadata) {
-    for (const char* key : {"rope_parameters", "rope_scaling"}) {
-      const std::string* text = metadata.find(key);
-      if (!text || *text == "null" || *text == "None") continue;
-      if (!object_.empty()) metadata.refuse(key, *text, fmt::format("null beside {}", key_));
-      key_ = key;
-      object_ = nlohmann::json::parse(*text, nullptr, false);
-      if (!object_.is_object()) metadata.refuse(key, *text, "null or a JSON object");
-    }
-  }
-
-  const std::string& key() const { return key_; }
-
-  // Absent means the same as null.
-  std::optional<double> number(const std::string& name) {
-    const nlohmann::json* value = find(name);
-    if (!value) return {};
-    if (!value->is_number()) refuse(name, "a number");
-    return value->get<double>();
-  }
-
-  double required(const std::string& name) {
-    const std::optional<double> value = number(name);
-    if (!value) throw file_error(fmt::format("{}: metadata: {}.{} is missing", metadata_.path(), key_, name));
-    return *value;
-  }
-
-  bool flag(const std::string& name, bool otherwise) {
-    const nlohmann::json* value = find(name);
-    if (value && !value->is_boolean()) refuse(name, "true or false");
-    return value ? value->get<bool>() : otherwise;
-  }
-
-  // One of those that frequencies can tell; what they cannot is refused by name (docs/rope.md).
-  std::string type() {
-    const std::string m_rope = "M-RoPE gives each token three positions, and no single phase turns it";
-    for (const char* name : {"mrope_section", "mrope_interleaved"})
-      if (find(name)) refuse(name, "absent: " + m_rope);
-    const std::map<std::string, std::string> refused = {
-        {"dynamic", ": dynamic NTK changes its frequencies with the length of the sequence"},
-        {"longrope", ": longrope switches between two sets of frequencies as the sequence grows"},
-        {"su", ": su (longrope) switches between two sets of frequencies as the sequence grows"},
-        {"mrope", ": " + m_rope}};
-    std::string type = "default";
-    for (const char* name : {"type", "rope_type"}) {
-      const nlohmann::json* value = find(name);
-      if (!value) continue;
-      type = value->is_string() ? value->get<std::string>() : "";
-      if (type == "default" || type == "linear" || type == "llama3" || type == "yarn") continue;
-      const auto why = refused.find(type);
-      refuse(name, "default, linear, llama3 or yarn" + (why == refused.end() ? "" : why->second));
-    }
-    return type;
-  }
-
-  // A key that nobody asked for would silently change the result.
-  void refuse_others() const {
-    for (const auto& [name, value] : object_.items())
-      if (!names_.contains(name)) metadata_.refuse("a key of " + key_, name, "one that its type has");
-  }
-
-  [[noreturn]] void refuse(const std::string& name, const std::string& had_to_be) const {
-    const nlohmann::json& value = object_.at(name);
-    metadata_.refuse(key_ + "." + name, value.is_string() ? value.get<std::string>() : value.dump(), had_to_be);
-  }
-
- private:
-  const nlohmann::json* find(const std::string& name) {
-    names_.insert(name);
-    const auto it = object_.find(name);
-    return it == object_.end() || it->is_null() ? nullptr : &*it;
-  }
-
-  const metadata_reader& metadata_;
-  std::string key_;
-  nlohmann::json object_ = nlohmann::json::object();
-  std::set<std::string> names_;
-};
-
-double read_rope_theta(const metadata_reader& metadata) {
-  const std::optional<double> theta = rope_reader(metadata).number("rope_theta");
-  return theta && !metadata.find("rope_theta") ? *theta : metadata.number("rope_theta", 1, 1e12);
-}
-
-// How many dimensions of a head turn.
-index_t read_rotary_width(const metadata_reader& metadata, rope_reader& rope, index_t head_dim) {
-  double factor = rope.number("partial_rotary_factor").value_or(1);
-  for (const char* key : {"partial_rotary_factor", "rotary_pct"})  // the second is GPT-NeoX's word
-    if (metadata.find(key)) factor = metadata.number(key, 0, 1);
-  const index_t width = factor > 0 && factor <= 1 ? static_cast<index_t>(static_cast<double>(head_dim) * factor) : 0;
-  if (width == head_dim && width % 2 != 0)
-    metadata.refuse("head_dim", std::to_string(head_dim), "even: its halves turn together");
-  if (width < 2 || width % 2 != 0)
-    metadata.refuse("partial_rotary_factor", fmt::format("{}", factor),
-                    fmt::format("such that an even number of the {} dimensions of a head turns, at least 2", head_dim));
-  return width;
-}
-
-sinkcache::rope read_rope(const metadata_reader& metadata, const model_config& c) {
-  using sinkcache::rope;
-  rope_reader from(metadata);
-  const std::string type = from.type();
-  const index_t width = read_rotary_width(metadata, from, c.head_dim);
-  const double theta = c.rope_theta;
-  if (from.number("rope_theta").value_or(theta) != theta)
-    from.refuse("rope_theta", fmt::format("{} as beside it", theta));
-  const auto pairing = static_cast<sinkcache::rope_pairing>(metadata.one_of("rope_style", {"neox", "interleaved"}));
-  const auto original = [&] {
-    const auto given = from.number("original_max_position_embeddings");
-    if (!given && c.max_position_embeddings) return static_cast<double>(*c.max_position_embeddings);
-    return from.required("original_max_position_embeddings");
-  };
-  try {
-    rope r = rope::none();
-    if (type == "default") {
-      r = rope::plain(width, theta, pairing);
-    } else if (type == "linear") {
-      r = rope::linear(width, theta, from.required("factor"), pairing);
-    } else if (type == "llama3") {
-      r = rope::llama3(width, theta,
-                       {.factor = from.required("factor"),
-                        .low_freq_factor = from.required("low_freq_factor"),
-                        .high_freq_factor = from.required("high_freq_factor"),
-                        .original_max_position_embeddings = original()},
-                       pairing);
-    } else {
-      r = rope::yarn(width, theta,
-                     {.factor = from.required("factor"),
-                      .original_max_position_embeddings = original(),
-                      .beta_fast = from.number("beta_fast").value_or(32),
-                      .beta_slow = from.number("beta_slow").value_or(1),
-                      .truncate = from.flag("truncate", true),
-                      .mscale = from.number("mscale").value_or(0),
-                      .mscale_all_dim = from.number("mscale_all_dim").value_or(0),
-                      .attention_factor = from.number("attention_factor")},
-                     pairing);
-    }
-    from.flag("finetuned", false);  // says nothing about what to compute
-    from.refuse_others();
-    return r;
-  } catch (const std::invalid_argument& error) {
-    throw file_error(fmt::format("{}: metadata: {}: {}", metadata.path(), from.key(), error.what()));
-  }
-}
-
-model_config read_config(const metadata_reader& metadata, bool has_lm_head) {
-  check_nothing_else_is_asked_for(metadata);
-  model_config c{};
-  c.num_hidden_layers = metadata.size("num_hidden_layers", 1024);
-  c.hidden_size = metadata.size("hidden_size", 1 << 16);
-  c.num_attention_heads = metadata.size("num_attention_heads", 1 << 12);
-  c.num_key_value_heads =
-      metadata.optional_size("num_key_value_heads", 1, c.num_attention_heads).value_or(c.num_attention_heads);
-  if (c.num_attention_heads % c.num_key_value_heads != 0)
-    metadata.refuse("num_attention_heads", std::to_string(c.num_attention_heads),
-                    fmt::format("a multiple of num_key_value_heads, {}", c.num_key_value_heads));
-  if (const auto head_dim = metadata.optional_size("head_dim", 1, sinkcache::max_head_dim)) {
-    c.head_dim = *head_dim;
-  } else {
-    c.head_dim = c.hidden_size / c.num_attention_heads;
-    if (c.hidden_size % c.num_attention_heads != 0 || c.head_dim > sinkcache::max_head_dim)
-      metadata.refuse("hidden_size", std::to_string(c.hidden_size),
-                      fmt::format("head_dim (at most {}) times num_attention_heads, {}, as head_dim is missing",
-                                  sinkcache::max_head_dim, c.num_attention_heads));
-  }
-  c.intermediate_size = metadata.size("intermediate_size", 1 << 20);
-  c.vocab_size = metadata.size("vocab_size", 1 << 22);
-  c.rope_theta = read_rope_theta(metadata);
-  c.rms_norm_eps = static_cast<float>(metadata.number("rms_norm_eps", 0, 1));
-  // In the order of attention_kind.
-  c.attention = static_cast<attention_kind>(metadata.one_of("attention", {"softmax", "softmax1", "sink"}));
-  c.tie_word_embeddings = metadata.find("tie_word_embeddings")
-                              ? metadata.one_of("tie_word_embeddings", {"false", "False", "true", "True"}) >= 2
-                              : !has_lm_head;
-  if (const auto bos = metadata.optional_size("bos_token_id", 0, c.vocab_size - 1))
-    c.bos_token_id = static_cast<int>(*bos);
-  c.max_position_embeddings = metadata.optional_size("max_position_embeddings", 1, index_t{1} << 40);
-  return c;
-}
 
 // Hands out the tensors of a file, only in the shape asked for.
 class tensor_reader {
  public:
-  tensor_reader(const std::string& path, const safetensors& file) : path_(path), file_(file) {}
+  tensor_reader(const std::string& path, const weights& file) : path_(path), file_(file) {}
 
   std::vector<float> read(const std::string& name, const std::vector<std::int64_t>& shape) {
-    check_shape(name, shape);
-    std::vector<float> values = file_.read(name).values;
-    for (const float value : values)
-      if (std::isnan(value) || value == std::numeric_limits<float>::infinity())  // a sink logit of -inf means none
-        throw file_error(fmt::format("{}: tensor {} holds {}", path_, name, value));
-    names_.insert(name);
-    num_parameters_ += static_cast<index_t>(values.size());
+    const std::string own_name = taken(name, shape);
+    std::vector<float> values = file_.read(own_name).values;
+    check_values(own_name, values);
     return values;
   }
 
@@ -323,39 +34,61 @@ class tensor_reader {
   }
 
   // Tensors with the same input, one below the other, so that they are one product.
-  matrix stacked(const std::vector<std::string>& names, const std::vector<index_t>& rows, index_t cols) {
+  linear stacked(const std::vector<std::string>& names, const std::vector<index_t>& rows, index_t cols) {
     for (std::size_t i = 0; i < names.size(); ++i) check_shape(names[i], {rows[i], cols});  // before taking memory
-    matrix all(std::accumulate(rows.begin(), rows.end(), index_t{0}), cols);
-    index_t first = 0;
-    for (std::size_t i = 0; i < names.size(); first += rows[i++]) {
-      const std::vector<float> values = read(names[i], {rows[i], cols});
-      all.middleRows(first, rows[i]) = Eigen::Map<const matrix>(values.data(), rows[i], cols);
+    linear all;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      const std::string own_name = taken(names[i], {rows[i], cols});
+      if (std::optional<coded_tensor> coded = file_.read_coded(own_name)) {
+        check_values(own_name, coded->scales);
+        check_values(own_name, coded->offsets);
+        all.append(std::move(*coded));
+      } else {
+        const std::vector<float> values = file_.read(own_name).values;
+        check_values(own_name, values);
+        all.append(matrix(Eigen::Map<const matrix>(values.data(), rows[i], cols)));
+      }
     }
     return all;
   }
 
-  matrix whole(const std::string& name, index_t rows, index_t cols) { return stacked({name}, {rows}, cols); }
+  linear whole(const std::string& name, index_t rows, index_t cols) { return stacked({name}, {rows}, cols); }
 
   // A tensor that nobody asked for, a bias say, would silently change the result.
   void refuse_others() const {
-    for (const std::string& name : file_.names())
+    for (const std::string& name : file_.own_names())
       if (!names_.contains(name))
-        throw file_error(fmt::format("{}: tensor {:.100} is unexpected: no part of such a model", path_, name));
+        fail(path_, fmt::format("tensor {:.100} is unexpected: no part of such a model", name));
   }
 
   index_t num_parameters() const { return num_parameters_; }
 
  private:
+  // The file's own name for it.
+  std::string taken(const std::string& name, const std::vector<std::int64_t>& shape) {
+    check_shape(name, shape);
+    num_parameters_ += std::accumulate(shape.begin(), shape.end(), index_t{1}, std::multiplies());
+    const std::string own_name = file_.own_name(name);
+    names_.insert(own_name);
+    return own_name;
+  }
+
+  void check_values(const std::string& own_name, const std::vector<float>& values) const {
+    for (const float value : values)
+      if (std::isnan(value) || value == std::numeric_limits<float>::infinity())  // a sink logit of -inf means none
+        fail(path_, fmt::format("tensor {} holds {}", own_name, value));
+  }
+
   void check_shape(const std::string& name, const std::vector<std::int64_t>& shape) const {
-    if (!file_.contains(name))
-      throw file_error(fmt::format("{}: tensor {} is missing, had to be {}", path_, name, shape_text(shape)));
-    if (file_.shape(name) != shape)
-      throw file_error(fmt::format("{}: tensor {} is {}, had to be {}", path_, name, shape_text(file_.shape(name)),
-                                   shape_text(shape)));
+    const std::string own_name = file_.own_name(name);
+    if (!file_.contains(own_name))
+      fail(path_, fmt::format("tensor {} is missing, had to be {}", own_name, listed(shape)));
+    if (file_.shape(own_name) != shape)
+      fail(path_, fmt::format("tensor {} is {}, had to be {}", own_name, listed(file_.shape(own_name)), listed(shape)));
   }
 
   const std::string& path_;
-  const safetensors& file_;
+  const weights& file_;
   std::set<std::string> names_;
   index_t num_parameters_ = 0;
 };
@@ -365,14 +98,6 @@ void rms_norm(const const_rows_view& x, const Eigen::RowVectorXf& weight, float 
     const float mean_square = x.row(t).squaredNorm() / static_cast<float>(x.cols());
     y.row(t) = x.row(t).cwiseProduct(weight) / std::sqrt(mean_square + eps);
   }
-}
-
-// y = x * w^T. A single row is a matrix-vector product, which reads w once and allocates nothing.
-void multiply(const const_rows_view& x, const matrix& w, rows_view y) {
-  if (x.rows() == 1)
-    y.row(0).transpose().noalias() = w * x.row(0).transpose();
-  else
-    y.noalias() = x * w.transpose();
 }
 
 // The gate, in the left half, becomes silu(gate) * up.
@@ -397,14 +122,14 @@ sinkcache::softmax_variant softmax_of(attention_kind kind, std::span<const float
 }  // namespace
 
 model::model(const std::string& path) {
-  const safetensors file = safetensors::load(path);
-  metadata_ = file.metadata();
-  config_ = read_config(metadata_reader(path, metadata_), file.contains("lm_head.weight"));
-  rope_ = read_rope(metadata_reader(path, metadata_), config_);
+  const std::unique_ptr<const weights> file = weights::open(path);
+  metadata_ = file->metadata;
+  config_ = file->config;
+  rope_ = file->rope;
 
   const model_config& c = config_;
   const index_t q_size = c.num_attention_heads * c.head_dim, kv_size = c.num_key_value_heads * c.head_dim;
-  tensor_reader tensors(path, file);
+  tensor_reader tensors(path, *file);
   embed_ = tensors.whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
   if (!c.tie_word_embeddings) lm_head_ = tensors.whole("lm_head.weight", c.vocab_size, c.hidden_size);
   norm_ = tensors.vector("model.norm.weight", c.hidden_size);
@@ -427,7 +152,9 @@ model::model(const std::string& path) {
   num_parameters_ = tensors.num_parameters();
 }
 
-session::session(const model& m, const session_config& config) : model_(&m) {
+session::session(const model& m, const session_config& config)
+    : model_(&m), pool_(config.threads > 1 ? std::make_unique<threads::thread_pool>(config.threads) : nullptr) {
+  if (pool_) workspace_ = sinkcache::workspace(*pool_);
   const model_config& c = m.config_;
   layers_.reserve(m.layers_.size());
   for (const model::layer& layer : m.layers_) {
@@ -440,7 +167,7 @@ session::session(const model& m, const session_config& config) : model_(&m) {
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
                                .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)})});
   }
-  logits_.resize(c.vocab_size);
+  logits_.resize(1, c.vocab_size);
   reserve(1);
 }
 
@@ -471,24 +198,24 @@ void session::forward(std::span<const int> tokens) {
   const model_config& c = model_->config_;
   const index_t n = static_cast<index_t>(tokens.size());
   rows_view hidden = hidden_.topRows(n), normed = normed_.topRows(n), gate_up = gate_up_.topRows(n);
-  for (index_t t = 0; t < n; ++t) hidden.row(t) = model_->embed_.row(tokens[static_cast<std::size_t>(t)]);
+  for (index_t t = 0; t < n; ++t) model_->embed_.row(tokens[static_cast<std::size_t>(t)], hidden.row(t).data());
 
   for (std::size_t i = 0; i < layers_.size(); ++i) {
     const model::layer& layer = model_->layers_[i];
     rms_norm(hidden, layer.input_norm, c.rms_norm_eps, normed);
-    multiply(normed, layer.qkv, qkv_.topRows(n));
+    layer.qkv.multiply(normed, qkv_.topRows(n), pool_.get());
     attend(layers_[i], n);
-    multiply(attended_.topRows(n), layer.o, normed);
+    layer.o.multiply(attended_.topRows(n), normed, pool_.get());
     hidden += normed;
 
     rms_norm(hidden, layer.post_attention_norm, c.rms_norm_eps, normed);
-    multiply(normed, layer.gate_up, gate_up);
+    layer.gate_up.multiply(normed, gate_up, pool_.get());
     swiglu(gate_up);
-    multiply(gate_up.leftCols(c.intermediate_size), layer.down, normed);
+    layer.down.multiply(gate_up.leftCols(c.intermediate_size), normed, pool_.get());
     hidden += normed;
   }
   rms_norm(hidden.bottomRows(1), model_->norm_, c.rms_norm_eps, normed.topRows(1));
-  logits_.noalias() = model_->lm_head() * normed.row(0).transpose();
+  model_->lm_head().multiply(normed.topRows(1), logits_, pool_.get());
 }
 
 void session::attend(layer_state& layer, index_t rows) {

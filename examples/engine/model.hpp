@@ -5,35 +5,23 @@
 
 #include <cstddef>
 #include <map>
+#include <memory>
 #include <optional>
 #include <sinkcache/sinkcache.hpp>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "../threads/thread_pool.hpp"
+#include "linear.hpp"
+#include "weights.hpp"
+
 namespace engine {
-
-using sinkcache::index_t;
-using sinkcache::matrix;
-
-enum class attention_kind { softmax, softmax1, sink };
-
-// Named as in Hugging Face's config.json; read from the metadata of the weights' file.
-struct model_config {
-  index_t num_hidden_layers, hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size;
-  index_t vocab_size;
-  double rope_theta;
-  float rms_norm_eps;
-  attention_kind attention;
-  bool tie_word_embeddings;
-  std::optional<int> bos_token_id;
-  std::optional<index_t> max_position_embeddings;
-};
 
 class model {
  public:
-  // Throws file_error where the metadata lack a size, give one out of bounds or ask for what this decoder does not do,
-  // and unless the tensors are exactly those of such a model.
+  // A safetensors or a GGUF file. Throws file_error as weights::open does, and unless the tensors are exactly those of
+  // such a model.
   explicit model(const std::string& path);
 
   const model_config& config() const { return config_; }
@@ -45,20 +33,20 @@ class model {
 
   struct layer {
     Eigen::RowVectorXf input_norm, post_attention_norm;  // [hidden_size]
-    matrix qkv;                // [(num_attention_heads + 2 num_key_value_heads) * head_dim, hidden_size]
-    matrix o;                  // [hidden_size, num_attention_heads * head_dim]
-    matrix gate_up;            // [2 intermediate_size, hidden_size]
-    matrix down;               // [hidden_size, intermediate_size]
+    linear qkv;                // [(num_attention_heads + 2 num_key_value_heads) * head_dim, hidden_size]
+    linear o;                  // [hidden_size, num_attention_heads * head_dim]
+    linear gate_up;            // [2 intermediate_size, hidden_size]
+    linear down;               // [hidden_size, intermediate_size]
     std::vector<float> sinks;  // [num_attention_heads], or empty
   };
 
-  const matrix& lm_head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
+  const linear& lm_head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
 
   model_config config_;
   std::map<std::string, std::string> metadata_;
   sinkcache::rope rope_ = sinkcache::rope::none();
   index_t num_parameters_ = 0;
-  matrix embed_, lm_head_;  // [vocab_size, hidden_size]
+  linear embed_, lm_head_;  // [vocab_size, hidden_size]
   Eigen::RowVectorXf norm_;
   std::vector<layer> layers_;
 };
@@ -66,6 +54,7 @@ class model {
 struct session_config {
   index_t num_sink_tokens = 0, window = 0;
   std::optional<sinkcache::softmax_variant> softmax = {};  // instead of the model's own
+  index_t threads = 1;                                     // with the caller's; no result depends on it
 };
 
 // One sequence: its caches, one a layer, and its activations. The model must outlive it.
@@ -91,10 +80,11 @@ class session {
   void attend(layer_state&, index_t rows);
 
   const model* model_;
+  std::unique_ptr<threads::thread_pool> pool_;  // null: the caller's thread alone
   std::vector<layer_state> layers_;
   sinkcache::workspace workspace_;
   matrix hidden_, normed_, qkv_, attended_, gate_up_;  // [rows, ...]
-  Eigen::VectorXf logits_;
+  matrix logits_;                                      // [1, vocab_size]
 };
 
 // -log2 softmax(logits)[target]

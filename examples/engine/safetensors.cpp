@@ -1,48 +1,16 @@
 #include "safetensors.hpp"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cerrno>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <string_view>
-#include <system_error>
 #include <utility>
 
 namespace engine {
 namespace {
-
-[[noreturn]] void fail(const std::string& file, const std::string& what) { throw file_error(file + ": " + what); }
-
-// A hostile name must neither flood the terminal nor send it control sequences.
-std::string printable(std::string_view text) {
-  constexpr std::size_t longest = 60;
-  std::string out;
-  for (const char c : text.substr(0, longest)) {
-    if (c >= 0x20 && c <= 0x7e) {
-      out += c;
-    } else {
-      out += fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
-    }
-  }
-  if (text.size() > longest) out += "...";
-  return out;
-}
-
-std::string quote(std::string_view text) { return "'" + printable(text) + "'"; }
-
-// Not by fmt::join, in which g++ 12 finds an overflow that is not there.
-std::string listed(const std::vector<std::int64_t>& shape) {
-  std::string text = "[";
-  for (const std::int64_t extent : shape) text.append(text.size() > 1 ? ", " : "").append(std::to_string(extent));
-  return text.append("]");
-}
 
 // Bits per value of every dtype of the format, so that one that is merely not read here is told from nonsense.
 int dtype_bits(std::string_view dtype) {
@@ -57,35 +25,6 @@ int dtype_bits(std::string_view dtype) {
 }
 
 bool is_read_here(std::string_view dtype) { return dtype == "F32" || dtype == "F16" || dtype == "BF16"; }
-
-template <class Unsigned>
-Unsigned little_endian(const std::byte* from) {
-  Unsigned value = 0;
-  for (std::size_t i = sizeof(Unsigned); i-- > 0;) value = static_cast<Unsigned>((value << 8) | Unsigned(from[i]));
-  return value;
-}
-
-float f32_from_f16(std::uint16_t h) {
-  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16;
-  const std::uint32_t exponent = (h >> 10) & 31u;
-  const std::uint32_t mantissa = h & 0x3ffu;
-  if (exponent == 0) {
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const std::uint32_t wide_exponent = exponent == 31 ? 255 : exponent + (127 - 15);
-  return std::bit_cast<float>(sign | (wide_exponent << 23) | (mantissa << 13));
-}
-
-float f32_from_bf16(std::uint16_t h) { return std::bit_cast<float>(std::uint32_t{h} << 16); }
-
-struct open_file {
-  explicit open_file(int descriptor) : fd(descriptor) {}
-  open_file(const open_file&) = delete;
-  open_file& operator=(const open_file&) = delete;
-  ~open_file() { ::close(fd); }
-  int fd;
-};
 
 }  // namespace
 
@@ -247,14 +186,14 @@ class safetensors::header_reader final : public nlohmann::json_sax<nlohmann::jso
   int num_offsets_ = 0;
 };
 
-safetensors::safetensors(const std::string& file, std::uint64_t file_bytes, byte_source source)
-    : file_(file), source_(std::move(source)) {
+safetensors::safetensors(const std::string& file, byte_source source) : file_(file), source_(std::move(source)) {
+  const std::uint64_t file_bytes = source_.size;
   std::array<std::byte, 8> length;
   if (file_bytes < length.size()) {
     fail(file_,
          fmt::format("is {} bytes long, must be at least {}: the length of its header", file_bytes, length.size()));
   }
-  source_(0, length);
+  source_.read(0, length);
   const std::uint64_t header_bytes = little_endian<std::uint64_t>(length.data());
   if (header_bytes > max_header_bytes) {
     fail(file_, fmt::format("header length is {}, must be at most {}: not a safetensors file?", header_bytes,
@@ -265,7 +204,7 @@ safetensors::safetensors(const std::string& file, std::uint64_t file_bytes, byte
                             header_bytes, file_bytes - length.size()));
   }
   std::string header(static_cast<std::size_t>(header_bytes), '\0');
-  source_(length.size(), std::as_writable_bytes(std::span(header)));
+  source_.read(length.size(), std::as_writable_bytes(std::span(header)));
   if (!header.starts_with('{')) {
     fail(file_, fmt::format("header begins with {}, must begin with '{{'", quote(header.substr(0, 1))));
   }
@@ -340,40 +279,10 @@ void safetensors::check_layout(std::uint64_t data_bytes) const {
   }
 }
 
-safetensors safetensors::load(const std::string& path) {
-  const auto fail_with_errno = [path](const char* what) {
-    fail(path, fmt::format("{}: {}", what, std::generic_category().message(errno)));
-  };
-  // O_NONBLOCK: opening a FIFO must not wait for a writer.
-  const int fd = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-  if (fd < 0) fail_with_errno("cannot be opened");
-  const auto file = std::make_shared<open_file>(fd);
-  struct stat status {};
-  if (::fstat(fd, &status) != 0) fail_with_errno("cannot be examined");
-  if (S_ISDIR(status.st_mode)) fail(path, "is a directory, must be a regular file");
-  if (!S_ISREG(status.st_mode)) fail(path, "is a pipe, socket or device, must be a regular file");
-
-  const auto read_at = [path, file, fail_with_errno](std::uint64_t offset, std::span<std::byte> to) {
-    while (!to.empty()) {
-      constexpr std::size_t at_once = std::size_t{1} << 30;  // some systems refuse 2^31 and more
-      const ssize_t got = ::pread(file->fd, to.data(), std::min(to.size(), at_once), static_cast<off_t>(offset));
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) fail_with_errno("cannot be read");
-      if (got == 0) {
-        fail(path, fmt::format("ends at byte {}, must go on as when it was opened: has it changed?", offset));
-      }
-      offset += static_cast<std::uint64_t>(got);
-      to = to.subspan(static_cast<std::size_t>(got));
-    }
-  };
-  return safetensors(path, static_cast<std::uint64_t>(status.st_size), read_at);
-}
+safetensors safetensors::load(const std::string& path) { return safetensors(path, open_source(path)); }
 
 safetensors safetensors::parse(std::span<const std::byte> file, const std::string& name) {
-  const auto copy = std::make_shared<const std::vector<std::byte>>(file.begin(), file.end());
-  return safetensors(name, copy->size(), [copy](std::uint64_t offset, std::span<std::byte> to) {
-    std::copy_n(copy->begin() + static_cast<std::ptrdiff_t>(offset), to.size(), to.begin());
-  });
+  return safetensors(name, memory_source(file));
 }
 
 std::vector<std::string> safetensors::names() const {
@@ -387,7 +296,7 @@ tensor safetensors::read(const std::string& name) const {
   std::vector<std::byte> bytes;
   if (e.end - e.begin > bytes.max_size()) fail(file_, fmt::format("tensor {} exceeds the address space", quote(name)));
   bytes.resize(static_cast<std::size_t>(e.end - e.begin));
-  source_(data_start_ + e.begin, bytes);
+  source_.read(data_start_ + e.begin, bytes);
   const std::size_t width = e.dtype == "F32" ? 4 : 2;
   tensor out{e.shape, std::vector<float>(bytes.size() / width)};
   for (std::size_t i = 0; i < out.values.size(); ++i) {

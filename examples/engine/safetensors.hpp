@@ -2,24 +2,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "file.hpp"
+
 namespace engine {
-
-// The message starts with the file's name; names taken from the file are made printable and cut short in it.
-struct file_error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-struct tensor {
-  std::vector<std::int64_t> shape;
-  std::vector<float> values;  // row-major, whatever the file's dtype
-};
 
 // A .safetensors file from anybody. The whole layout is checked before anything is handed out: afterwards every tensor
 // lies inside the file, its shape and dtype give exactly its bytes, and no byte belongs to two tensors or to none.
@@ -49,10 +39,8 @@ class safetensors {
     std::uint64_t begin = 0, end = 0;  // bytes from the start of the data
   };
   class header_reader;
-  // Fills the span with the file's bytes from an offset on, or throws.
-  using byte_source = std::function<void(std::uint64_t, std::span<std::byte>)>;
 
-  safetensors(const std::string& file, std::uint64_t file_bytes, byte_source);
+  safetensors(const std::string& file, byte_source);
   void check_entry(const std::string& name, const entry&, std::uint64_t data_bytes) const;
   void check_layout(std::uint64_t data_bytes) const;
   const entry& find(const std::string& name) const;

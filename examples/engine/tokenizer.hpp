@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "gguf.hpp"
+#include "utf8.hpp"
+
+namespace engine {
+
+// Byte pair encoding of bytes as SmolLM and SmolLM2 use it ("gpt2" with the pre-tokenizer "smollm" in a GGUF file): the
+// ids of Hugging Face's tokenizers, for any input. Bytes that are no UTF-8 are read as U+FFFD, see utf8.hpp. A byte for
+// which the vocabulary has no token is left out, as there; SmolLM2's lacks six control characters, and what only
+// unassigned code points above U+3FFFF need. All other valid UTF-8 decodes to what was encoded.
+class tokenizer {
+ public:
+  static constexpr std::size_t max_tokens = std::size_t{1} << 20, max_token_bytes = 1024;
+
+  // Throws file_error unless the metadata are a whole and consistent vocabulary of this kind.
+  explicit tokenizer(const gguf& file);
+
+  // What the text of a special token is read as, "<|im_end|>" say. Only a program's own text may be parsed: in text
+  // from elsewhere it would let a stranger end the turn.
+  enum class special { as_text, parsed };
+  std::vector<int> encode(std::string_view text, special = special::as_text) const;
+
+  // Valid UTF-8, special tokens as their text. A stream of tokens is decoded alike by a utf8_stream fed with `bytes`.
+  std::string decode(std::span<const int> tokens) const;
+  std::string_view bytes(int token) const { return tokens_.at(static_cast<std::size_t>(token)); }
+
+  int size() const { return static_cast<int>(tokens_.size()); }
+  bool is_special(int token) const { return is_special_.at(static_cast<std::size_t>(token)); }
+  std::optional<int> find_special(std::string_view text) const;
+  // Of the metadata.
+  std::optional<int> bos() const { return bos_; }
+  std::optional<int> eos() const { return eos_; }
+  bool adds_bos() const { return adds_bos_; }  // whether the model expects it in front of a text; encode never adds it
+
+ private:
+  struct merge {
+    int left, right, merged, rank;
+  };
+  class word_merger;
+
+  void read_tokens(const gguf& file);
+  void read_merges(const gguf& file);
+  void encode_text(std::string_view valid, word_merger&) const;
+  // The longest special token that the text starts with.
+  std::optional<int> special_at(std::string_view text) const;
+  const merge* find_merge(int left, int right) const;
+
+  std::vector<std::string> tokens_;  // as bytes, not in the alphabet of the file
+  std::vector<bool> is_special_;
+  std::vector<int> specials_;     // sorted by their text
+  std::vector<int> byte_tokens_;  // [256], -1 where there is none
+  std::vector<merge> merges_;     // sorted by left, then by right
+  std::optional<int> bos_, eos_;
+  bool adds_bos_ = false;
+};
+
+}  // namespace engine
