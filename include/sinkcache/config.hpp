@@ -5,13 +5,7 @@
 // A rule is written once, as a line that adds to a status. Functions throw what it found, or abort where exceptions are
 // off; functions named try_... return it, after having changed nothing.
 
-// clang writes the name of what format_to_n calls in another way than the g++ that built the library, so it has to
-// see the definition.
-#if defined(__clang__)
-#include <fmt/format.h>
-#else
 #include <fmt/core.h>
-#endif
 
 #include <algorithm>
 #include <cstddef>
@@ -43,8 +37,8 @@ inline constexpr index_t max_head_dim = 512;
 #endif
 #endif
 
-// What a check found: nothing, or the first rule that was broken. The message lies inside, so that nothing is
-// allocated, and nothing but its length is touched where all is well.
+// What a check found: nothing, or the first rule that was broken. The message lies inside: copies allocate nothing, and
+// nothing but its length is touched where all is well.
 class [[nodiscard]] status {
  public:
   status() noexcept {}  // NOLINT(modernize-use-equals-default): that would clear the text
@@ -83,8 +77,9 @@ class [[nodiscard]] status {
     constexpr std::string_view library = "sinkcache: ";
     constexpr std::size_t room = max_length - library.size();
     library.copy(text_, library.size());
-    const std::size_t length = fmt::format_to_n(text_ + library.size(), room, words, values...).size;
-    length_ = library.size() + std::min(length, room);
+    // vformat lies in fmt's library: format_to_n would be compiled in every file.
+    const std::string text = fmt::vformat(words, fmt::make_format_args(values...));
+    length_ = library.size() + text.copy(text_ + library.size(), room);
     text_[length_] = '\0';
   }
 
