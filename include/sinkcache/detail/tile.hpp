@@ -223,7 +223,7 @@ template <class V, int Rows, int Vectors, bool Prefetch = true>
   constexpr index_t strip = Vectors * lanes * V::element_bytes;
   const std::byte* value = v.data + column * V::element_bytes;
   const index_t ahead = column * V::element_bytes + strip < v.bytes ? 2 * strip - 1 : 0;
-  vfloat tile[Rows][Vectors];
+  vfloat tile[Rows][Vectors] = {};
   for (index_t first = 0, last; first < n; first = last) {
     last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
     vfloat sums[Rows][Vectors] = {};
@@ -250,7 +250,7 @@ template <class V, int Rows, int Vectors, bool Prefetch = true>
       }
     }
     for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Vectors; ++c) tile[r][c] = first == 0 ? sums[r][c] : tile[r][c] + sums[r][c];
+      for (int c = 0; c < Vectors; ++c) tile[r][c] += sums[r][c];
   }
   for (int r = 0; r < Rows; ++r)
     for (int c = 0; c < Vectors; ++c) {
