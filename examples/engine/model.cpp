@@ -15,6 +15,7 @@ namespace engine {
 namespace {
 
 constexpr index_t prefill_rows = 256;  // bounds the activations, whatever the prompt
+constexpr index_t logits_rows = 64;    // and the logits, of which a vocabulary makes a row as large as a layer
 
 // Hands out the tensors of a file, only in the shape asked for.
 class tensor_reader {
@@ -193,8 +194,34 @@ std::span<const float> session::prefill(std::span<const int> tokens) {
   return {logits_.data(), static_cast<std::size_t>(logits_.size())};
 }
 
+void session::prefill(std::span<const int> tokens, const std::function<void(std::span<const float>)>& each) {
+  reserve(std::min(static_cast<index_t>(tokens.size()), prefill_rows));
+  for (std::size_t first = 0; first < tokens.size(); first += prefill_rows) {
+    const auto block = tokens.subspan(first, std::min<std::size_t>(prefill_rows, tokens.size() - first));
+    run_layers(block);
+    for (index_t row = 0, rows = static_cast<index_t>(block.size()); row < rows; row += logits_rows) {
+      all_logits_.resize(std::min(logits_rows, rows - row), model_->config_.vocab_size);
+      predict(row, all_logits_);
+      for (index_t i = 0; i < all_logits_.rows(); ++i)
+        each({all_logits_.row(i).data(), static_cast<std::size_t>(all_logits_.cols())});
+    }
+  }
+}
+
 // Tokens -> logits of the last one.
 void session::forward(std::span<const int> tokens) {
+  run_layers(tokens);
+  predict(static_cast<index_t>(tokens.size()) - 1, logits_);
+}
+
+// Of the rows from `first_row` on, as many as there are in `logits`.
+void session::predict(index_t first_row, matrix& logits) {
+  rows_view normed = normed_.topRows(logits.rows());
+  rms_norm(hidden_.middleRows(first_row, logits.rows()), model_->norm_, model_->config_.rms_norm_eps, normed);
+  model_->lm_head().multiply(normed, logits, pool_.get());
+}
+
+void session::run_layers(std::span<const int> tokens) {
   const model_config& c = model_->config_;
   const index_t n = static_cast<index_t>(tokens.size());
   rows_view hidden = hidden_.topRows(n), normed = normed_.topRows(n), gate_up = gate_up_.topRows(n);
@@ -214,8 +241,6 @@ void session::forward(std::span<const int> tokens) {
     layer.down.multiply(gate_up.leftCols(c.intermediate_size), normed, pool_.get());
     hidden += normed;
   }
-  rms_norm(hidden.bottomRows(1), model_->norm_, c.rms_norm_eps, normed.topRows(1));
-  model_->lm_head().multiply(normed.topRows(1), logits_, pool_.get());
 }
 
 void session::attend(layer_state& layer, index_t rows) {

@@ -4,6 +4,7 @@
 // the weights and is shared by threads; `session` holds one sequence.
 
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -65,6 +66,8 @@ class session {
   // The logits of the next token, valid until the next call. decode allocates nothing.
   std::span<const float> decode(int token);
   std::span<const float> prefill(std::span<const int> tokens);
+  // All of them: `each` gets the logits after every token, in order, valid during its call.
+  void prefill(std::span<const int> tokens, const std::function<void(std::span<const float>)>& each);
 
   void clear();
   std::size_t cache_bytes() const;
@@ -77,6 +80,8 @@ class session {
 
   void reserve(index_t rows);
   void forward(std::span<const int> tokens);
+  void run_layers(std::span<const int> tokens);
+  void predict(index_t first_row, matrix& logits);
   void attend(layer_state&, index_t rows);
 
   const model* model_;
@@ -85,6 +90,7 @@ class session {
   sinkcache::workspace workspace_;
   matrix hidden_, normed_, qkv_, attended_, gate_up_;  // [rows, ...]
   matrix logits_;                                      // [1, vocab_size]
+  matrix all_logits_;                                  // [rows, vocab_size], only where they were asked for
 };
 
 // -log2 softmax(logits)[target]
