@@ -1,0 +1,198 @@
+#include "jobs.hpp"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <cmath>
+#include <ctime>
+#include <filesystem>
+#include <sinkcache/version.hpp>
+#include <stdexcept>
+
+#include "../compare/files.hpp"
+#include "../compare/machine.hpp"
+#include "recall.hpp"
+
+namespace evidence {
+namespace {
+
+constexpr index_t recomputed_passes = 4;
+constexpr index_t decode_work = 4;  // a decoded token takes about so many times as long as one of a chunk
+
+const char* kind_name(job::kind kind) {
+  switch (kind) {
+    case job::kind::loss:
+      return "loss";
+    case job::kind::recompute:
+      return "recompute";
+    case job::kind::recall:
+      return "recall";
+    case job::kind::check:
+      return "check";
+    case job::kind::decode:
+      break;
+  }
+  return "decode";
+}
+
+recall_setting recall_of(const options& o) { return {{32, 128, 512, 2048}, o.facts}; }
+
+engine::session_config config_of(const job& j, index_t threads) {
+  return {
+      .num_sink_tokens = j.policy.num_sink_tokens, .window = j.cache - j.policy.num_sink_tokens, .threads = threads};
+}
+
+std::string today() {
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  gmtime_r(&now, &utc);
+  char date[sizeof "2026-12-31"];
+  return {date, std::strftime(date, sizeof date, "%Y-%m-%d", &utc)};
+}
+
+json rounded(const std::vector<double>& bits) {
+  json all = json::array();
+  for (const double each : bits) all.push_back(std::round(each * 1e4) / 1e4);
+  return all;
+}
+
+// What a result depends on.
+json inputs(const job& j, const setting& s) {
+  const options& o = s.options;
+  json in = {{"run", j.name()},
+             {"model", s.subject.name},
+             {"model_bytes", std::filesystem::file_size(o.model)},
+             {"text", compare::shown_path(o.text)},
+             {"text_bytes", std::filesystem::file_size(o.text)},
+             {"first_token", s.subject.first_token ? json(*s.subject.first_token) : json(nullptr)},
+             {"policy", j.policy.name},
+             {"cache", j.cache}};
+  if (j.is == job::kind::check) in["tokens"] = o.check;
+  if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = o.tokens;
+  if (j.is == job::kind::recompute) in["targets"] = o.targets;
+  if (j.is == job::kind::recall) in["facts"] = o.facts;
+  if (j.is == job::kind::decode) in["threads"] = o.threads;
+  return in;
+}
+
+json measure_recall(const job& j, const setting& s, const progress& on_tokens) {
+  const recall_stream stream = plant(s.subject, s.stream.ids, j.cache, recall_of(s.options));
+  const std::vector<int> right = recalled(*s.subject.model, config_of(j, 1), stream, on_tokens);
+  json facts = json::array();
+  for (std::size_t i = 0; i < right.size(); ++i) {
+    const fact& f = stream.facts[i];
+    // The last digit is asked for with all of the fact in the cache, the first with none of it left.
+    const index_t window = j.cache - j.policy.num_sink_tokens;
+    const bool inside = f.asked_last - f.first < window, outside = f.asked_first - f.last >= window;
+    facts.push_back({{"distance", f.distance},
+                     {"tokens_later", f.asked_first - f.last},
+                     {"visible", inside    ? "whole"
+                                 : outside ? "no"
+                                           : "in part"},
+                     {"digits_right", right[i]}});
+  }
+  return {{"tokens", stream.ids.size()}, {"digits", digits_of_a_fact}, {"facts", std::move(facts)}};
+}
+
+}  // namespace
+
+std::string job::name() const {
+  std::string of = policy.name;
+  std::erase(of, ':');
+  if (is == kind::recompute) return fmt::format("{}-{}", of, cache);
+  return fmt::format("{}-{}-{}", kind_name(is), of, cache);
+}
+
+std::vector<job> plan(const options& o) {
+  std::vector<job> jobs;
+  for (const index_t cache : o.caches) {
+    const std::vector<compare::policy> policies =
+        compare::parse_policies("window,sinks:1,sinks:2,sinks:4,sinks:8,recompute", cache);
+    for (const compare::policy& p : policies) {
+      const bool recompute = p.is == compare::policy::kind::recompute;
+      jobs.push_back({recompute ? job::kind::recompute : job::kind::loss, p, cache});
+      jobs.push_back({job::kind::decode, p, cache});
+      if (p.name == "window" || p.name == "sinks:4") jobs.push_back({job::kind::recall, p, cache});
+    }
+  }
+  if (o.check > 0)
+    jobs.push_back({job::kind::check, compare::parse_policies("sinks:4", o.caches.front()).front(), o.caches.front()});
+  std::stable_sort(jobs.begin(), jobs.end(), [&](const job& a, const job& b) {
+    if ((a.is == job::kind::decode) != (b.is == job::kind::decode)) return b.is == job::kind::decode;
+    return work(a, o) > work(b, o);
+  });
+  return jobs;
+}
+
+index_t work(const job& j, const options& o) {
+  const recall_setting recall = recall_of(o);
+  switch (j.is) {
+    case job::kind::loss:
+      return o.tokens;
+    case job::kind::recompute:
+      return o.targets * j.cache;
+    case job::kind::recall:
+      return j.cache +
+             o.facts * static_cast<index_t>(recall.distances.size()) * (recall.spacing + 34);  // a fact and a question
+    case job::kind::check:
+      return (1 + decode_work) * o.check;
+    case job::kind::decode:
+      break;
+  }
+  return j.policy.is == compare::policy::kind::recompute ? recomputed_passes * j.cache : decode_work * decoded_tokens;
+}
+
+json measure(const job& j, const setting& s, const progress& on_tokens) {
+  const engine::model& model = *s.subject.model;
+  const options& o = s.options;
+  const std::span<const int> all = s.stream.ids;
+  const auto ids = all.first(static_cast<std::size_t>(o.tokens) + 1);
+  const progress on_decoded = [&](index_t tokens) { on_tokens(decode_work * tokens); };
+  switch (j.is) {
+    case job::kind::loss:
+      return {{"loss_bits", rounded(loss_by_prefill(model, config_of(j, 1), ids, on_tokens))}};
+    case job::kind::recompute: {
+      const std::vector<index_t> chosen = targets(j.cache, o.tokens, o.targets);
+      return {{"targets", chosen}, {"loss_bits", rounded(loss_recomputed(model, j.cache, ids, chosen, on_tokens))}};
+    }
+    case job::kind::recall:
+      return measure_recall(j, s, on_tokens);
+    case job::kind::check: {
+      const auto few = ids.first(static_cast<std::size_t>(o.check) + 1);
+      const std::vector<double> prefilled = loss_by_prefill(model, config_of(j, 1), few, on_tokens),
+                                decoded = loss_by_decode(model, config_of(j, 1), few, on_decoded);
+      double worst = 0;
+      for (std::size_t i = 0; i < decoded.size(); ++i) worst = std::max(worst, std::abs(prefilled[i] - decoded[i]));
+      return {{"largest_difference_bits", worst}};
+    }
+    case job::kind::decode:
+      break;
+  }
+  if (j.policy.is == compare::policy::kind::recompute)
+    return {{"ms_per_token",
+             ms_per_pass(model, {.window = j.cache, .threads = o.threads}, ids, recomputed_passes, on_tokens)},
+            {"cache_bytes", cache_bytes(model, {.window = j.cache})}};
+  return {{"ms_per_token", ms_per_token(model, config_of(j, o.threads), all, decoded_tokens, on_decoded)},
+          {"cache_bytes", cache_bytes(model, config_of(j, 1))}};
+}
+
+json kept(const std::string& path, const job& j, const setting& s) {
+  if (!std::filesystem::exists(path)) return nullptr;
+  json file = json::parse(compare::read_file(path), nullptr, false);
+  const json wanted = inputs(j, s);
+  if (!file.is_object() || !file.contains("inputs") || file["inputs"] != wanted)
+    throw std::runtime_error(fmt::format(
+        "{}: is of {}, had to be of {}: name another --folder, or remove it", path,
+        file.is_object() && file.contains("inputs") ? file["inputs"].dump() : "something else", wanted.dump()));
+  return file;
+}
+
+void keep(const std::string& path, const job& j, const setting& s, json result) {
+  const json file = {{"inputs", inputs(j, s)},         {"date", today()},
+                     {"machine", compare::cpu_name()}, {"compiler", compare::compiler_name()},
+                     {"isa", sinkcache::isa()},        {"git_commit", compare::git_commit()},
+                     {"result", std::move(result)}};
+  compare::write_atomically(path, file.dump(1) + "\n");
+}
+
+}  // namespace evidence

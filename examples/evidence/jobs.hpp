@@ -1,0 +1,51 @@
+#pragma once
+
+// The runs that the evidence is made of. The result of each is a file, so what is done need not be done again.
+
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "measure.hpp"
+#include "options.hpp"
+
+namespace evidence {
+
+using json = nlohmann::ordered_json;
+
+// The tokens after the fullest cache that the timed runs decode, so that the text has to have them.
+inline constexpr index_t decoded_tokens = 512;
+
+// What all runs have in common.
+struct setting {
+  const evidence::options& options;
+  compare::subject subject;
+  compare::token_stream stream;  // all of the text
+};
+
+struct job {
+  enum class kind { loss, recompute, recall, check, decode };
+
+  kind is;
+  compare::policy policy;
+  index_t cache;
+
+  std::string name() const;  // loss-sinks4-256
+};
+
+// The longest ones first; those that are timed last.
+std::vector<job> plan(const options&);
+
+// About how long it takes, in tokens of prefill by one thread.
+index_t work(const job&, const options&);
+
+json measure(const job&, const setting&, const progress&);
+
+// Reads `path`, where `keep` puts what `measure` gives; null where it is not there. Throws unless it is of this job and
+// this setting.
+json kept(const std::string& path, const job&, const setting&);
+
+void keep(const std::string& path, const job&, const setting&, json result);
+
+}  // namespace evidence

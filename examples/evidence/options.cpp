@@ -1,0 +1,70 @@
+#include "options.hpp"
+
+#include <fmt/core.h>
+
+#include <CLI/CLI.hpp>
+#include <set>
+#include <thread>
+
+#include "../compare/known_models.hpp"
+
+namespace evidence {
+
+std::optional<options> parse_options(int argc, const char* const* argv) {
+  options o;
+  o.model = "smollm2";
+  o.text = SINKCACHE_SOURCE_DIR "/examples/data/sotu-heldout.txt";
+  o.folder = SINKCACHE_SOURCE_DIR "/build/evidence";
+  o.threads = static_cast<index_t>(std::max(1U, std::thread::hardware_concurrency()));
+  CLI::App app(
+      "What sinks and windows do to a language model over a long text: loss, memory, time, and what it can recall.\n"
+      "Every run is kept in a folder, so that one may interrupt it and go on later.",
+      "evidence");
+  app.get_formatter()->column_width(18);
+  app.add_option("--model", o.model, "a model as of compare_policies (default: smollm2)")->type_name("FILE");
+  app.add_option("--text", o.text, "what to predict (default: examples/data/sotu-heldout.txt)")->type_name("FILE");
+  app.add_flag("--bos", o.bos, "begin with the model's BOS token where it is not used to one, as SmolLM2 is not");
+  app.add_option("--caches", o.caches, "tokens that the caches hold, pinned ones included (default: 256,1024)")
+      ->delimiter(',')
+      ->check(CLI::Range(16, 1 << 20))
+      ->type_name("LIST");
+  app.add_option("--tokens", o.tokens, "tokens to predict (default: 65536)")
+      ->check(CLI::Range(32, 1 << 30))
+      ->type_name("N");
+  app.add_option("--targets", o.targets, "of them, how many to recompute (default: 128)")
+      ->check(CLI::Range(1, 1 << 20))
+      ->type_name("N");
+  app.add_option("--facts", o.facts, "facts to plant for each distance (default: 64)")
+      ->check(CLI::Range(1, 1 << 20))
+      ->type_name("N");
+  app.add_option("--check", o.check,
+                 "tokens on which prefill in chunks is compared with decoding token by token\n"
+                 "(default: 4096; 0: none)")
+      ->check(CLI::Range(0, 1 << 30))
+      ->type_name("N");
+  app.add_option("--threads", o.threads, "runs at a time, and threads of the timed runs (default: one a core)")
+      ->check(CLI::Range(1, 1024))
+      ->type_name("N");
+  app.add_option("--folder", o.folder, "where the runs are kept (default: build/evidence)")->type_name("DIR");
+  app.add_option("--markdown", o.markdown, "write the tables there (default: print them)")->type_name("FILE");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    fmt::print("{}", app.help());
+    return {};
+  } catch (const CLI::ParseError& error) {
+    throw compare::usage_error(error.what());
+  }
+  if (std::set(o.caches.begin(), o.caches.end()).size() < o.caches.size())
+    throw compare::usage_error("--caches has a size twice");
+  for (const index_t cache : o.caches)
+    if (cache + o.targets > o.tokens)
+      throw compare::usage_error(fmt::format("--tokens is {}, had to be at least {}: a cache of {} and the targets",
+                                             o.tokens, cache + o.targets, cache));
+  if (o.check > o.tokens)
+    throw compare::usage_error(fmt::format("--check is {}, had to be at most --tokens, {}", o.check, o.tokens));
+  o.model = compare::model_file(o.model);
+  return o;
+}
+
+}  // namespace evidence

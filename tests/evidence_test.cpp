@@ -1,0 +1,157 @@
+#include <fmt/core.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <map>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "compare/files.hpp"
+#include "evidence/bootstrap.hpp"
+#include "evidence/jobs.hpp"
+#include "evidence/recall.hpp"
+#include "evidence/report.hpp"
+
+namespace {
+
+using namespace evidence;
+
+const std::string source_dir = SINKCACHE_SOURCE_DIR;
+
+const engine::model& nano() {
+  static const engine::model model(source_dir + "/examples/models/nano-softmax.safetensors");
+  return model;
+}
+
+compare::subject subject_of() { return {&nano(), "nano-softmax"}; }
+
+compare::token_stream held_out() {
+  return compare::read_by(subject_of(),
+                          compare::read_file(source_dir + "/examples/data/sotu-heldout.txt").substr(0, 4000));
+}
+
+const progress silent = [](index_t) {};
+
+}  // namespace
+
+TEST_CASE("prefill in chunks costs every token what decoding costs it") {
+  const compare::token_stream text = held_out();
+  const auto ids = std::span(text.ids).first(601);
+  index_t seen = 0;
+  const std::vector<double> window =
+      loss_by_prefill(nano(), {.window = 40}, ids, [&](index_t tokens) { seen += tokens; });
+  CHECK(seen == 600);
+  for (const index_t sinks : {0, 3}) {
+    const engine::session_config config{.num_sink_tokens = sinks, .window = 40 - sinks};
+    const std::vector<double> prefilled = loss_by_prefill(nano(), config, ids, silent),
+                              decoded = loss_by_decode(nano(), config, ids, silent);
+    REQUIRE(prefilled.size() == 600);
+    REQUIRE(decoded.size() == 600);
+    for (std::size_t i = 0; i < 600; ++i) CHECK(std::abs(prefilled[i] - decoded[i]) < 1e-4);
+    CHECK((std::abs(prefilled.back() - window.back()) > 1e-3) == (sinks > 0));
+  }
+}
+
+TEST_CASE("recomputed tokens are evenly spaced, and see the first token and the newest") {
+  CHECK(targets(10, 50, 4) == std::vector<index_t>{15, 25, 35, 45});
+  CHECK(targets(10, 13, 3) == std::vector<index_t>{10, 11, 12});
+  const compare::token_stream text = held_out();
+  const std::vector<double> bits = loss_recomputed(nano(), 12, text.ids, std::vector<index_t>{12, 500}, silent);
+  REQUIRE(bits.size() == 2);
+  engine::session session(nano(), {.window = 100});
+  std::span<const float> logits = session.decode(text.ids[0]);
+  for (std::size_t i = 490; i <= 500; ++i) logits = session.decode(text.ids[i]);
+  CHECK(std::abs(engine::loss_bits(logits, text.ids[501]) - bits[1]) < 2e-4);
+}
+
+TEST_CASE("the bootstrap finds the interval of a mean") {
+  const auto mean = [](std::span<const std::size_t> drawn) {
+    return static_cast<double>(std::accumulate(drawn.begin(), drawn.end(), std::size_t{0})) /
+           static_cast<double>(drawn.size());
+  };
+  const interval i = bootstrap(100, mean);  // of 0 to 99: a standard error of 2.887
+  CHECK(i.estimate == Approx(49.5));
+  CHECK(std::abs(i.low - (49.5 - 1.96 * 2.887)) < 0.4);
+  CHECK(std::abs(i.high - (49.5 + 1.96 * 2.887)) < 0.4);
+  CHECK(bootstrap(100, mean).low == i.low);
+  const interval one = bootstrap(7, [](std::span<const std::size_t>) { return 2.0; });
+  CHECK((one.low == 2 && one.estimate == 2 && one.high == 2));
+}
+
+TEST_CASE("facts are asked for so many tokens later, in the same words") {
+  const compare::token_stream text = held_out();
+  const recall_stream stream = plant(subject_of(), text.ids, 100, {{40, 300}, 5});
+  REQUIRE(stream.facts.size() == 10);
+  const auto digits_at = [&](index_t first) {
+    std::vector<int> ids(stream.ids.begin() + first, stream.ids.begin() + first + digits_of_a_fact);
+    for (int& id : ids) id -= '0';
+    return ids;
+  };
+  const auto words = [&](index_t first, index_t last) {
+    return std::string(stream.ids.begin() + first, stream.ids.begin() + last);
+  };
+  for (const fact& f : stream.facts) {
+    CHECK(f.first >= 100);
+    CHECK(digits_at(f.last - 3) == f.digits);
+    CHECK(digits_at(f.asked_first + 1) == f.digits);
+    CHECK(f.asked_last == f.asked_first + 3);
+    const std::string sentence = words(f.first, f.last - 3);
+    CHECK(sentence.starts_with("\n\nThe secret code of "));
+    CHECK(sentence == words(f.asked_first + 1 - static_cast<index_t>(sentence.size()), f.asked_first + 1));
+    const index_t later = f.asked_first + 1 - static_cast<index_t>(sentence.size()) - f.last;
+    CHECK(later >= f.distance);
+    CHECK(later <= f.distance + 100);
+  }
+  // Taking the likeliest digit, by decoding.
+  const engine::session_config config{.num_sink_tokens = 1, .window = 99};
+  std::vector<int> right(stream.facts.size());
+  engine::session session(nano(), config);
+  for (std::size_t i = 0; i < stream.ids.size(); ++i) {
+    const std::span<const float> logits = session.decode(stream.ids[i]);
+    const auto best = std::max_element(logits.begin() + '0', logits.begin() + '9' + 1) - logits.begin();
+    for (std::size_t j = 0; j < right.size(); ++j) {
+      const auto at = static_cast<index_t>(i);
+      if (at >= stream.facts[j].asked_first && at <= stream.facts[j].asked_last) right[j] += best == stream.ids[i + 1];
+    }
+  }
+  CHECK(recalled(nano(), config, stream, silent) == right);
+  CHECK_THROWS_WITH(plant(subject_of(), std::span(text.ids).first(150), 100, {{40}, 5}),
+                    Catch::Contains("too short to plant 5 facts"));
+}
+
+TEST_CASE("a run that is kept is not taken for another") {
+  options o;
+  o.model = source_dir + "/examples/models/nano-softmax.safetensors";
+  o.text = source_dir + "/examples/data/sotu-heldout.txt";
+  o.caches = {16};
+  o.tokens = 600, o.targets = 5, o.facts = 1, o.check = 50, o.threads = 1;
+  const setting s{o, subject_of(), held_out()};
+  const std::vector<job> jobs = plan(o);
+  const std::string path =
+      (std::filesystem::temp_directory_path() / fmt::format("sinkcache_evidence_{}.json", ::getpid())).string();
+  std::filesystem::remove(path);
+  CHECK(kept(path, jobs[0], s).is_null());
+
+  std::map<std::string, json> files;
+  for (const job& j : jobs) {
+    keep(path, j, s, {{"made_up", 1}});
+    CHECK(kept(path, j, s).at("result").at("made_up") == 1);
+    if (j.is == job::kind::recall || j.is == job::kind::decode) continue;
+    index_t done = 0;
+    files[j.name()] = measure(j, s, [&](index_t tokens) { done += tokens; });
+    CHECK(done == work(j, o));
+  }
+  CHECK(files.at("check-sinks4-16").at("largest_difference_bits").get<double>() < 1e-4);
+  CHECK_THROWS_WITH(kept(path, jobs[0], s), Catch::Contains("name another --folder"));
+  keep(path, jobs[0], s, {});
+  options other = o;
+  other.tokens = 599;
+  CHECK_THROWS_WITH(kept(path, jobs[0], {other, subject_of(), held_out()}), Catch::Contains("had to be of"));
+  compare::write_atomically(path, "{\"inputs\": ");
+  CHECK_THROWS_WITH(kept(path, jobs[0], s), Catch::Contains("something else"));
+  std::filesystem::remove(path);
+}
