@@ -6,13 +6,11 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
-#include <filesystem>
-#include <memory>
 #include <numeric>
 
 #include "compare/evaluate.hpp"
 #include "compare/files.hpp"
-#include "compare/known_models.hpp"
+#include "compare/loaded_model.hpp"
 #include "compare/options.hpp"
 #include "compare/progress.hpp"
 #include "compare/report.hpp"
@@ -22,51 +20,25 @@ namespace {
 
 using namespace compare;
 
-// What the subjects point to.
-struct loaded {
-  std::vector<std::unique_ptr<engine::model>> models;
-  std::vector<std::unique_ptr<engine::tokenizer>> tokenizers;
-};
-
-// Of a GGUF file; models in other files read bytes.
-const engine::tokenizer* tokenizer_of(const std::string& file, const engine::model& model, loaded& to) {
-  if (!engine::gguf::is_gguf(file)) return nullptr;
-  const engine::tokenizer& t =
-      *to.tokenizers.emplace_back(std::make_unique<engine::tokenizer>(engine::gguf::load(file)));
-  if (t.size() > model.config().vocab_size)
-    throw std::runtime_error(fmt::format("{}: has {} tokens, had to have at most the {} rows of its embedding", file,
-                                         t.size(), model.config().vocab_size));
-  return &t;
-}
-
 // The models of the command line, with --models each followed by itself without its remedy. Plain softmax has none of
 // its own: its remedy is the pinned token, so the window's row shows it removed.
-std::vector<subject> subjects_of(const options& o, loaded& to) {
+std::vector<subject> subjects_of(const options& o, std::vector<loaded_model>& models) {
   std::vector<subject> subjects;
   for (const std::string& file : o.models) {
-    offer_missing_model(file);
-    const engine::model* model = to.models.emplace_back(std::make_unique<engine::model>(file)).get();
-    const std::string name = std::filesystem::path(file).stem().string();
-    subject s{model, name, false, tokenizer_of(file, *model, to)};
-    if (o.bos && !model->config().bos_token_id) {
-      s.first_token = s.tokenizer ? s.tokenizer->bos() : std::nullopt;
-      if (!s.first_token) throw usage_error(fmt::format("--bos: {} has no BOS token", name));
-    }
+    subject s = models.emplace_back(file).subject(o.bos);
     subjects.push_back(s);
     s.remedy_removed = true;
-    if (o.remedies && model->config().attention != engine::attention_kind::softmax) subjects.push_back(s);
+    if (o.remedies && s.model->config().attention != engine::attention_kind::softmax) subjects.push_back(s);
   }
   return subjects;
 }
 
-setting setting_of(const options& o, const std::vector<subject>& subjects, const std::string& text) {
+setting setting_of(const options& o, const std::vector<subject>& subjects, const std::vector<token_stream>& streams) {
   index_t available = index_t{1} << 30, tokens = default_tokens;
-  std::vector<token_stream> streams;
-  for (const subject& s : subjects) {
-    streams.push_back(read_by(s, text));
-    available = std::min(available, static_cast<index_t>(streams.back().ids.size()) - 1);
+  for (const token_stream& stream : streams)
+    available = std::min(available, static_cast<index_t>(stream.ids.size()) - 1);
+  for (const subject& s : subjects)
     if (s.tokenizer) tokens = default_long_tokens;
-  }
   if (available < 2)
     throw std::runtime_error(fmt::format("{}: too short, there have to be 2 tokens to predict", o.text));
   if (o.tokens && *o.tokens > available)
@@ -80,17 +52,19 @@ setting setting_of(const options& o, const std::vector<subject>& subjects, const
 }
 
 void compare_policies(const options& o) {
-  loaded models;
+  std::vector<loaded_model> models;
   const std::vector<subject> subjects = subjects_of(o, models);
   const std::string text = read_file(o.text);
-  const setting s = setting_of(o, subjects, text);
+  std::vector<token_stream> streams;
+  for (const subject& subject : subjects) streams.push_back(read_by(subject, text));
+  const setting s = setting_of(o, subjects, streams);
   for (const std::string& path : {o.json, o.svg})
     if (!path.empty()) check_writable(path);
 
   std::vector<run> runs;
   {
     progress_bar progress(work(subjects, o.policies, s.cache, s.tokens));
-    runs = evaluate(subjects, o.policies, text, s.cache, s.tokens, o.threads, [&progress] { progress.step(); });
+    runs = evaluate(subjects, o.policies, streams, s.cache, s.tokens, o.threads, [&progress] { progress.step(); });
   }
   std::vector<comparison> comparisons;
   for (std::size_t i = 0; i < subjects.size(); ++i)

@@ -4,20 +4,17 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <atomic>
 #include <csignal>
 #include <exception>
 #include <filesystem>
 #include <map>
-#include <mutex>
-#include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "compare/comparison.hpp"
 #include "compare/files.hpp"
-#include "compare/known_models.hpp"
+#include "compare/loaded_model.hpp"
+#include "compare/parallel.hpp"
 #include "compare/progress.hpp"
 #include "evidence/jobs.hpp"
 #include "evidence/report.hpp"
@@ -36,42 +33,18 @@ std::string path_of(const job& j, const options& o) { return o.folder + "/" + j.
 
 // What is not kept yet, `threads` at a time.
 void run_all(const std::vector<job>& jobs, const setting& s, std::size_t threads, compare::progress_bar& bar) {
-  std::atomic<std::size_t> next = 0;
-  std::exception_ptr failure;
-  std::mutex mutex;
-  const auto worker = [&] {
-    try {
-      for (std::size_t i; (i = next++) < jobs.size();) {
-        keep(path_of(jobs[i], s.options), jobs[i], s, measure(jobs[i], s, [&](index_t tokens) {
-               if (end_asked) throw interrupted();
-               bar.step(tokens);
-             }));
-        bar.say(jobs[i].name());
-      }
-    } catch (...) {
-      const std::scoped_lock lock(mutex);
-      if (!failure) failure = std::current_exception();
-      next = jobs.size();
-    }
-  };
-  std::vector<std::thread> others;
-  for (std::size_t i = 1; i < std::min(threads, jobs.size()); ++i) others.emplace_back(worker);
-  worker();
-  for (std::thread& other : others) other.join();
-  if (failure) std::rethrow_exception(failure);
+  compare::for_each_index(jobs.size(), threads, [&](std::size_t i) {
+    keep(path_of(jobs[i], s.options), jobs[i], s, measure(jobs[i], s, [&](index_t tokens) {
+           if (end_asked) throw interrupted();
+           bar.step(tokens);
+         }));
+    bar.say(jobs[i].name());
+  });
 }
 
 void gather(const options& o, const std::string& command) {
-  compare::offer_missing_model(o.model);
-  const engine::model model(o.model);
-  std::optional<engine::tokenizer> tokenizer;
-  if (engine::gguf::is_gguf(o.model)) tokenizer.emplace(engine::gguf::load(o.model));
-  setting s{o, {&model, std::filesystem::path(o.model).stem().string()}, {}};
-  if (tokenizer) s.subject.tokenizer = &*tokenizer;
-  if (o.bos && !model.config().bos_token_id) {
-    s.subject.first_token = tokenizer ? tokenizer->bos() : std::nullopt;
-    if (!s.subject.first_token) throw compare::usage_error(fmt::format("--bos: {} has no BOS token", s.subject.name));
-  }
+  const compare::loaded_model model(o.model);
+  setting s{o, model.subject(o.bos), {}};
   s.stream = compare::read_by(s.subject, compare::read_file(o.text));
   if (static_cast<index_t>(s.stream.ids.size()) <= o.tokens)
     throw compare::usage_error(

@@ -16,6 +16,7 @@
 #include "chat/sampler.hpp"
 #include "chat/terminal.hpp"
 #include "compare/known_models.hpp"
+#include "compare/options.hpp"
 #include "engine/gguf.hpp"
 #include "engine/model.hpp"
 #include "engine/tokenizer.hpp"
@@ -23,7 +24,7 @@
 
 namespace {
 
-using chat::options, chat::usage_error;
+using chat::options, compare::usage_error;
 using engine::index_t;
 using engine::tokenizer;
 

@@ -40,7 +40,9 @@ const std::string& held_out_text() {
 
 std::vector<run> evaluated(const std::vector<subject>& subjects, const std::string& policies, index_t cache,
                            index_t tokens, std::size_t threads = 1) {
-  return evaluate(subjects, parse_policies(policies, cache), held_out_text(), cache, tokens, threads, [] {});
+  std::vector<token_stream> streams;
+  for (const subject& s : subjects) streams.push_back(read_by(s, held_out_text()));
+  return evaluate(subjects, parse_policies(policies, cache), streams, cache, tokens, threads, [] {});
 }
 
 template <class Error, class F>

@@ -24,12 +24,7 @@ const std::string models_dir = SINKCACHE_SOURCE_DIR "/examples/models/";
 std::string refusal(const plain_model& m) {
   const temporary_file file;
   m.write(file.path);
-  try {
-    const engine::model model(file.path);
-  } catch (const engine::file_error& error) {
-    return error.what();
-  }
-  return "accepted";
+  return refusal(file);
 }
 
 }  // namespace

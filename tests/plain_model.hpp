@@ -18,6 +18,7 @@
 
 #include "catch.hpp"
 #include "effort.hpp"
+#include "engine/model.hpp"
 
 namespace plain {
 
@@ -68,6 +69,16 @@ struct temporary_file {
                          .string();
   ~temporary_file() { std::filesystem::remove(path); }
 };
+
+// Why the engine refuses a file as a model's, or "accepted".
+inline std::string refusal(const temporary_file& file) {
+  try {
+    const engine::model model(file.path);
+  } catch (const engine::file_error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
 
 struct sizes {
   index_t layers, hidden, heads, kv_heads, head_dim /* 0: not in the metadata */, ff, vocab;

@@ -2,14 +2,16 @@
 
 #include <fmt/core.h>
 
-#include <CLI/CLI.hpp>
 #include <charconv>
 #include <cmath>
 
+#include "../compare/command_line.hpp"
 #include "../compare/known_models.hpp"
 
 namespace chat {
 namespace {
+
+using compare::usage_error;
 
 index_t parse_sinks(const std::string& policy, index_t cache) {
   if (policy == "window" || policy == "full") return 0;
@@ -63,14 +65,7 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   app.add_option("--threads", o.threads, "the text does not depend on them (default: one a core)")
       ->check(CLI::Range(1, 1024))
       ->type_name("N");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    fmt::print("{}", app.help());
-    return {};
-  } catch (const CLI::ParseError& error) {
-    throw usage_error(error.what());
-  }
+  if (!compare::parse(app, argc, argv)) return {};
   if (o.prompt && o.prompt->empty()) throw usage_error("--write is empty, had to be the beginning of a text");
   if (temperature && std::isnan(*temperature)) throw usage_error("--temperature is nan, had to be a number");
   o.num_sink_tokens = parse_sinks(o.policy, o.cache.value_or(default_cache));

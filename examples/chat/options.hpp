@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <optional>
 #include <sinkcache/config.hpp>
-#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -13,11 +12,6 @@
 namespace chat {
 
 using sinkcache::index_t;
-
-// Bad arguments: exit 2.
-struct usage_error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
 
 struct options {
   std::string model = "smollm2";      // a file
@@ -32,7 +26,7 @@ struct options {
 
 inline constexpr index_t default_cache = 512;
 
-// Nothing where --help was asked for, and printed.
+// Nothing where --help was asked for, and printed. Bad arguments: compare::usage_error.
 std::optional<options> parse_options(int argc, const char* const* argv);
 
 }  // namespace chat

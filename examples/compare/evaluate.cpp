@@ -3,13 +3,11 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <exception>
 #include <limits>
-#include <mutex>
-#include <thread>
+
+#include "parallel.hpp"
 
 namespace compare {
 namespace {
@@ -81,13 +79,12 @@ void recompute_samples(run& r, engine::session& session, std::span<const int> id
   r.us_per_token = (recomputing.tokens > 0 ? recomputing : decoding).us_per_token();
 }
 
-run evaluate_one(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t threads,
-                 const std::function<void()>& on_token) {
-  const std::span<const int> ids = stream.ids;
-  const index_t tokens = static_cast<index_t>(ids.size()) - 1;
+run evaluate_one(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t tokens,
+                 index_t threads, const std::function<void()>& on_token) {
+  const auto ids = std::span(stream.ids).first(static_cast<std::size_t>(tokens) + 1);
   const bool recompute = p.is == policy::kind::recompute;
   run r{&s, p, p.is == policy::kind::full ? tokens : cache - p.num_sink_tokens, {}, 0, 0};
-  r.token_bytes.assign(stream.bytes.begin() + 1, stream.bytes.end());
+  r.token_bytes.assign(stream.bytes.begin() + 1, stream.bytes.begin() + 1 + tokens);
   r.loss_bits.assign(static_cast<std::size_t>(tokens), not_scored);
 
   // Recomputing pins nothing: its first token is simply the first of every pass.
@@ -165,37 +162,16 @@ index_t work(std::span<const subject> subjects, std::span<const policy> policies
   return total * static_cast<index_t>(subjects.size());
 }
 
-std::vector<run> evaluate(std::span<const subject> subjects, std::span<const policy> policies, const std::string& text,
-                          index_t cache, index_t tokens, std::size_t threads, const std::function<void()>& on_token) {
-  std::vector<token_stream> streams;
-  for (const subject& s : subjects) {
-    streams.push_back(read_by(s, text));
-    streams.back().ids.resize(static_cast<std::size_t>(tokens + 1));
-    streams.back().bytes.resize(static_cast<std::size_t>(tokens + 1));
-  }
-
+std::vector<run> evaluate(std::span<const subject> subjects, std::span<const policy> policies,
+                          std::span<const token_stream> streams, index_t cache, index_t tokens, std::size_t threads,
+                          const std::function<void()>& on_token) {
   std::vector<run> runs(subjects.size() * policies.size());
   const auto threads_each = static_cast<index_t>(std::max<std::size_t>(1, threads / runs.size()));
-  std::atomic<std::size_t> next = 0;
-  std::exception_ptr failure;
-  std::mutex failure_mutex;
-  const auto worker = [&] {
-    try {
-      for (std::size_t i; (i = next++) < runs.size();) {
-        const std::size_t s = i / policies.size();
-        runs[i] = evaluate_one(subjects[s], policies[i % policies.size()], streams[s], cache, threads_each, on_token);
-      }
-    } catch (...) {
-      const std::scoped_lock lock(failure_mutex);
-      failure = std::current_exception();
-      next = runs.size();
-    }
-  };
-  std::vector<std::thread> others;
-  for (std::size_t i = 1; i < std::min(threads, runs.size()); ++i) others.emplace_back(worker);
-  worker();
-  for (std::thread& other : others) other.join();
-  if (failure) std::rethrow_exception(failure);
+  for_each_index(runs.size(), threads, [&](std::size_t i) {
+    const std::size_t s = i / policies.size();
+    runs[i] =
+        evaluate_one(subjects[s], policies[i % policies.size()], streams[s], cache, tokens, threads_each, on_token);
+  });
   return runs;
 }
 

@@ -55,9 +55,10 @@ struct token_stream {
 };
 token_stream read_by(const subject&, const std::string& text);
 
-// All policies on all subjects, subject by subject, `threads` at a time. `on_token` is called from any of them.
-std::vector<run> evaluate(std::span<const subject>, std::span<const policy>, const std::string& text, index_t cache,
-                          index_t tokens, std::size_t threads, const std::function<void()>& on_token);
+// All policies on all subjects, subject by subject, `threads` at a time, over the first `tokens` that each subject's
+// stream has to predict. `on_token` is called from any of them.
+std::vector<run> evaluate(std::span<const subject>, std::span<const policy>, std::span<const token_stream>,
+                          index_t cache, index_t tokens, std::size_t threads, const std::function<void()>& on_token);
 
 // How often evaluate calls on_token.
 index_t work(std::span<const subject>, std::span<const policy>, index_t cache, index_t tokens);

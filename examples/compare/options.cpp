@@ -2,11 +2,11 @@
 
 #include <fmt/core.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
 #include <set>
 
+#include "command_line.hpp"
 #include "known_models.hpp"
 
 namespace compare {
@@ -113,14 +113,7 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   CLI::Option* svg = text("--svg", o.svg, "FILE", "draw the loss along the stream there");
   several->excludes(one)->excludes(svg);
 
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    fmt::print("{}", app.help());
-    return {};
-  } catch (const CLI::ParseError& error) {
-    throw usage_error(error.what());
-  }
+  if (!parse(app, argc, argv)) return {};
 
   o.remedies = several->count() > 0;
   for (const std::string& name : o.remedies ? split("--models", models) : std::vector{model}) {

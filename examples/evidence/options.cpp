@@ -2,10 +2,10 @@
 
 #include <fmt/core.h>
 
-#include <CLI/CLI.hpp>
 #include <set>
 #include <thread>
 
+#include "../compare/command_line.hpp"
 #include "../compare/known_models.hpp"
 
 namespace evidence {
@@ -47,14 +47,7 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
       ->type_name("N");
   app.add_option("--folder", o.folder, "where the runs are kept (default: build/evidence)")->type_name("DIR");
   app.add_option("--markdown", o.markdown, "write the tables there (default: print them)")->type_name("FILE");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    fmt::print("{}", app.help());
-    return {};
-  } catch (const CLI::ParseError& error) {
-    throw compare::usage_error(error.what());
-  }
+  if (!compare::parse(app, argc, argv)) return {};
   if (std::set(o.caches.begin(), o.caches.end()).size() < o.caches.size())
     throw compare::usage_error("--caches has a size twice");
   for (const index_t cache : o.caches)
