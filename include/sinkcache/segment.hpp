@@ -35,18 +35,10 @@ struct query_rows {
 // Scratch of one worker: tiles of floats of K [keys, round_up(dim, 16)] and V (rows 16 floats further apart, so that a
 // column of them spreads over the sets of the L1), and logits [keys, rows].
 struct tile_scratch {
-  // Keys in a tile that a few rows walk over, about 48 KiB of K and V: the keys pass by once, the values come in
-  // strips.
-  static constexpr index_t max_keys = 96, max_rows = 32;
-  static constexpr index_t keys(index_t k_row_bytes, index_t v_row_bytes) {
-    return std::clamp<index_t>(49152 / (k_row_bytes + v_row_bytes) / 32 * 32, 32, max_keys);
-  }
-  // Keys in a tile for panels of rows.
-  static constexpr index_t panel_keys = 128;
-  static constexpr index_t k_floats(index_t dim) { return panel_keys * dim; }
-  static constexpr index_t v_floats(index_t dim) { return panel_keys * (dim + 16); }
-  static constexpr index_t logits_floats =
-      std::max(2 * max_rows * (max_keys + 16), query_rows::panel*(panel_keys + 16));
+  static constexpr index_t keys = 128, max_rows = 32;  // at most, of a tile and for a few rows
+  static constexpr index_t k_floats(index_t dim) { return keys * dim; }
+  static constexpr index_t v_floats(index_t dim) { return keys * (dim + 16); }
+  static constexpr index_t logits_floats = std::max(2 * max_rows, query_rows::panel) * (keys + 16);
 
   float *k, *v, *logits;
 };

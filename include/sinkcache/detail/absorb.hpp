@@ -113,7 +113,7 @@ template <class K, class V>
 void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
                  index_t offset, position_t first, index_t n, const running_states& to, float* logits) noexcept {
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
-  const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::max_keys + 16); };
+  const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::keys + 16); };
   float scale[tile_scratch::max_rows];
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const q = rows.q + (row + r) * dim;
@@ -134,9 +134,9 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
     in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
       constexpr index_t width = width_of<Rows>;
       if (v.decoded)
-        add_values<f32, Rows, Vectors>(weights, width, v, offset, n, column, sums);
+        add_values<f32, Rows, Vectors>(weights, width, v, offset, n, column, sums, k.from_row(n));
       else
-        add_values<V, Rows, Vectors>(weights, width, v, offset, n, column, sums);
+        add_values<V, Rows, Vectors>(weights, width, v, offset, n, column, sums, k.from_row(n));
     });
   });
 }
@@ -210,13 +210,10 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
   using loaded_k = std::conditional_t<elementwise_format<K>, K, f32>;
   using loaded_v = std::conditional_t<elementwise_format<V>, V, f32>;
   const stored_rows keys{from.k, from.k_block, from.k_step}, values{from.v, from.v_block, from.v_step};
-  const index_t tile_keys = rows.in_panels
-                                ? tile_scratch::panel_keys
-                                : tile_scratch::keys(keys.row_bytes(rows.head_dim), values.row_bytes(rows.v_head_dim));
   // Tiles end where positions are a multiple, whatever is seen of them.
   for (position_t tile = lo, end; tile < hi; tile = end) {
-    end = std::min(hi, tile - tile % tile_keys + tile_keys);
-    const index_t offset = static_cast<index_t>(tile % tile_keys);
+    end = std::min(hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
+    const index_t offset = static_cast<index_t>(tile % tile_scratch::keys);
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
     if (rows.in_panels) {
       const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);

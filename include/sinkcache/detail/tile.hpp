@@ -42,7 +42,7 @@ tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, 
     if (from.step != 0 && from.step != F::element_bytes) {
       const std::byte* const store = from.store + first * from.block;
       if (from.block == F::element_bytes) {  // transposed: an element of all rows at a time
-        float column[tile_scratch::panel_keys];
+        float column[tile_scratch::keys];
         for (index_t d = 0; d < dim; ++d) {
           F::decode(store + d * from.step, 0, n, column);
           for (index_t i = 0; i < n; ++i) to[i * stride + d] = column[i];
@@ -120,23 +120,22 @@ struct row_lanes {
 };
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time: as many sums as hide the latency of an FMA and
-// leave registers for what is multiplied. Behind the n-th key the last one repeats. Meanwhile keys further on, and the
-// first line of the values, are brought in.
+// leave registers for what is multiplied. Behind the n-th key the last one repeats. The keys come from as many parts
+// of the tile, streams that hardware prefetches better than neighbours; the values of the same tokens are brought in
+// meanwhile.
 template <class K, int Rows>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
   constexpr int keys = Rows == 4 ? 3 : Rows == 1 ? 8 : 4, width = width_of<Rows>;
   constexpr index_t line = 64 / K::element_bytes;
-  const index_t ahead = 12 * k.stride;
+  const index_t part = (n + keys - 1) / keys;
   const std::byte* key[keys];
-  for (int i = 0; i < keys; ++i) key[i] = k.row(i);
-  for (index_t j = 0; j < n; j += keys) {
-    if (j + keys > n)
-      for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i, n - 1));
-    for (int i = 0; i < keys; ++i) prefetch(v.data, (j + i) * v.stride);
+  for (index_t j = 0; j < part; ++j) {
+    if (j == 0 || j + (keys - 1) * part >= n)
+      for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     vfloat sums[keys][Rows] = {};
     for (index_t first = 0; first < dim; first += line) {
-      for (int i = 0; i < keys; ++i) prefetch(key[i], ahead + first * K::element_bytes);
+      for (int i = 0; i < keys; ++i) prefetch(v.data, (j + i * part) * v.stride + first * K::element_bytes);
       const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
       for (index_t d = first; d < last; d += lanes) {
@@ -160,7 +159,7 @@ template <class K, int Rows>
         }
       }
     }
-    for (int i = 0; i < keys; ++i) key[i] += keys * k.stride;
+    for (int i = 0; i < keys; ++i) key[i] += k.stride;
     const vfloat* const sum = sums[0];
     for (int i = 0; i < keys * width; i += 4) {
       vquad dots;
@@ -168,7 +167,9 @@ template <class K, int Rows>
         dots = sums_of_lanes(sums[i / 4][0], sums[i / 4][1], sums[i / 4][2], vfloat{});
       else
         dots = sums_of_lanes(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-      std::memcpy(logits + j * width + i, &dots, sizeof dots);
+      for (int at = 0; at < 4; at += width)
+        std::memcpy(logits + (j + (i + at) / width * part) * width, reinterpret_cast<const float*>(&dots) + at,
+                    width * sizeof(float));
     }
   }
 }
@@ -213,23 +214,28 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
 }
 
 // o[r] += sum over j of weights[j][r] * v[j], for Rows rows and a strip of columns. `keys_at_once` keys, counted from
-// key number -`offset` on, are summed by themselves, then the tile. Unless the values are at hand, the next strip is
-// brought in meanwhile: strips are a pattern that hardware does not prefetch over.
+// key number -`offset` on, are summed by themselves, then the tile. With Prefetch, the strip's share of the next tile's
+// keys is brought in meanwhile.
 inline constexpr index_t keys_at_once = 32;
 
 template <class V, int Rows, int Vectors, bool Prefetch = true>
 [[gnu::noinline]] void add_values(const float* weights, index_t width, tile_rows v, index_t offset, index_t n,
-                                  index_t column, const running_states& to) noexcept {
+                                  index_t column, const running_states& to, tile_rows next = {}) noexcept {
   constexpr index_t strip = Vectors * lanes * V::element_bytes;
   const std::byte* value = v.data + column * V::element_bytes;
-  const index_t ahead = column * V::element_bytes + strip < v.bytes ? 2 * strip - 1 : 0;
+  const bool neighbours = next.stride == next.bytes;
+  const index_t step = neighbours ? strip : next.stride;
+  index_t ahead = column * V::element_bytes * (neighbours ? n : 1);
   vfloat tile[Rows][Vectors] = {};
   for (index_t first = 0, last; first < n; first = last) {
     last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
     vfloat sums[Rows][Vectors] = {};
     for (index_t j = first; j < last; ++j, value += v.stride, weights += width) {
-      if constexpr (Prefetch) prefetch(value, ahead);
-      if constexpr (Prefetch && strip > 64) prefetch(value, ahead - 64);
+      if constexpr (Prefetch) {
+        prefetch(next.data, ahead);
+        if constexpr (strip > 64) prefetch(next.data, ahead + 64);
+        ahead += step;
+      }
       vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
       if constexpr (Rows > Vectors) {
         for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
