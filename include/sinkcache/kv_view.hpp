@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <iterator>
 #include <optional>
-#include <ranges>
 #include <span>
 #include <utility>
 
@@ -57,8 +56,8 @@ class kv_memory {
   requires(std::convertible_to<Pieces&, std::span<const kv_piece>>) kv_memory(Pieces& pieces)  // NOLINT
       : kv_memory(std::span<const kv_piece>(pieces)) {}
   template <class Pieces>
-  requires(std::convertible_to<Pieces, std::span<const kv_piece>> && !std::ranges::borrowed_range<Pieces>)
-      kv_memory(Pieces&&)
+  requires(std::convertible_to<Pieces, std::span<const kv_piece>> && !std::is_lvalue_reference_v<Pieces> &&
+           !std::ranges::enable_borrowed_range<Pieces>) kv_memory(Pieces&&)
   = delete;  // refused: a temporary would dangle
 
  private:
