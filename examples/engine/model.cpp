@@ -166,7 +166,13 @@ session::session(const model& m, const session_config& config)
                                               .window = config.window,
                                               .rope = m.rope_}),
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
-                               .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)})});
+                               .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)}),
+         {}});
+    if (!config.watches_sinks) continue;
+    sinkcache::attention_params without_pinned = layers_.back().attention.params();
+    without_pinned.sink_bias.assign(static_cast<std::size_t>(c.num_attention_heads), -1e4f);
+    layers_.back().without_pinned.emplace(std::move(without_pinned));
+    pinned_shares_.resize(c.num_hidden_layers, c.num_attention_heads);
   }
   logits_.resize(1, c.vocab_size);
   reserve(1);
@@ -231,7 +237,10 @@ void session::run_layers(std::span<const int> tokens) {
     const model::layer& layer = model_->layers_[i];
     rms_norm(hidden, layer.input_norm, c.rms_norm_eps, normed);
     layer.qkv.multiply(normed, qkv_.topRows(n), pool_.get());
-    attend(layers_[i], n);
+    if (n == 1 && layers_[i].without_pinned)
+      watch_sinks(i);
+    else
+      attend(layers_[i], n);
     layer.o.multiply(attended_.topRows(n), normed, pool_.get());
     hidden += normed;
 
@@ -243,7 +252,7 @@ void session::run_layers(std::span<const int> tokens) {
   }
 }
 
-void session::attend(layer_state& layer, index_t rows) {
+void session::attend(layer_state& layer, index_t rows, float* lse) {
   const model_config& c = model_->config_;
   const index_t q_size = attended_.cols(), kv_size = c.num_key_value_heads * c.head_dim;
   const const_rows_view q = qkv_.block(0, 0, rows, q_size);
@@ -252,10 +261,20 @@ void session::attend(layer_state& layer, index_t rows) {
   rows_view out = attended_.topRows(rows);
   if (rows == 1) {
     layer.cache.append(k, v);
-    layer.attention.decode(q, layer.cache, out, workspace_);
+    layer.attention.decode(q, layer.cache, out, workspace_, lse);
   } else {
-    layer.attention.prefill(q, k, v, layer.cache, out, workspace_);
+    layer.attention.prefill(q, k, v, layer.cache, out, workspace_, lse);
   }
+}
+
+// As attend of one row. What pinned tokens get is what is missing without them.
+void session::watch_sinks(std::size_t i) {
+  layer_state& layer = layers_[i];
+  matrix lse(2, pinned_shares_.cols()), ignored(1, attended_.cols());
+  attend(layer, 1, lse.row(0).data());
+  layer.without_pinned->decode(qkv_.block(0, 0, 1, attended_.cols()), layer.cache, ignored, workspace_,
+                               lse.row(1).data());
+  pinned_shares_.row(static_cast<index_t>(i)) = (1 - (lse.row(1) - lse.row(0)).array().exp()).max(0);
 }
 
 void session::clear() {

@@ -56,6 +56,7 @@ struct session_config {
   index_t num_sink_tokens = 0, window = 0;
   std::optional<sinkcache::softmax_variant> softmax = {};  // instead of the model's own
   index_t threads = 1;                                     // with the caller's; no result depends on it
+  bool watches_sinks = false;                              // see session::pinned_shares
 };
 
 // One sequence: its caches, one a layer, and its activations. The model must outlive it.
@@ -72,17 +73,23 @@ class session {
   void clear();
   std::size_t cache_bytes() const;
 
+  // [num_hidden_layers, num_attention_heads] What each head gave to the pinned tokens of its attention for the token
+  // decoded last. Only where the session watches sinks.
+  const matrix& pinned_shares() const { return pinned_shares_; }
+
  private:
   struct layer_state {
     sinkcache::kv_cache<sinkcache::f32> cache;
     sinkcache::attention attention;
+    std::optional<sinkcache::attention> without_pinned;
   };
 
   void reserve(index_t rows);
   void forward(std::span<const int> tokens);
   void run_layers(std::span<const int> tokens);
   void predict(index_t first_row, matrix& logits);
-  void attend(layer_state&, index_t rows);
+  void attend(layer_state&, index_t rows, float* lse = nullptr);
+  void watch_sinks(std::size_t i);
 
   const model* model_;
   std::unique_ptr<threads::thread_pool> pool_;  // null: the caller's thread alone
@@ -90,6 +97,7 @@ class session {
   sinkcache::workspace workspace_;
   matrix hidden_, normed_, qkv_, attended_, gate_up_;  // [rows, ...]
   matrix logits_;                                      // [1, vocab_size]
+  matrix pinned_shares_;                               // empty unless they were asked for
   matrix all_logits_;                                  // [rows, vocab_size], only where they were asked for
 };
 

@@ -27,6 +27,8 @@ const char* kind_name(job::kind kind) {
       return "recompute";
     case job::kind::recall:
       return "recall";
+    case job::kind::shares:
+      return "shares";
     case job::kind::check:
       return "check";
     case job::kind::decode:
@@ -112,6 +114,7 @@ std::vector<job> plan(const options& o) {
       const bool recompute = p.is == compare::policy::kind::recompute;
       jobs.push_back({recompute ? job::kind::recompute : job::kind::loss, p, cache});
       jobs.push_back({job::kind::decode, p, cache});
+      if (p.name == "sinks:1") jobs.push_back({job::kind::shares, p, cache});
       if (p.name == "window" || p.name == "sinks:4") jobs.push_back({job::kind::recall, p, cache});
     }
   }
@@ -134,6 +137,8 @@ index_t work(const job& j, const options& o) {
     case job::kind::recall:
       return j.cache +
              o.facts * static_cast<index_t>(recall.distances.size()) * (recall.spacing + 34);  // a fact and a question
+    case job::kind::shares:
+      return decode_work * decoded_tokens;
     case job::kind::check:
       return (1 + decode_work) * o.check;
     case job::kind::decode:
@@ -157,6 +162,13 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
     }
     case job::kind::recall:
       return measure_recall(j, s, on_tokens);
+    case job::kind::shares: {
+      const engine::matrix shares = pinned_shares(model, config_of(j, 1), all, decoded_tokens, on_decoded);
+      json layers = json::array();
+      for (index_t layer = 0; layer < shares.rows(); ++layer)
+        layers.push_back(rounded({shares.row(layer).begin(), shares.row(layer).end()}));
+      return {{"shares", std::move(layers)}};
+    }
     case job::kind::check: {
       const auto few = ids.first(static_cast<std::size_t>(o.check) + 1);
       const std::vector<double> prefilled = loss_by_prefill(model, config_of(j, 1), few, on_tokens),

@@ -25,7 +25,7 @@ struct setting {
 };
 
 struct job {
-  enum class kind { loss, recompute, recall, check, decode };
+  enum class kind { loss, recompute, recall, shares, check, decode };
 
   kind is;
   compare::policy policy;

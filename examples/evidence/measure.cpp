@@ -101,6 +101,21 @@ double ms_per_pass(const engine::model& model, const engine::session_config& con
   return ms_since(start) / static_cast<double>(passes);
 }
 
+engine::matrix pinned_shares(const engine::model& model, engine::session_config config, std::span<const int> ids,
+                             index_t tokens, const progress& on_tokens) {
+  config.watches_sinks = true;
+  engine::session session(model, config);
+  const auto before = static_cast<std::size_t>(config.num_sink_tokens + config.window);
+  session.prefill(ids.first(before));
+  engine::matrix sum = engine::matrix::Zero(model.config().num_hidden_layers, model.config().num_attention_heads);
+  for (std::size_t i = 0; i < static_cast<std::size_t>(tokens); ++i) {
+    session.decode(ids[before + i]);
+    sum += session.pinned_shares();
+    on_tokens(1);
+  }
+  return sum / static_cast<float>(tokens);
+}
+
 std::size_t cache_bytes(const engine::model& model, const engine::session_config& config) {
   return engine::session(model, config).cache_bytes();
 }

@@ -43,6 +43,11 @@ double ms_per_token(const engine::model&, const engine::session_config&, std::sp
 double ms_per_pass(const engine::model&, const engine::session_config&, std::span<const int> ids, index_t passes,
                    const progress&);
 
+// [num_hidden_layers, num_attention_heads] What each head gives to the pinned tokens of its attention: the mean over
+// `tokens` that are decoded with a full cache.
+engine::matrix pinned_shares(const engine::model&, engine::session_config, std::span<const int> ids, index_t tokens,
+                             const progress&);
+
 std::size_t cache_bytes(const engine::model&, const engine::session_config&);
 
 }  // namespace evidence

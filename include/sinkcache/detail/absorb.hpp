@@ -65,7 +65,9 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
     const vfloat tile_max = ceil(join_lanes<Width>(largest[part], [](vfloat a, vfloat b) { return max(a, b); }));
     const vfloat new_max = max(tile_max, old_max[part]);
     subtract[part] = new_max == broadcast(no_logit) ? vfloat{} : new_max;  // logits of -inf alone: weights 0, not NaN
-    factor[part] = exp2_nonpositive(old_max[part] == new_max ? vfloat{} : old_max[part] - new_max);
+    // Where nothing was summed yet there is nothing to scale.
+    const vfloat from = old_max[part] == broadcast(no_logit) ? new_max : old_max[part];
+    factor[part] = exp2_nonpositive(from == new_max ? vfloat{} : from - new_max);
     largest[part] = new_max;
   }
   const auto to_weight = [&](index_t i, int part) {
