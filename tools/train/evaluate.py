@@ -12,7 +12,7 @@ import tempfile
 import time
 
 from files import HELDOUT, RUNS, existing, machine, read_json, whole, write_json
-from model import WARM, bits_per_byte, heldout_contexts, load_exported, torch, with_bos
+from model import WARM, F, bits_per_byte, heldout_contexts, load_exported, torch, with_bos
 
 
 def run_engine(args, model, text, policies, cache, tokens):
@@ -55,12 +55,26 @@ def sink_rate(first):
     return (first.mean(-1) > 0.3).float().mean().item()
 
 
+def value_of_first(model, contexts):
+    """In layer 0: its norm by the others' mean, and the loss where it is zero and attention as it was."""
+    values = model.model["layers"][0].self_attn.v_proj
+    norms = []
+    hook = values.register_forward_hook(lambda _, ids, out: norms.append(out.norm(dim=-1)))
+    bits_per_byte(model, contexts)
+    hook.remove()
+    hook = values.register_forward_hook(lambda _, ids, out: F.pad(out[:, 1:], (0, 0, 1, 0)))
+    zeroed = bits_per_byte(model, contexts)
+    hook.remove()
+    return (norms[0][:, 0].mean() / norms[0][:, 1:].mean()).item(), zeroed
+
+
 def evaluate(args, path):
     model, metadata = load_exported(path)
     length = int(metadata["max_position_embeddings"])
     contexts, long = heldout_contexts(args.heldout, args.contexts, length), heldout_contexts(args.heldout, 1, 512)
     engine, reference = engine_bits(args, path, contexts), torch_bits(model, contexts)
     stream = run_engine(args, path, args.heldout, "window,sinks:1,sinks:4", args.cache, args.tokens)
+    norm, zeroed = value_of_first(model, contexts)
     first64, _ = attention_of(model, heldout_contexts(args.heldout, 100, 64))
     first, none = (mass[..., WARM:] for mass in attention_of(model, heldout_contexts(args.heldout, 100, length)))
     return {
@@ -78,6 +92,8 @@ def evaluate(args, path):
         "stream_tokens": args.tokens,
         "stream_bits": {policy: loss["after_first_eviction"] for policy, loss in stream.items()},
         "sink_rate": sink_rate(first64),
+        "first_value_norm": norm,
+        "first_value_zeroed_bits": zeroed,
         "first_query": WARM,
         "first_token_mass": first.mean((0, 3)).tolist(),  # [layers][heads]
         "no_token_mass": none.mean((0, 3)).tolist() if metadata["attention"] != "softmax" else [],

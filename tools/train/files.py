@@ -14,7 +14,7 @@ ATTENTIONS = ("softmax", "softmax1", "sink")
 
 def write_atomically(path, write):
     """`write` gets the path of a file that replaces `path` once it is complete."""
-    to = f"{path}.{os.getpid()}.part"
+    to = f"{path}.part"
     try:
         write(to)
         os.replace(to, path)

@@ -115,7 +115,7 @@ def report(folder):
         if pairs:
             parts += ["Differences between twins, which share seed, initial weights and batches:\n",
                       table(["", "seeds", *MEASURES], pairs)]
-    parts += ["Model by model, those of `examples/models` at the end:\n" if runs else "Model by model:\n",
+    parts += ["Model by model, others measured in the same way at the end:\n" if runs else "Model by model:\n",
               table(["model", *MEASURES], [[r["name"], *(number(of(r)) for of in MEASURES.values())]
                                            for _, group in groups for r in group])]
     queries = f"by queries {first['first_query']} to {first['context'] - 1}, from the least to the most of the seeds"
@@ -129,6 +129,12 @@ def report(folder):
     spared = [(name, group) for name, group in groups if group[0]["attention"] != "softmax"]
     if spared:
         parts += layers(f"Mean attention to no token, {queries}:", "no_token_mass", statistics.fmean, spared)
+    parts += ["What the first token gives to layer 0: the norm of its value by the others' mean, and the held-out loss "
+              "where that value is zero and attention as it was, from the least to the most of the seeds:\n",
+              table(["", "norm", "held out", "held out, value zeroed"],
+                    [[name, *(extent([r[key] for r in group])
+                              for key in ("first_value_norm", "torch_heldout_bits", "first_value_zeroed_bits"))]
+                     for name, group in groups])]
     if runs:
         parts += ["Mean attention to the first token in layer 0 along the training, by step, from the least to the "
                   "most of the seeds:\n", along_the_training(trained, runs)]
