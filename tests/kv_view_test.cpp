@@ -30,6 +30,7 @@ static_assert(std::is_trivially_destructible_v<kv_view<f16>>, "a view that owns 
 static_assert(std::is_nothrow_move_constructible_v<kv_view<f16, f32>>);
 static_assert(!std::is_constructible_v<kv_memory, std::vector<kv_piece>>, "a temporary would dangle");
 static_assert(std::is_constructible_v<kv_memory, const std::vector<kv_piece>&>);
+static_assert(std::is_constructible_v<kv_memory, const std::span<kv_piece>>, "a span does not own");
 
 std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
 

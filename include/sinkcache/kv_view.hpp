@@ -10,6 +10,7 @@
 #include <iterator>
 #include <optional>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "any_kv_cache.hpp"
@@ -57,7 +58,7 @@ class kv_memory {
       : kv_memory(std::span<const kv_piece>(pieces)) {}
   template <class Pieces>
   requires(std::convertible_to<Pieces, std::span<const kv_piece>> && !std::is_lvalue_reference_v<Pieces> &&
-           !std::ranges::enable_borrowed_range<Pieces>) kv_memory(Pieces&&)
+           !std::ranges::enable_borrowed_range<std::remove_const_t<Pieces>>) kv_memory(Pieces&&)
   = delete;  // refused: a temporary would dangle
 
  private:
