@@ -484,8 +484,8 @@ TEST_CASE("safetensors: a claim of a terabyte costs nothing until it is read", "
 }
 
 TEST_CASE("safetensors: the shipped models load", "[safetensors]") {
-  for (const char* name :
-       {"tiny-softmax-natural", "tiny-softmax", "tiny-softmax1", "tiny-sink", "nano-softmax", "nano-sink"}) {
+  for (const char* name : {"tiny-natural", "tiny-softmax-natural", "tiny-softmax", "tiny-softmax1", "tiny-sink",
+                           "nano-softmax", "nano-sink"}) {
     const safetensors model =
         safetensors::load(std::string(SINKCACHE_SOURCE_DIR) + "/examples/models/" + name + ".safetensors");
     INFO(name);

@@ -84,10 +84,10 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
     return app.add_option(name, to, description)->type_name(type)->check(not_empty);
   };
 
-  std::string model = "tiny-softmax-natural";
+  std::string model = "tiny-natural";
   CLI::Option* one = text("--model", model, "FILE",
                           "a GGUF file, a safetensors file with its configuration in the metadata,\n"
-                          "a name in examples/models (default: tiny-softmax-natural), or smollm2:\n"
+                          "a name in examples/models (default: tiny-natural), or smollm2:\n"
                           "SmolLM2-135M, which examples/get-model smollm2 gets");
   CLI::Option* several = text("--models", models, "LIST",
                               "several models side by side, comma separated,\n"
