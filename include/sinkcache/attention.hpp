@@ -92,8 +92,9 @@ class attention {
     const index_t rows = whole.num_rows * group_size(keys);
     const layout memory(workspace, detail::rows_of_an_item(rows), shape_of(keys), found, 0);
     if (!found) return found;
-    attend_rows({params_, keys.config(), keys, q, whole.first_row, keys.seen() - q.rows() + whole.first_row,
-                 q.rows() * group_size(keys) >= query_rows::panel},
+    const index_t group = group_size(keys);
+    attend_rows({params_, keys.config(), keys, q, whole.first_row, keys.seen() - q.rows() + whole.first_row, group,
+                 q.rows() * group >= query_rows::panel},
                 whole, out, lse, workspace, memory);
     return found;
   }
@@ -132,7 +133,7 @@ class attention {
       workspace.run(cache.config().num_kv_heads,
                     [&](index_t head, index_t) { cache.stage(head, k, v, first_row, n, memory.shared); });
       const staged_source both(cache, n, memory.shared);
-      attend_rows({params_, cache.config(), both, q, first_row, cache.seen(), n * group >= query_rows::panel},
+      attend_rows({params_, cache.config(), both, q, first_row, cache.seen(), group, n * group >= query_rows::panel},
                   {0, cache.config().num_kv_heads, first_row, n}, out, lse, workspace, memory);
       cache.commit(n, memory.shared);
     }
@@ -254,12 +255,13 @@ class attention {
       const index_t tokens = keys.size();
       const index_t slice = std::max(slice_tokens, detail::round_up((tokens + max_slices - 1) / max_slices, 64));
       const index_t slices = std::max<index_t>(1, (tokens + slice - 1) / slice);
-      const index_t counters = keys.config().num_kv_heads * row_blocks(group_size(keys));
-      sequences[i] = {items, slices, slice, reinterpret_cast<int*>(at), nullptr};
-      std::fill_n(sequences[i].missing, counters, static_cast<int>(slices));
-      sequences[i].partials = reinterpret_cast<float*>(at + detail::round_up(counters * index_t{sizeof(int)}, 64));
-      at += decode_bytes(found, keys);
-      items += heads * row_blocks(group_size(keys)) * slices;
+      const index_t blocks = row_blocks(group_size(keys)), counters = keys.config().num_kv_heads * blocks;
+      auto* const missing = reinterpret_cast<int*>(at);
+      auto* const partials = reinterpret_cast<float*>(at + detail::round_up(counters * index_t{sizeof(int)}, 64));
+      sequences[i] = {items, slices, slice, missing, partials};
+      std::fill_n(missing, counters, static_cast<int>(slices));
+      at = reinterpret_cast<std::byte*>(partials + params_.num_qo_heads * slices * state_floats(keys));
+      items += heads * blocks * slices;
     }
     workspace.run(items, [&](index_t item, index_t worker) {
       const sequence* const next = std::upper_bound(sequences, sequences + size, item,
@@ -277,13 +279,9 @@ class attention {
     const index_t i = number % of.slices, block = number / of.slices % blocks;
     const index_t kv_head = first_kv_head + number / of.slices / blocks, row = block * detail::max_item_rows;
     const index_t count = std::min(detail::max_item_rows, group - row);
-    const detail::query_block call{params_,
-                                   keys.config(),
-                                   keys,
-                                   {item.q, 1, params_.num_qo_heads * keys.config().head_dim},
-                                   0,
-                                   keys.seen() - 1,
-                                   group >= query_rows::panel};
+    const detail::query_block call{
+        params_, keys.config(),   keys,  {item.q, 1, params_.num_qo_heads * keys.config().head_dim},
+        0,       keys.seen() - 1, group, group >= query_rows::panel};
     call.absorb(kv_head, row, count, i * of.slice, (i + 1) * of.slice, scratch);
     const auto done = [&](index_t head, const detail::states& state) {
       if (into != nullptr)
@@ -314,7 +312,7 @@ class attention {
   // Attends with the rows of a part, of which the block's first is the first.
   void attend_rows(const detail::query_block& call, const call_part& part, matrix_view out, float* lse,
                    const workspace& workspace, const layout& memory) const noexcept {
-    const index_t rows = part.num_rows * call.group(), rows_at_once = memory.scratch.rows;
+    const index_t rows = part.num_rows * call.group, rows_at_once = memory.scratch.rows;
     const index_t blocks = (rows + rows_at_once - 1) / rows_at_once;
     workspace.run(part.num_kv_heads * blocks, [&](index_t item, index_t worker) {
       const index_t kv_head = part.first_kv_head + item / blocks, row = item % blocks * rows_at_once;

@@ -139,7 +139,8 @@ inline index_t checked_sum(const char* what, index_t a, index_t b) {
   return sum;
 }
 
-constexpr index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// To a multiple of a power of two.
+constexpr index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) & -multiple; }
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG

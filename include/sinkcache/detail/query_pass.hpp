@@ -55,11 +55,11 @@ struct query_block {
   const_matrix_view q;
   index_t first_row;  // of q
   position_t first;   // position of the first token
+  index_t group;      // query heads a KV head
   bool in_panels;     // see query_rows
 
-  index_t group() const { return params.num_qo_heads / config.num_kv_heads; }
-  index_t token(index_t row) const { return row / group(); }
-  index_t head(index_t kv_head, index_t row) const { return kv_head * group() + row % group(); }
+  index_t token(index_t row) const { return row / group; }
+  index_t head(index_t kv_head, index_t row) const { return kv_head * group + row % group; }
 
   // What the rows [row, row + count) of a KV head see, of the visible tokens number [from, to) only, into the scratch's
   // state.
@@ -83,7 +83,7 @@ struct query_block {
     for (index_t k = 0; k < num_spans; ++k) {
       position_t lo = max_position, hi = 0;
       for (index_t r = 0; r < count; ++r) {
-        const bool same_token = r > 0 && (row + r) % group() != 0;
+        const bool same_token = r > 0 && (row + r) % group != 0;
         extents[r] = same_token ? extents[r - 1] : extent_of(token(row + r), k, from, to, num_spans);
         if (extents[r].lo >= extents[r].hi) continue;
         lo = std::min(lo, extents[r].lo);
@@ -130,7 +130,7 @@ struct query_block {
       const float* const row_q = q.row(first_row + token(row + r)) + head(kv_head, row + r) * dim;
       const position_t gap = extents[r].gap;
       if (config.rope && config.rope->width() > 0 && (raw || gap != 0)) {
-        if (r == 0 || (row + r) % group() == 0)
+        if (r == 0 || (row + r) % group == 0)
           config.rope->angles_at(raw ? config.first_position + first + token(row + r) - gap : -gap, raw, angles);
         config.rope->turn(angles, row_q, dim, to);
       } else {
