@@ -119,7 +119,9 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
   float scale[tile_scratch::max_rows];
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const q = rows.q + (row + r) * dim;
-    if (k.decoded)
+    if (Rows == 1 && n == 1 && !k.decoded)
+      dot_products<K, 1, 1>(q, dim, k, n, v, logits_of(group));  // not eight times the same
+    else if (k.decoded)
       dot_products<f32, Rows>(q, dim, k, n, v, logits_of(group));
     else
       dot_products<K, Rows>(q, dim, k, n, v, logits_of(group));
@@ -134,11 +136,10 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
     const running_states sums = to.from_row(row + r);
     const float* const weights = logits_of(group);
     in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
-      constexpr index_t width = width_of<Rows>;
       if (v.decoded)
-        add_values<f32, Rows, Vectors>(weights, width, v, offset, n, column, sums, k.from_row(n));
+        add_values<f32, Rows, Vectors>(weights, v, offset, n, column, sums, k.from_row(n));
       else
-        add_values<V, Rows, Vectors>(weights, width, v, offset, n, column, sums, k.from_row(n));
+        add_values<V, Rows, Vectors>(weights, v, offset, n, column, sums, k.from_row(n));
     });
   });
 }
@@ -186,15 +187,15 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
       const index_t from = static_cast<index_t>(seen[r].first - all.first);
       if (seen[r].size() == 0) continue;
       in_strips<1>(v_dim, [&]<int Vectors>(index_t column) {
-        add_values<f32, 1, Vectors, false>(logits + from * panel + r, panel, v.from_row(from), offset + lo + from,
+        add_values<f32, 1, Vectors, panel>(logits + from * panel + r, v.from_row(from), offset + lo + from,
                                            seen[r].size(), column, to.from_row(row + r));
       });
     }
     return;
   }
-  in_strips<4>(v_dim, [&]<int Vectors>(index_t column) {
+  in_strips<4, 2>(v_dim, [&]<int Vectors>(index_t column) {
     for (int r = 0; r < panel; r += 4)
-      add_values<f32, 4, Vectors, false>(logits + r, panel, v, offset + lo, n, column, to.from_row(row + r));
+      add_values<f32, 4, Vectors, panel>(logits + r, v, offset + lo, n, column, to.from_row(row + r));
   });
 }
 

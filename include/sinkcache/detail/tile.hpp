@@ -87,6 +87,18 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   __builtin_prefetch(reinterpret_cast<const void*>(line));  // NOLINT(performance-no-int-to-ptr)
 }
 
+// Zeros. `= {}` is a slow string instruction where g++ keeps the sums in memory.
+template <int Rows, int Columns>
+[[gnu::always_inline]] inline void clear(vfloat (&sums)[Rows][Columns]) noexcept {
+  for (auto& row : sums)
+    for (vfloat& sum : row) sum = vfloat{};
+}
+template <int Rows, int Columns>
+[[gnu::always_inline]] inline void add(vfloat (&to)[Rows][Columns], const vfloat (&sums)[Rows][Columns]) noexcept {
+  for (int r = 0; r < Rows; ++r)
+    for (int c = 0; c < Columns; ++c) to[r][c] += sums[r][c];
+}
+
 // Lanes that a group of Rows rows takes of a tile's logits [keys, width].
 template <int Rows>
 inline constexpr int width_of = Rows == 3 ? 4 : Rows;
@@ -119,14 +131,17 @@ struct row_lanes {
   }
 };
 
-// logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time: as many sums as hide the latency of an FMA and
-// leave registers for what is multiplied. Behind the n-th key the last one repeats. The keys come from as many parts
-// of the tile, streams that hardware prefetches better than neighbours; the values of the same tokens are brought in
-// meanwhile.
-template <class K, int Rows>
+// Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied.
+template <int Rows>
+inline constexpr int keys_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
+
+// logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
+// keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the values of the
+// same tokens are brought in meanwhile.
+template <class K, int Rows, int keys = keys_of<Rows>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
-  constexpr int keys = Rows == 4 ? 3 : Rows == 1 ? 8 : 4, width = width_of<Rows>;
+  constexpr int width = width_of<Rows>;
   constexpr index_t line = 64 / K::element_bytes;
   const index_t part = (n + keys - 1) / keys;
   const std::byte* key[keys];
@@ -163,44 +178,50 @@ template <class K, int Rows>
     const vfloat* const sum = sums[0];
     for (int i = 0; i < keys * width; i += 4) {
       vquad dots;
-      if constexpr (Rows == 3)
+      if constexpr (keys * width == 1)
+        dots = sums_of_lanes(sum[0], vfloat{}, vfloat{}, vfloat{});
+      else if constexpr (Rows == 3)
         dots = sums_of_lanes(sums[i / 4][0], sums[i / 4][1], sums[i / 4][2], vfloat{});
       else
         dots = sums_of_lanes(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-      for (int at = 0; at < 4; at += width)
+      for (int at = 0; at < std::min(4, keys * width); at += width)
         std::memcpy(logits + (j + (i + at) / width * part) * width, reinterpret_cast<const float*>(&dots) + at,
                     width * sizeof(float));
     }
   }
 }
 
-// logits[j][r] = q[r] . k[j] for a panel of rows, six keys at a time; 32 products are summed by themselves.
+// logits[j][r] = q[r] . k[j] for a panel of rows, four keys at a time: eight sums, and eight of sums, are all the
+// registers. 32 products are summed by themselves. Behind the n-th key the last one repeats.
 [[gnu::noinline]] inline void panel_dot_products(const float* q, index_t dim, tile_rows k, index_t n,
                                                  float* logits) noexcept {
-  constexpr index_t panel = query_rows::panel;
-  constexpr int keys = 6;
+  constexpr index_t panel = query_rows::panel, unrolled = 4;
+  constexpr int keys = 4;
   for (index_t j = 0; j < n; j += keys) {
     const float* key[keys];
     for (int i = 0; i < keys; ++i) key[i] = reinterpret_cast<const float*>(k.row(std::min(j + i, n - 1)));
+    vfloat dots[keys][2], sums[keys][2];
+    clear(dots);
     for (index_t first = 0; first < dim; first += 32) {
       const index_t last = std::min<index_t>(dim, first + 32);
-      vfloat sums[keys][2] = {};
+      clear(sums);
 #pragma GCC unroll 1
-      for (index_t d = first; d < last; ++d) {
-        const vfloat q0 = load_once(q + d * panel), q1 = load_once(q + d * panel + lanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < keys; ++i) {
-          const vfloat kd = broadcast(key[i][d]);
-          sums[i][0] = add_product(sums[i][0], q0, kd);
-          sums[i][1] = add_product(sums[i][1], q1, kd);
+      for (index_t d = first; d < last; d += unrolled) {
+#pragma GCC unroll 4
+        for (index_t u = d; u < d + unrolled; ++u) {
+          const vfloat q0 = load_once(q + u * panel), q1 = load_once(q + u * panel + lanes);
+#pragma GCC unroll 4
+          for (int i = 0; i < keys; ++i) {
+            const vfloat kd = broadcast(key[i][u]);
+            sums[i][0] = add_product(sums[i][0], q0, kd);
+            sums[i][1] = add_product(sums[i][1], q1, kd);
+          }
         }
       }
-      for (int i = 0; i < keys; ++i)
-        for (int half = 0; half < 2; ++half) {
-          float* const to = logits + (j + i) * panel + half * lanes;
-          store(to, first == 0 ? sums[i][half] : load(to) + sums[i][half]);
-        }
+      add(dots, sums);
     }
+    for (int i = 0; i < keys; ++i)
+      for (int half = 0; half < 2; ++half) store(logits + (j + i) * panel + half * lanes, dots[i][half]);
   }
 }
 
@@ -213,57 +234,67 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
   }
 }
 
-// o[r] += sum over j of weights[j][r] * v[j], for Rows rows and a strip of columns. `keys_at_once` keys, counted from
-// key number -`offset` on, are summed by themselves, then the tile. With Prefetch, the strip's share of the next tile's
-// keys is brought in meanwhile.
+// o[r] += sum over j of weights[j][r] * v[j], for Rows rows of Width and a strip of columns. `keys_at_once` keys,
+// counted from key number -`offset` on, are summed by themselves, then the tile. The strip's share of the next tile's
+// keys is brought in meanwhile, unless the rows are of a panel.
 inline constexpr index_t keys_at_once = 32;
 
-template <class V, int Rows, int Vectors, bool Prefetch = true>
-[[gnu::noinline]] void add_values(const float* weights, index_t width, tile_rows v, index_t offset, index_t n,
-                                  index_t column, const running_states& to, tile_rows next = {}) noexcept {
-  constexpr index_t strip = Vectors * lanes * V::element_bytes;
+template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
+[[gnu::noinline]] void add_values(const float* weights, tile_rows v, index_t offset, index_t n, index_t column,
+                                  const running_states& to, tile_rows next = {}) noexcept {
+  constexpr index_t strip = Vectors * lanes * V::element_bytes, unrolled = Width == width_of<Rows> ? 1 : 4;
   const std::byte* value = v.data + column * V::element_bytes;
   const bool neighbours = next.stride == next.bytes;
   const index_t step = neighbours ? strip : next.stride;
   index_t ahead = column * V::element_bytes * (neighbours ? n : 1);
-  vfloat tile[Rows][Vectors] = {};
-  for (index_t first = 0, last; first < n; first = last) {
-    last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
-    vfloat sums[Rows][Vectors] = {};
-    for (index_t j = first; j < last; ++j, value += v.stride, weights += width) {
-      if constexpr (Prefetch) {
-        prefetch(next.data, ahead);
-        if constexpr (strip > 64) prefetch(next.data, ahead + 64);
-        ahead += step;
+  vfloat tile[Rows][Vectors], sums[Rows][Vectors];
+  const auto add_key = [&]() __attribute__((always_inline)) {
+    if constexpr (Width == width_of<Rows>) {
+      prefetch(next.data, ahead);
+      if constexpr (strip > 64) prefetch(next.data, ahead + 64);
+      ahead += step;
+    }
+    vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
+    if constexpr (Rows > Vectors) {
+      for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        weight[r] = broadcast(weights[r]);
+#pragma GCC unroll 8
+        for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
       }
-      vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
-      if constexpr (Rows > Vectors) {
-        for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-          weight[r] = broadcast(weights[r]);
+    } else {
+      for (int r = 0; r < Rows; ++r) weight[r] = broadcast(weights[r]);
 #pragma GCC unroll 8
-          for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
-        }
-      } else {
-        for (int r = 0; r < Rows; ++r) weight[r] = broadcast(weights[r]);
-#pragma GCC unroll 8
-        for (int c = 0; c < Vectors; ++c) {
-          vc[c] = V::load(value + c * lanes * V::element_bytes);
+      for (int c = 0; c < Vectors; ++c) {
+        vc[c] = V::load(value + c * lanes * V::element_bytes);
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
-        }
+        for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
       }
     }
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Vectors; ++c) tile[r][c] += sums[r][c];
+    value += v.stride, weights += Width;
+  };
+  clear(tile);
+  for (index_t first = 0, last; first < n; first = last) {
+    last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
+    clear(sums);
+    index_t j = first;
+#pragma GCC unroll 1
+    for (; j + unrolled <= last; j += unrolled) {
+#pragma GCC unroll 4
+      for (index_t i = 0; i < unrolled; ++i) add_key();
+    }
+#pragma GCC unroll 1
+    for (; j < last; ++j) add_key();
+    add(tile, sums);
   }
-  for (int r = 0; r < Rows; ++r)
+  float *o = to.o + column, *rest = to.o_rest + column;
+  const index_t stride = to.o_stride;
+  for (int r = 0; r < Rows; ++r, o += stride, rest += stride)
     for (int c = 0; c < Vectors; ++c) {
-      const index_t at = r * to.o_stride + column + c * lanes;
-      const vfloat old = load(to.o + at), sum = old + tile[r][c];
-      store(to.o_rest + at, load(to.o_rest + at) + (tile[r][c] - (sum - old)));
-      store(to.o + at, sum);
+      const vfloat old = load(o + c * lanes), sum = old + tile[r][c];
+      store(rest + c * lanes, load(rest + c * lanes) + (tile[r][c] - (sum - old)));
+      store(o + c * lanes, sum);
     }
 }
 
@@ -286,9 +317,12 @@ void in_groups(index_t count, const F& f) {
 
 // Calls f<Vectors>(column) for strips of columns: as many vectors as give Rows rows eight to twelve sums, which hide
 // the latency of an FMA, with none left over.
-template <int Rows, class F>
+template <int Rows,
+          int most = Rows == 1   ? 8
+                     : Rows == 4 ? 3
+                                 : 4,
+          class F>
 void in_strips(index_t dim, const F& f) {
-  constexpr int most = Rows == 1 ? 8 : Rows == 4 ? 3 : 4;
   index_t column = 0;
   const auto take = [&]<int Vectors>() { f.template operator()<Vectors>(column), column += Vectors * lanes; };
   for (index_t left = dim / lanes; left > 0; left = (dim - column) / lanes) {
