@@ -170,24 +170,29 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   k = k.from_row(lo), v = v.from_row(lo), n = hi - lo;
   panel_dot_products(rows.q + row * dim, dim, k, n, logits);
   if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<panel, panel>(rows, row, extents, all.first, n, logits);
+  alignas(64) float from[panel], upto[panel];  // keys that a row sees
   bool alike = true;
   for (int r = 0; r < panel; ++r) {
-    if (seen[r] == all) continue;
-    alike = false;
-    const index_t from = static_cast<index_t>(seen[r].first - all.first), upto = from + seen[r].size();
-    for (index_t j = 0; j < n; ++j)
-      if (seen[r].size() == 0 || j < from || j >= upto) logits[j * panel + r] = no_logit;
+    alike = alike && seen[r] == all;
+    from[r] = static_cast<float>(seen[r].first - all.first);
+    upto[r] = from[r] + static_cast<float>(seen[r].size());
   }
+  for (index_t j = 0; j < (alike ? 0 : n); ++j)
+    for (int part = 0; part < panel; part += lanes) {
+      const vfloat key = broadcast(static_cast<float>(j)), logit = load(logits + j * panel + part);
+      const auto is_seen = (key >= load(from + part)) & (key < load(upto + part));
+      store(logits + j * panel + part, is_seen ? logit : broadcast(no_logit));
+    }
   float scale[panel];
   weigh<panel, panel>(logits, offset + lo, n, to.from_row(row), scale);
   rescale_values(scale, panel, to.from_row(row));
   // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
   if (!alike && !all_finite(v, n, v_dim)) {
     for (int r = 0; r < panel; ++r) {
-      const index_t from = static_cast<index_t>(seen[r].first - all.first);
       if (seen[r].size() == 0) continue;
+      const index_t skipped = static_cast<index_t>(seen[r].first - all.first);
       in_strips<1>(v_dim, [&]<int Vectors>(index_t column) {
-        add_values<f32, 1, Vectors, panel>(logits + from * panel + r, v.from_row(from), offset + lo + from,
+        add_values<f32, 1, Vectors, panel>(logits + skipped * panel + r, v.from_row(skipped), offset + lo + skipped,
                                            seen[r].size(), column, to.from_row(row + r));
       });
     }
