@@ -75,11 +75,12 @@ void gather(const options& o, const std::string& command) {
 
   std::map<std::string, json> files;
   for (const job& j : jobs) files.emplace(j.name(), kept(path_of(j, o), j, s));
-  const std::string page = report(s, command, [&](const job& j) -> const json& { return files.at(j.name()); });
+  const std::string tables = report(s, command, [&](const job& j) -> const json& { return files.at(j.name()); });
   if (o.markdown.empty())
-    fmt::print("{}", page);
+    fmt::print("{}", page_with(tables, ""));
   else
-    compare::write_atomically(o.markdown, page);
+    compare::write_atomically(
+        o.markdown, page_with(tables, std::filesystem::exists(o.markdown) ? compare::read_file(o.markdown) : ""));
 }
 
 }  // namespace

@@ -173,3 +173,11 @@ TEST_CASE("a run that is kept is not taken for another") {
   CHECK_THROWS_WITH(kept(path, loss, s), Catch::Contains("something else"));
   std::filesystem::remove(path);
 }
+
+TEST_CASE("new tables leave what a page says around them") {
+  CHECK(page_with("new\n", "") == "# Evidence\n\nnew\n");
+  CHECK(page_with("new\n", "# Evidence\n\nold\n") == "# Evidence\n\nnew\n");
+  CHECK(page_with("new\n", "before\n<!-- evidence -->\nold\n<!-- end -->\nbehind\n") ==
+        "before\n<!-- evidence -->\nnew\n<!-- end -->\nbehind\n");
+  CHECK(page_with("new\n", "<!-- end -->\n<!-- evidence -->\nold\n") == "# Evidence\n\nnew\n");
+}

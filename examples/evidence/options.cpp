@@ -46,7 +46,10 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
       ->check(CLI::Range(1, 1024))
       ->type_name("N");
   app.add_option("--folder", o.folder, "where the runs are kept (default: build/evidence)")->type_name("DIR");
-  app.add_option("--markdown", o.markdown, "write the tables there (default: print them)")->type_name("FILE");
+  app.add_option("--markdown", o.markdown,
+                 "write the tables there, between its lines <!-- evidence --> and <!-- end --> if it has them\n"
+                 "(default: print them)")
+      ->type_name("FILE");
   if (!compare::parse(app, argc, argv)) return {};
   if (std::set(o.caches.begin(), o.caches.end()).size() < o.caches.size())
     throw compare::usage_error("--caches has a size twice");

@@ -113,8 +113,7 @@ class page {
     const options& o = setting_.options;
     const auto bytes = setting_.stream.bytes.begin() + 1;
     return fmt::format(
-        "# Evidence\n\n"
-        "What a window and pinned first tokens do to a language model over a long text. This page was written by\n\n"
+        "What a window and pinned first tokens do to a language model over a long text, as measured by\n\n"
         "```sh\n{}\n```\n\n"
         "Model: {}, {} parameters, {}. Text: {} ({} bytes) of {}. Measured {} on {} ({}, {}), commit {}.\n",
         command, setting_.subject.name, compare::grouped(setting_.subject.model->num_parameters()),
@@ -275,6 +274,13 @@ class page {
 
 std::string report(const setting& s, const std::string& command, const std::function<const json&(const job&)>& kept) {
   return page(s, kept).write(command);
+}
+
+std::string page_with(const std::string& tables, const std::string& old_page) {
+  const std::string begin = "<!-- evidence -->\n", end = "<!-- end -->\n";
+  const std::size_t from = old_page.find(begin), upto = old_page.find(end, from);
+  if (upto == std::string::npos) return "# Evidence\n\n" + tables;
+  return old_page.substr(0, from + begin.size()) + tables + old_page.substr(upto);
 }
 
 }  // namespace evidence
