@@ -196,6 +196,18 @@ TEST_CASE("attention: soft cap, ALiBi, sink bias, alone and together") {
                            config, 0.f);
 }
 
+TEST_CASE("attention: a soft cap whose inverse is infinite makes all logits alike") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 1, .num_sink_tokens = 0, .window = 4, .rope = rope::none()});
+  matrix k(4, 1), v(4, 1);
+  k << 0, 1, -2, 0;
+  v << 1, 2, 3, 4;
+  cache.append(k, v);
+  workspace scratch;
+  matrix out(1, 1);
+  attention({.num_qo_heads = 1, .logits_soft_cap = 1e-40f}).decode(k.row(1), cache, out, scratch);
+  CHECK(std::abs(out(0, 0) - 2.5f) < 1e-6f);
+}
+
 TEST_CASE("attention: ALiBi counts cache distances in_cache, true ones under absolute") {
   // One key of logit 0 behind a gap of 4, and one token of the window: the slope alone decides.
   workspace scratch;
