@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <limits>
 #include <type_traits>
 
 #include "tile.hpp"
@@ -24,10 +23,9 @@ void adjust_logits(const query_rows& rows, index_t row, const extent* extents, p
                    float* logits) noexcept {
   using lanes_of = row_lanes<Width>;
   const index_t all = round_up(n * Width, lanes);
-  if (rows.soft_cap > 0) {
-    const float inverse = std::min(1 / rows.soft_cap, std::numeric_limits<float>::max());  // 0 times it has to be 0
+  const float inverse = std::min(1 / rows.soft_cap, std::numeric_limits<float>::max());  // 0 times it has to be 0
+  if (rows.soft_cap > 0)
     for (index_t i = 0; i < all; i += lanes) store(logits + i, rows.soft_cap * tanh(load(logits + i) * inverse));
-  }
   if (rows.terms == nullptr) return;
   float slope[std::max(Width, 4)] = {}, bias[Width] = {}, nearest[std::max(Width, 4)] = {};
   for (int r = 0; r < Rows && row + r < rows.rows; ++r) {

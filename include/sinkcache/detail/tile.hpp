@@ -138,35 +138,35 @@ inline constexpr int keys_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
 // keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the values of the
 // same tokens are brought in meanwhile.
-template <class K, int Rows, int keys = keys_of<Rows>>
+template <class K, int Rows, int Keys = keys_of<Rows>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
   constexpr int width = width_of<Rows>;
   constexpr index_t line = 64 / K::element_bytes;
-  const index_t part = (n + keys - 1) / keys;
-  const std::byte* key[keys];
+  const index_t part = (n + Keys - 1) / Keys;
+  const std::byte* key[Keys];
   for (index_t j = 0; j < part; ++j) {
-    if (j == 0 || j + (keys - 1) * part >= n)
-      for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
-    vfloat sums[keys][Rows] = {};
+    if (j == 0 || j + (Keys - 1) * part >= n)
+      for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
+    vfloat sums[Keys][Rows] = {};
     for (index_t first = 0; first < dim; first += line) {
-      for (int i = 0; i < keys; ++i) prefetch(v.data, (j + i * part) * v.stride + first * K::element_bytes);
+      for (int i = 0; i < Keys; ++i) prefetch(v.data, (j + i * part) * v.stride + first * K::element_bytes);
       const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
       for (index_t d = first; d < last; d += lanes) {
-        vfloat qd[Rows], kd[keys];  // only the fewer of them fit the registers all at once
-        if constexpr (Rows > keys) {
-          for (int i = 0; i < keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
+        vfloat qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
+        if constexpr (Rows > Keys) {
+          for (int i = 0; i < Keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) {
             qd[r] = load_once(q + r * dim + d);
 #pragma GCC unroll 4
-            for (int i = 0; i < keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+            for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
           }
         } else {
           for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * dim + d);
 #pragma GCC unroll 8
-          for (int i = 0; i < keys; ++i) {
+          for (int i = 0; i < Keys; ++i) {
             kd[i] = K::load(key[i] + d * K::element_bytes);
 #pragma GCC unroll 4
             for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
@@ -174,17 +174,17 @@ template <class K, int Rows, int keys = keys_of<Rows>>
         }
       }
     }
-    for (int i = 0; i < keys; ++i) key[i] += k.stride;
+    for (int i = 0; i < Keys; ++i) key[i] += k.stride;
     const vfloat* const sum = sums[0];
-    for (int i = 0; i < keys * width; i += 4) {
+    for (int i = 0; i < Keys * width; i += 4) {
       vquad dots;
-      if constexpr (keys * width == 1)
+      if constexpr (Keys * width == 1)
         dots = sums_of_lanes(sum[0], vfloat{}, vfloat{}, vfloat{});
       else if constexpr (Rows == 3)
         dots = sums_of_lanes(sums[i / 4][0], sums[i / 4][1], sums[i / 4][2], vfloat{});
       else
         dots = sums_of_lanes(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-      for (int at = 0; at < std::min(4, keys * width); at += width)
+      for (int at = 0; at < std::min(4, Keys * width); at += width)
         std::memcpy(logits + (j + (i + at) / width * part) * width, reinterpret_cast<const float*>(&dots) + at,
                     width * sizeof(float));
     }
@@ -315,21 +315,23 @@ void in_groups(index_t count, const F& f) {
   }
 }
 
-// Calls f<Vectors>(column) for strips of columns: as many vectors as give Rows rows eight to twelve sums, which hide
-// the latency of an FMA, with none left over.
-template <int Rows,
-          int most = Rows == 1   ? 8
-                     : Rows == 4 ? 3
-                                 : 4,
-          class F>
+// As many vectors of columns as give Rows rows eight to twelve sums, which hide the latency of an FMA.
+template <int Rows>
+inline constexpr int vectors_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
+
+// Calls f<Vectors>(column) for strips of columns, of Most vectors if none is left over so, else of two.
+template <int Rows, int Most = vectors_of<Rows>, class F>
 void in_strips(index_t dim, const F& f) {
   index_t column = 0;
   const auto take = [&]<int Vectors>() { f.template operator()<Vectors>(column), column += Vectors * lanes; };
   for (index_t left = dim / lanes; left > 0; left = (dim - column) / lanes) {
-    if (left % most == 0)
-      take.template operator()<most>();
-    else if (left >= 2)
-      take.template operator()<2>();
+    if constexpr (Most > 2)
+      if (left % Most != 0 && left >= 2) {
+        take.template operator()<2>();
+        continue;
+      }
+    if (left >= Most)
+      take.template operator()<Most>();
     else
       take.template operator()<1>();
   }
