@@ -89,10 +89,9 @@ class attention {
       decode_items({&item, 1}, part, workspace, found);
       return found;
     }
-    const index_t rows = whole.num_rows * group_size(keys);
+    const index_t group = group_size(keys), rows = whole.num_rows * group;
     const layout memory(workspace, detail::rows_of_an_item(rows), shape_of(keys), found, 0);
     if (!found) return found;
-    const index_t group = group_size(keys);
     attend_rows({params_, keys.config(), keys, q, whole.first_row, keys.seen() - q.rows() + whole.first_row, group,
                  q.rows() * group >= query_rows::panel},
                 whole, out, lse, workspace, memory);
@@ -260,7 +259,7 @@ class attention {
       auto* const partials = reinterpret_cast<float*>(at + detail::round_up(counters * index_t{sizeof(int)}, 64));
       sequences[i] = {items, slices, slice, missing, partials};
       std::fill_n(missing, counters, static_cast<int>(slices));
-      at = reinterpret_cast<std::byte*>(partials + params_.num_qo_heads * slices * state_floats(keys));
+      at += decode_bytes(found, keys);
       items += heads * blocks * slices;
     }
     workspace.run(items, [&](index_t item, index_t worker) {

@@ -23,9 +23,10 @@ void adjust_logits(const query_rows& rows, index_t row, const extent* extents, p
                    float* logits) noexcept {
   using lanes_of = row_lanes<Width>;
   const index_t all = round_up(n * Width, lanes);
-  const float inverse = std::min(1 / rows.soft_cap, std::numeric_limits<float>::max());  // 0 times it has to be 0
-  if (rows.soft_cap > 0)
+  if (rows.soft_cap > 0) {
+    const float inverse = std::min(1 / rows.soft_cap, std::numeric_limits<float>::max());  // 0 times it has to be 0
     for (index_t i = 0; i < all; i += lanes) store(logits + i, rows.soft_cap * tanh(load(logits + i) * inverse));
+  }
   if (rows.terms == nullptr) return;
   float slope[std::max(Width, 4)] = {}, bias[Width] = {}, nearest[std::max(Width, 4)] = {};
   for (int r = 0; r < Rows && row + r < rows.rows; ++r) {
@@ -120,9 +121,7 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
   float scale[tile_scratch::max_rows];
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const q = rows.q + (row + r) * dim;
-    if (Rows == 1 && n == 1 && !k.decoded)
-      dot_products<K, 1, 1>(q, dim, k, n, v, logits_of(group));  // not eight times the same
-    else if (k.decoded)
+    if (k.decoded)
       dot_products<f32, Rows>(q, dim, k, n, v, logits_of(group));
     else
       dot_products<K, Rows>(q, dim, k, n, v, logits_of(group));

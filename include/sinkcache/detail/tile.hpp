@@ -141,6 +141,8 @@ inline constexpr int keys_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
 template <class K, int Rows, int Keys = keys_of<Rows>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
+  if constexpr (Rows == 1 && Keys > 1)
+    if (n == 1) return dot_products<K, 1, 1>(q, dim, k, n, v, logits);  // not eight times the same key
   constexpr int width = width_of<Rows>;
   constexpr index_t line = 64 / K::element_bytes;
   const index_t part = (n + Keys - 1) / Keys;
@@ -242,14 +244,16 @@ inline constexpr index_t keys_at_once = 32;
 template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
 [[gnu::noinline]] void add_values(const float* weights, tile_rows v, index_t offset, index_t n, index_t column,
                                   const running_states& to, tile_rows next = {}) noexcept {
-  constexpr index_t strip = Vectors * lanes * V::element_bytes, unrolled = Width == width_of<Rows> ? 1 : 4;
+  constexpr index_t strip = Vectors * lanes * V::element_bytes;
+  constexpr bool of_panel = Width != width_of<Rows>;
+  constexpr index_t unrolled = of_panel ? 4 : 1;  // with prefetches among them, g++ 12 is slower with more
   const std::byte* value = v.data + column * V::element_bytes;
   const bool neighbours = next.stride == next.bytes;
   const index_t step = neighbours ? strip : next.stride;
   index_t ahead = column * V::element_bytes * (neighbours ? n : 1);
   vfloat tile[Rows][Vectors], sums[Rows][Vectors];
   const auto add_key = [&]() __attribute__((always_inline)) {
-    if constexpr (Width == width_of<Rows>) {
+    if constexpr (!of_panel) {
       prefetch(next.data, ahead);
       if constexpr (strip > 64) prefetch(next.data, ahead + 64);
       ahead += step;
