@@ -81,10 +81,11 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   return true;
 }
 
-// Brings a line into the L1, while there is arithmetic to do. Integers: it may lie behind the end.
+// Brings a line into the L2, while there is arithmetic to do: on the way to the L1 fewer may be under way, and those
+// too many are dropped. Integers: it may lie behind the end.
 [[gnu::always_inline]] inline void prefetch(const std::byte* from, index_t offset) noexcept {
   const std::uintptr_t line = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
-  __builtin_prefetch(reinterpret_cast<const void*>(line));  // NOLINT(performance-no-int-to-ptr)
+  __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr)
 }
 
 // Zeros. `= {}` is a slow string instruction where g++ keeps the sums in memory.
@@ -137,7 +138,7 @@ inline constexpr int keys_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
 // keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the values of the
-// same tokens are brought in meanwhile.
+// same tokens are brought in meanwhile, neighbours together.
 template <class K, int Rows, int Keys = keys_of<Rows>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
@@ -152,7 +153,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
       for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     vfloat sums[Keys][Rows] = {};
     for (index_t first = 0; first < dim; first += line) {
-      for (int i = 0; i < Keys; ++i) prefetch(v.data, (j + i * part) * v.stride + first * K::element_bytes);
+      for (int i = 0; i < Keys; ++i) prefetch(v.data, (j * Keys + i) * v.stride + first * K::element_bytes);
       const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
       for (index_t d = first; d < last; d += lanes) {
