@@ -718,6 +718,21 @@ TEST_CASE("kv_view: a view without tokens, or moved from, sees nothing") {
   CHECK(taken.size() == 0);
 }
 
+TEST_CASE("kv_view: a batch of views without tokens needs no memory for them") {
+  const kv_view<f32> nothing(engine_rotated(1, 64), {{.token = 64}, {.token = 64}});
+  constexpr index_t heads = 256, views = 200;
+  const attention layer({.num_qo_heads = heads});
+  const matrix q = matrix::Ones(1, heads * 64);
+  matrix out = matrix::Ones(views, heads * 64);
+  std::vector<decode_item> batch;
+  for (index_t i = 0; i < views; ++i) batch.push_back({q.data(), &nothing, out.row(i).data()});
+  workspace scratch;
+  const index_t before = scratch.nbytes();
+  layer.decode(batch, scratch);
+  CHECK(scratch.nbytes() == before);
+  CHECK(out.isZero(0));
+}
+
 TEST_CASE("kv_view: bad configurations and layouts are refused in exact words") {
   const cache_config good = engine_rotated(2, 8);
   const kv_layout layout{{.head = 8, .token = 16}, {.head = 8, .token = 16}};
