@@ -200,7 +200,8 @@ inline float from_bf16(std::uint16_t half) noexcept {
 }
 [[gnu::always_inline]] inline vfloat load_f16(const std::byte* from) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  // All lanes; g++ 12 warns of what _mm512_cvtph_ps leaves undefined.
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
