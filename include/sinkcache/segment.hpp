@@ -63,6 +63,7 @@ struct segment {
   index_t row;               // row of position `first`
   position_t first, last;
   absorb_fn absorb;
+  const std::byte* next_keys = nullptr;  // where the keys lie that are read after these, if that is known
 };
 
 // Where segments come from.

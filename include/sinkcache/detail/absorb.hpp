@@ -1,12 +1,10 @@
 #pragma once
 
-// The hot loop: what query rows see of one segment, merged into their states. Keys are walked in tiles. The logits of a
-// tile lie as [keys, rows of the group], so that the softmax needs no sums across a vector.
-//
-// A few rows (decode) go through a tile in groups of up to four: each key is loaded once for all of a group, where it
-// lies and whatever its format, and multiplied along the head. Many rows (prefill) go in panels, a row a lane: a tile
-// is decoded once for all of them, and each of its elements multiplies a whole panel. A row's arithmetic does not
-// depend on the rows beside it.
+// The hot loop: what query rows see of one segment, merged into their states. Keys are walked in tiles, logits lie as
+// [keys, rows of the group], so that the softmax needs no sums across a vector. A few rows (decode) go through a tile
+// in groups of up to four: a key is loaded once for a group, where it lies and whatever its format. Many rows (prefill)
+// go in panels, a row a lane, over a tile that was decoded once. A row's arithmetic does not depend on the rows beside
+// it.
 
 #include <algorithm>
 #include <cmath>
@@ -112,10 +110,12 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
   }
 }
 
-// `count` query rows from `row` on take in n keys and values, of positions from `first` on; all of them see all.
+// `count` query rows from `row` on take in n keys and values, of positions from `first` on; all of them see all. `next`
+// are the keys that follow.
 template <class K, class V>
 void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
-                 index_t offset, position_t first, index_t n, const running_states& to, float* logits) noexcept {
+                 index_t offset, position_t first, index_t n, tile_rows next, const running_states& to,
+                 float* logits) noexcept {
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::keys + 16); };
   float scale[tile_scratch::max_rows];
@@ -137,9 +137,9 @@ void absorb_tile(const query_rows& rows, index_t row, index_t count, const exten
     const float* const weights = logits_of(group);
     in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
       if (v.decoded)
-        add_values<f32, Rows, Vectors>(weights, v, offset, n, column, sums, k.from_row(n));
+        add_values<f32, Rows, Vectors>(weights, v, offset, n, column, sums, next);
       else
-        add_values<V, Rows, Vectors>(weights, v, offset, n, column, sums, k.from_row(n));
+        add_values<V, Rows, Vectors>(weights, v, offset, n, column, sums, next);
     });
   });
 }
@@ -233,6 +233,8 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     }
     const tile_rows k = rows_of<K>(keys, first_row, n, rows.head_dim, scratch.k);
     const tile_rows v = rows_of<V>(values, first_row, n, rows.v_head_dim, scratch.v);
+    tile_rows next = k.from_row(n);
+    if (end == hi) next.data = from.next_keys != nullptr ? from.next_keys : k.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
@@ -241,7 +243,7 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
       const index_t skipped = static_cast<index_t>(seen.first - tile);
       if (seen.size() > 0)
         absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped),
-                                        offset + skipped, seen.first, seen.size(), to, scratch.logits);
+                                        offset + skipped, seen.first, seen.size(), next, to, scratch.logits);
     }
   }
 }

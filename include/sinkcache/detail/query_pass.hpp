@@ -94,7 +94,9 @@ struct query_block {
       if (in_panels) to_panels(scratch.q, count, round_up(config.head_dim, 16), scratch.tile.k);
       if (has_terms) set_terms(kv_head, row, count, terms);
       while (lo < hi) {
-        const segment next = source.segment_at(kv_head, lo, hi);
+        segment next = source.segment_at(kv_head, lo, hi);
+        if (!in_panels && next.last - lo >= tile_scratch::keys / 2)  // fewer leave no time to bring others in
+          next.next_keys = keys_after(kv_head, token(row + count - 1), k, next.last);
         next.absorb(next, rows, extents, scratch.state, scratch.tile);
         lo = next.last;
       }
@@ -114,6 +116,20 @@ struct query_block {
     const position_span span = visible[k];
     const position_t gap = config.positions == positions::in_cache ? visible.gap(k, seen) : 0;
     return {std::max(span.first, span.first + from - before), std::min(span.last, span.first + to - before), gap};
+  }
+
+  // Where the keys lie that are likely to be read after those of the k-th span before position `last`: what the token
+  // sees behind them, or the next head's newest.
+  const std::byte* keys_after(index_t kv_head, index_t token, index_t k, position_t last) const noexcept {
+    const span_list visible = source.visible(first + token + 1);
+    if (k >= visible.size()) return nullptr;
+    if (last >= visible[k].last) {
+      const bool more = k + 1 < visible.size();
+      if (!more && ++kv_head == config.num_kv_heads) return nullptr;
+      last = visible[more ? k + 1 : k].first;
+    }
+    const segment at = source.segment_at(kv_head, last, last + 1);
+    return at.k + at.row * at.k_block;
   }
 
   // Copies query rows, turned to their position less the gap, and scaled.
