@@ -132,14 +132,17 @@ struct row_lanes {
   }
 };
 
-// Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied.
-template <int Rows>
-inline constexpr int keys_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
+// Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied. AVX-512 has
+// twice the registers; elements of `Bytes` bytes that are floats already gain nothing from more.
+template <int Rows, int Bytes>
+inline constexpr int keys_of = lanes == 16 && Bytes < 4 ? (Rows == 4 ? 6 : 8)
+                               : Rows == 4              ? 3
+                                                        : (Rows == 1 ? 8 : 4);
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
 // keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the values of the
 // same tokens are brought in meanwhile, neighbours together.
-template <class K, int Rows, int Keys = keys_of<Rows>>
+template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
   if constexpr (Rows == 1 && Keys > 1)
@@ -255,8 +258,7 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
   vfloat tile[Rows][Vectors], sums[Rows][Vectors];
   const auto add_key = [&]() __attribute__((always_inline)) {
     if constexpr (!of_panel) {
-      prefetch(next.data, ahead);
-      if constexpr (strip > 64) prefetch(next.data, ahead + 64);
+      for (index_t line = 0; line < strip; line += 64) prefetch(next.data, ahead + line);
       ahead += step;
     }
     vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
@@ -322,7 +324,7 @@ void in_groups(index_t count, const F& f) {
 
 // As many vectors of columns as give Rows rows eight to twelve sums, which hide the latency of an FMA.
 template <int Rows>
-inline constexpr int vectors_of = Rows == 4 ? 3 : (Rows == 1 ? 8 : 4);
+inline constexpr int vectors_of = Rows == 1 ? 8 : (Rows == 4 && lanes != 16 ? 3 : 4);
 
 // Calls f<Vectors>(column) for strips of columns, of Most vectors if none is left over so, else of two.
 template <int Rows, int Most = vectors_of<Rows>, class F>
