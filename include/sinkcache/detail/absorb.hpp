@@ -3,8 +3,7 @@
 // The hot loop: what query rows see of one segment, merged into their states. Keys are walked in tiles, logits lie as
 // [keys, rows of the group], so that the softmax needs no sums across a vector. A few rows (decode) go through a tile
 // in groups of up to four: a key is loaded once for a group, where it lies and whatever its format. Many rows (prefill)
-// go in panels, a row a lane, over a tile that was decoded once. A row's arithmetic does not depend on the rows beside
-// it.
+// go in panels, a row a lane, over a tile that was decoded once. A row's arithmetic does not depend on others.
 
 #include <algorithm>
 #include <cmath>

@@ -186,8 +186,12 @@ inline float from_bf16(std::uint16_t half) noexcept {
 
 // `lanes` 16-bit floats from anywhere, widened.
 [[gnu::always_inline]] inline vuint load_halves(const std::byte* from) noexcept {
-#if defined(__AVX2__) && !(defined(__AVX512F__) && defined(__AVX512DQ__))
-  // g++ 12 converts the two halves of the vector one after the other.
+  // Intrinsics: g++ 12 converts the two halves of the vector one after the other. With a mask of all lanes where it
+  // would warn of what the plain intrinsic leaves undefined, here and below.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return std::bit_cast<vuint>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
   return std::bit_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
   vhalf halves;
@@ -200,7 +204,6 @@ inline float from_bf16(std::uint16_t half) noexcept {
 }
 [[gnu::always_inline]] inline vfloat load_f16(const std::byte* from) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  // All lanes; g++ 12 warns of what _mm512_cvtph_ps leaves undefined.
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
