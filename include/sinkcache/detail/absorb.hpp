@@ -233,7 +233,7 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     const tile_rows k = rows_of<K>(keys, first_row, n, rows.head_dim, scratch.k);
     const tile_rows v = rows_of<V>(values, first_row, n, rows.v_head_dim, scratch.v);
     tile_rows next = k.from_row(n);
-    if (end == hi) next.data = from.next_keys != nullptr ? from.next_keys : k.data;
+    if (end == hi && !k.decoded) next.data = from.next_keys != nullptr ? from.next_keys : k.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);

@@ -95,7 +95,7 @@ struct query_block {
       if (has_terms) set_terms(kv_head, row, count, terms);
       while (lo < hi) {
         segment next = source.segment_at(kv_head, lo, hi);
-        if (!in_panels && next.last - lo >= tile_scratch::keys / 2)  // fewer leave no time to bring others in
+        if (!in_panels && next.last - lo >= 16)  // fewer leave no time to bring others in
           next.next_keys = keys_after(kv_head, token(row + count - 1), k, next.last);
         next.absorb(next, rows, extents, scratch.state, scratch.tile);
         lo = next.last;

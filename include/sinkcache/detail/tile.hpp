@@ -132,12 +132,10 @@ struct row_lanes {
   }
 };
 
-// Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied. AVX-512 has
-// twice the registers; elements of `Bytes` bytes that are floats already gain nothing from more.
+// Keys at a time, of elements of `Bytes` bytes: as many sums as hide the latency of an FMA and leave registers for what
+// is multiplied. AVX-512 has twice the registers, and floats gain nothing from more keys.
 template <int Rows, int Bytes>
-inline constexpr int keys_of = lanes == 16 && Bytes < 4 ? (Rows == 4 ? 6 : 8)
-                               : Rows == 4              ? 3
-                                                        : (Rows == 1 ? 8 : 4);
+inline constexpr int keys_of = (Rows == 1 ? 8 : (Rows == 4 ? 3 : 4)) * (lanes == 16 && Rows != 1 && Bytes < 4 ? 2 : 1);
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
 // keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the values of the
@@ -322,7 +320,8 @@ void in_groups(index_t count, const F& f) {
   }
 }
 
-// As many vectors of columns as give Rows rows eight to twelve sums, which hide the latency of an FMA.
+// As many vectors of columns as give Rows rows eight to sixteen sums, as far as registers go: they hide the latency of
+// an FMA.
 template <int Rows>
 inline constexpr int vectors_of = Rows == 1 ? 8 : (Rows == 4 && lanes != 16 ? 3 : 4);
 
