@@ -138,8 +138,8 @@ template <int Rows, int Bytes>
 inline constexpr int keys_of = (Rows == 1 ? 8 : (Rows == 4 ? 3 : 4)) * (lanes == 16 && Rows != 1 && Bytes < 4 ? 2 : 1);
 
 // logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
-// keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the values of the
-// same tokens are brought in meanwhile, neighbours together.
+// keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the tile's values
+// are brought in meanwhile, from two or three parts.
 template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
@@ -147,14 +147,16 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
     if (n == 1) return dot_products<K, 1, 1>(q, dim, k, n, v, logits);  // not eight times the same key
   constexpr int width = width_of<Rows>;
   constexpr index_t line = 64 / K::element_bytes;
-  const index_t part = (n + Keys - 1) / Keys;
+  constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
+  const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
   const std::byte* key[Keys];
   for (index_t j = 0; j < part; ++j) {
     if (j == 0 || j + (Keys - 1) * part >= n)
       for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     vfloat sums[Keys][Rows] = {};
     for (index_t first = 0; first < dim; first += line) {
-      for (int i = 0; i < Keys; ++i) prefetch(v.data, (j * Keys + i) * v.stride + first * K::element_bytes);
+      for (int i = 0; i < Keys; ++i)
+        prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
       const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
       for (index_t d = first; d < last; d += lanes) {
