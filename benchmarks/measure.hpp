@@ -218,7 +218,11 @@ class layers {
 
   std::size_t size() const { return caches_.size(); }
   sinkcache::kv_cache<F>& cache(std::size_t i) { return caches_[i % size()]; }
-  void read(std::size_t i) const { measure::read(memory_[i % size()].data(), memory_[i % size()].size()); }
+  // Plainly, one of so many parts of a layer's bytes.
+  void read(std::size_t i, std::size_t part = 0, std::size_t parts = 1) const {
+    const visible_memory& memory = memory_[i % size()];
+    measure::read(memory.data() + memory.size() / parts * part, memory.size() / parts);
+  }
 
  private:
   static std::size_t bytes_of(const sinkcache::cache_config& config) {

@@ -8,21 +8,41 @@ namespace {
 
 using namespace measure;
 
-// The work on one thread and on two, beside as many flops of plain arithmetic that are handed out in the same way.
+// The work on one thread and on two, beside as many flops of plain arithmetic, and a plain read of the same bytes, that
+// are handed out in the same way.
 void two_threads(suite::row& row, const rounds& rounds) {
-  row.number("fma_speedup", rounds.ratio(0, 1).median);
-  row.number("speedup", rounds.ratio(2, 3).median);
-  row.ratio("of_fma_speedup", rounds.of([](const std::vector<double>& s) { return (s[2] / s[3]) / (s[0] / s[1]); }));
-  row.number("fma%", 100 * rounds.ratio(1, 3).median);
+  row.number("fma_speedup", rounds.ratio(2, 3).median);
+  row.number("read_speedup", rounds.ratio(4, 5).median);
+  row.number("speedup", rounds.ratio(0, 1).median);
+  row.ratio("of_fma_speedup", rounds.of([](const std::vector<double>& s) { return (s[0] / s[1]) / (s[2] / s[3]); }));
+  row.percent_of_limit({3, 5}, 1);
 }
 
 struct thread_pools {
   threads::thread_pool one{1}, two{2};
 
-  static void multiply_add(threads::thread_pool& pool, double flops) {
-    constexpr index_t parts = 16;
-    auto part = [=](index_t, index_t) { measure::multiply_add(flops / parts); };
-    pool.run(parts, sinkcache::work_ref(part));
+  // The limits as contenders.
+  template <class F>
+  std::vector<rounds::contender> with_limits(rounds::contender one_thread, rounds::contender two_threads, double flops,
+                                             const layers<F>& caches) {
+    const auto add = [flops](threads::thread_pool& pool) {
+      return [&pool, flops](std::size_t) {
+        constexpr index_t parts = 16;
+        auto part = [=](index_t, index_t) { measure::multiply_add(flops / parts); };
+        pool.run(parts, sinkcache::work_ref(part));
+      };
+    };
+    const auto read = [&caches](threads::thread_pool& pool) {
+      return [&pool, &caches](std::size_t) {
+        constexpr std::size_t parts = 16;
+        auto part = [&](index_t i, index_t) {
+          for (std::size_t layer = 0; layer < caches.size(); ++layer)
+            caches.read(layer, static_cast<std::size_t>(i), parts);
+        };
+        pool.run(parts, sinkcache::work_ref(part));
+      };
+    };
+    return {std::move(one_thread), std::move(two_threads), add(one), add(two), read(one), read(two)};
   }
 };
 
@@ -43,16 +63,13 @@ void decode(benchmark::State& state, const effort& effort, const shape& of, inde
   }
   const double flops =
       4. * static_cast<double>(of.num_qo_heads * of.head_dim * visible) * static_cast<double>(sequences);
-  const rounds rounds({
-                          [&](std::size_t) { thread_pools::multiply_add(pools.one, flops); },
-                          [&](std::size_t) { thread_pools::multiply_add(pools.two, flops); },
+  const rounds rounds(pools.with_limits(
                           [&](std::size_t) {
                             for (const sinkcache::decode_item& item : batch) attention.decode({&item, 1}, one);
                           },
-                          [&](std::size_t) { attention.decode(batch, two); },
-                      },
+                          [&](std::size_t) { attention.decode(batch, two); }, flops, caches),
                       effort, wall_seconds);
-  suite::row row(state, rounds, 3);
+  suite::row row(state, rounds, 1);
   two_threads(row, rounds);
   row.number("error", error_of(caches.cache(0), attention.params(), q.data(), out.data()));
 }
@@ -73,14 +90,10 @@ void prefill(benchmark::State& state, const effort& effort, const shape& of) {
   };
   const double flops =
       4. * static_cast<double>(of.num_qo_heads * of.head_dim * (tokens * visible - tokens * (tokens - 1) / 2));
-  const rounds rounds({
-                          [&](std::size_t) { thread_pools::multiply_add(pools.one, flops); },
-                          [&](std::size_t) { thread_pools::multiply_add(pools.two, flops); },
-                          [&](std::size_t) { run(caches.cache(0), one); },
-                          [&](std::size_t) { run(caches.cache(1), two); },
-                      },
+  const rounds rounds(pools.with_limits([&](std::size_t) { run(caches.cache(0), one); },
+                                        [&](std::size_t) { run(caches.cache(1), two); }, flops, caches),
                       effort, wall_seconds);
-  suite::row row(state, rounds, 3);
+  suite::row row(state, rounds, 1);
   two_threads(row, rounds);
   row.number("error",
              error_of(caches.cache(1), attention.params(), q.row(tokens - 1).data(), out.row(tokens - 1).data()));
