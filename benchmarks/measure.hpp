@@ -105,7 +105,7 @@ inline void multiply_add(double flops) {
   for (auto steps = static_cast<index_t>(flops / (2 * num_sums * lanes)); steps > 0; --steps)
     for (vfloat& sum : sums) {
 #if defined(__x86_64__)
-      asm("" : "+x"(factor));  // or the product, which is the same in every step, leaves the loop
+      asm("" : "+v"(factor));  // or the product, which is the same in every step, leaves the loop
 #elif defined(__aarch64__)
       asm("" : "+w"(factor));
 #endif

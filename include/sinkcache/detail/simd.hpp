@@ -40,7 +40,7 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 [[gnu::always_inline]] inline vfloat load_once(const float* from) noexcept {
   vfloat v = load(from);
 #if defined(__x86_64__)
-  asm("" : "+x"(v));
+  asm("" : "+v"(v));
 #endif
   return v;
 }
@@ -48,7 +48,7 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 [[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, vfloat b) noexcept {
 #if defined(__FMA__) && !defined(__clang__)
   // g++ 12 picks forms of the instruction that cost moves and spills where all registers are in use.
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 #else
   return sum + a * b;
