@@ -197,12 +197,12 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
   }
 }
 
-// logits[j][r] = q[r] . k[j] for a panel of rows, four keys at a time: eight sums, and eight of sums, are all the
+// logits[j][r] = q[r] . k[j] for a panel of rows, a few keys at a time: their sums, and the sums of those, take the
 // registers. 32 products are summed by themselves. Behind the n-th key the last one repeats.
 [[gnu::noinline]] inline void panel_dot_products(const float* q, index_t dim, tile_rows k, index_t n,
                                                  float* logits) noexcept {
   constexpr index_t panel = query_rows::panel, unrolled = 4;
-  constexpr int keys = 4;
+  constexpr int keys = lanes == 16 ? 6 : 4;
   for (index_t j = 0; j < n; j += keys) {
     const float* key[keys];
     for (int i = 0; i < keys; ++i) key[i] = reinterpret_cast<const float*>(k.row(std::min(j + i, n - 1)));
@@ -216,7 +216,7 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
 #pragma GCC unroll 4
         for (index_t u = d; u < d + unrolled; ++u) {
           const vfloat q0 = load_once(q + u * panel), q1 = load_once(q + u * panel + lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int i = 0; i < keys; ++i) {
             const vfloat kd = broadcast(key[i][u]);
             sums[i][0] = add_product(sums[i][0], q0, kd);
