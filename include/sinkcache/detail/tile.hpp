@@ -88,16 +88,16 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr)
 }
 
-// Zeros. `= {}` is a slow string instruction where g++ keeps the sums in memory.
+// Zeros. `= {}` is a slow string instruction, and g++ keeps in memory what it does not unroll early.
 template <int Rows, int Columns>
 [[gnu::always_inline]] inline void clear(vfloat (&sums)[Rows][Columns]) noexcept {
-  for (auto& row : sums)
-    for (vfloat& sum : row) sum = vfloat{};
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows * Columns; ++i) sums[i / Columns][i % Columns] = vfloat{};
 }
 template <int Rows, int Columns>
 [[gnu::always_inline]] inline void add(vfloat (&to)[Rows][Columns], const vfloat (&sums)[Rows][Columns]) noexcept {
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) to[r][c] += sums[r][c];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] += sums[i / Columns][i % Columns];
 }
 
 // Lanes that a group of Rows rows takes of a tile's logits [keys, width].
@@ -295,14 +295,13 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
     for (; j < last; ++j) add_key();
     add(tile, sums);
   }
-  float *o = to.o + column, *rest = to.o_rest + column;
-  const index_t stride = to.o_stride;
-  for (int r = 0; r < Rows; ++r, o += stride, rest += stride)
-    for (int c = 0; c < Vectors; ++c) {
-      const vfloat old = load(o + c * lanes), sum = old + tile[r][c];
-      store(rest + c * lanes, load(rest + c * lanes) + (tile[r][c] - (sum - old)));
-      store(o + c * lanes, sum);
-    }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows * Vectors; ++i) {
+    const index_t at = i / Vectors * to.o_stride + column + i % Vectors * lanes;
+    const vfloat added = tile[i / Vectors][i % Vectors], old = load(to.o + at), sum = old + added;
+    store(to.o_rest + at, load(to.o_rest + at) + (added - (sum - old)));
+    store(to.o + at, sum);
+  }
 }
 
 // Calls f<Rows>(row, group) for groups of up to four of `count` rows.
