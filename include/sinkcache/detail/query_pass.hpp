@@ -62,7 +62,7 @@ struct query_block {
   index_t head(index_t kv_head, index_t row) const { return kv_head * group + row % group; }
 
   // What the rows [row, row + count) of a KV head see, of the visible tokens number [from, to) only, into the scratch's
-  // state.
+  // state. From and to are moved back to where a tile ends.
   void absorb(index_t kv_head, index_t row, index_t count, position_t from, position_t to,
               const worker_scratch& scratch) const noexcept {
     extent extents[max_item_rows];
@@ -105,7 +105,7 @@ struct query_block {
   }
 
  private:
-  // The k-th span that a token sees, cut to the visible tokens number [from, to).
+  // The k-th span that a token sees, cut to the visible tokens number [from, to), moved back to where a tile ends.
   extent extent_of(index_t token, index_t k, position_t from, position_t to, index_t& num_spans) const noexcept {
     const position_t seen = first + token + 1;
     const span_list visible = source.visible(seen);
@@ -115,7 +115,11 @@ struct query_block {
     for (index_t i = 0; i < k; ++i) before += visible[i].size();
     const position_span span = visible[k];
     const position_t gap = config.positions == positions::in_cache ? visible.gap(k, seen) : 0;
-    return {std::max(span.first, span.first + from - before), std::min(span.last, span.first + to - before), gap};
+    const auto cut = [&](position_t number) {
+      const position_t at = span.first + number - before;
+      return at < span.last ? std::max(at - at % tile_scratch::keys, span.first) : span.last;
+    };
+    return {cut(from), cut(to), gap};
   }
 
   // Where the keys lie that are likely to be read after those of the k-th span before position `last`: what the token
