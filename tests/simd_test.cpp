@@ -92,6 +92,18 @@ void check_joined(effort::dice& dice) {
   }
 }
 
+template <int Period>
+void check_repeated(const std::array<float, 4>& from) {
+  const floats repeated = lanes_of(detail::repeated<Period>(from.data()));
+  for (std::size_t i = 0; i < width; ++i) REQUIRE(same_bits(repeated[i], from[i % Period]));
+}
+
+TEST_CASE("simd: repeated, every bit") {
+  check_repeated<1>({nan, 1, 2, 3});
+  check_repeated<2>({-0.f, std::numeric_limits<float>::denorm_min(), nan, nan});
+  check_repeated<4>({-inf, nan, 0x1.fffffep127f, -1});
+}
+
 TEST_CASE("simd: join_lanes") {
   effort::dice dice(3);
   for (int i = 0; i < 300; ++i) {

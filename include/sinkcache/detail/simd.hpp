@@ -98,6 +98,23 @@ template <int Distance, std::size_t... I>
   return __builtin_shufflevector(v, v, ((int(I) + Distance) % lanes)...);
 }
 
+// The first Period of the four floats there, over and over.
+template <int Period, class V, std::size_t... I>
+[[gnu::always_inline]] inline auto repeated(V v, std::index_sequence<I...>) noexcept {
+  return __builtin_shufflevector(v, v, (int(I) % Period)...);
+}
+template <int Period>
+[[gnu::always_inline]] inline vfloat repeated(const float* from) noexcept {
+  vquad four;
+  std::memcpy(&four, from, sizeof four);
+  if constexpr (lanes > 8) {  // in two steps: g++ 12 takes one through memory
+    const auto eight = repeated<Period>(four, std::make_index_sequence<8>());
+    return repeated<8>(eight, std::make_index_sequence<lanes>());
+  } else {
+    return repeated<Period>(four, std::make_index_sequence<lanes>());
+  }
+}
+
 // Joins the lanes that are a multiple of Width apart, halves first; each ends up with what they joined to.
 template <int Width, int Distance = lanes / 2, class F>
 [[gnu::always_inline]] inline vfloat join_lanes(vfloat v, const F& join) noexcept {

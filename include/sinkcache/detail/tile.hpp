@@ -114,15 +114,9 @@ struct row_lanes {
     if constexpr (Width == 1)
       to[0] = broadcast(*from);
     else if constexpr (Width < lanes)
-      to[0] = repeated(from, std::make_index_sequence<lanes>());
+      to[0] = repeated<Width>(from);
     else
       for (int i = 0; i < vectors; ++i) to[i] = load(from + i * lanes);
-  }
-  template <std::size_t... I>
-  static vfloat repeated(const float* from, std::index_sequence<I...>) noexcept {
-    vquad four;
-    std::memcpy(&four, from, sizeof four);
-    return __builtin_shufflevector(four, four, (int(I) % Width)...);
   }
   // The keys' numbers, from 0 on.
   static vfloat key_numbers() noexcept {
