@@ -102,15 +102,17 @@ inline void multiply_add(double flops) {
   using namespace sinkcache::detail;
   constexpr int num_sums = 12;
   vfloat sums[num_sums] = {}, factor = broadcast(0x1p-10f);
-  for (auto steps = static_cast<index_t>(flops / (2 * num_sums * lanes)); steps > 0; --steps)
-    for (vfloat& sum : sums) {
+  for (auto steps = static_cast<index_t>(flops / (2 * num_sums * lanes)); steps > 0; --steps) {
+#pragma GCC unroll 16
+    for (int i = 0; i < num_sums; ++i) {
 #if defined(__x86_64__)
       asm("" : "+v"(factor));  // or the product, which is the same in every step, leaves the loop
 #elif defined(__aarch64__)
       asm("" : "+w"(factor));
 #endif
-      sum = add_product(sum, factor, factor);
+      sums[i] = add_product(sums[i], factor, factor);
     }
+  }
   keep(sums);
 }
 
@@ -121,7 +123,9 @@ inline void read(const std::byte* data, std::size_t size) {
   const std::size_t part = size / streams / line * line;
   vfloat sums[streams] = {};
   for (std::size_t i = 0; i < part; i += line)
+#pragma GCC unroll 4
     for (std::size_t s = 0; s < streams; ++s)
+#pragma GCC unroll 4
       for (std::size_t j = 0; j < line; j += sizeof(vfloat))
         sums[s] += sinkcache::detail::load(reinterpret_cast<const float*>(data + s * part + i + j));
   keep(sums);
