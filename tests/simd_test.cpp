@@ -240,39 +240,81 @@ TEST_CASE("simd: tanh") {
   CHECK(std::isnan(lanes_of(detail::tanh(detail::broadcast(nan)))[0]));
 }
 
-// format_test.cpp knows what is right; here, that one by one and many at once are the same.
-template <class Convert, class ToHalf, class FromHalf>
+// IEEE half precision, rounded to nearest even; a signalling NaN becomes quiet.
+std::uint16_t to_f16(float x) noexcept {
+  constexpr std::uint32_t infinity = 255u << 23, too_large = (127u + 16) << 23, subnormal = 113u << 23;
+  constexpr std::uint32_t magic = ((127u - 15) + (23 - 10) + 1) << 23;
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x), sign = bits & 0x80000000u;
+  std::uint32_t u = bits ^ sign;
+  if (u > infinity)
+    u = 0x7e00u | ((u >> 13) & 0x3ffu);
+  else if (u >= too_large)
+    u = 0x7c00u;
+  else if (u < subnormal)  // the addition rounds where the half's last bit is
+    u = std::bit_cast<std::uint32_t>(std::bit_cast<float>(u) + std::bit_cast<float>(magic)) - magic;
+  else
+    u = (u + 0xfffu + ((u >> 13) & 1u) - ((127u - 15) << 23)) >> 13;
+  return static_cast<std::uint16_t>(u | sign >> 16);
+}
+float from_f16(std::uint16_t half) noexcept {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
+  const float magnitude = std::bit_cast<float>(static_cast<std::uint32_t>(half & 0x7fffu) << 13) * 0x1p112f;
+  const std::uint32_t special = magnitude >= 65536.f ? 255u << 23 : 0u;
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | special | sign);
+}
+
+std::uint16_t to_bf16(float x) noexcept {
+  const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet_nan = (u >> 16) | 0x40u;
+  return static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+}
+float from_bf16(std::uint16_t half) noexcept { return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16); }
+
+// format_test.cpp knows what is right; here, that many at once are as one by one.
+template <class F, class ToHalf, class FromHalf>
 void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
   effort::dice dice(5);
-  for (std::size_t n = 0; n <= 40; ++n)
-    for (int trial = 0; trial < effort::cases(200); ++trial) {
-      std::vector<float> from(n), back(n + 1, 77.f);
-      for (float& x : from) {
-        x = std::bit_cast<float>(static_cast<std::uint32_t>(dice.bits()));
-        if (dice.one_in(2))
-          x = static_cast<float>(std::ldexp(dice.signed_unit(), static_cast<int>(dice.from_to(-30, 20))));
-      }
-      std::vector<std::uint16_t> halves(n + 1, 0x7777);
-      Convert::narrow(from.data(), static_cast<index_t>(n), reinterpret_cast<std::byte*>(halves.data()));
-      Convert::widen(reinterpret_cast<const std::byte*>(halves.data()), static_cast<index_t>(n), back.data());
-      if (n >= width) {
-        const floats loaded = lanes_of(Convert::load(reinterpret_cast<const std::byte*>(halves.data() + (n - width))));
-        for (std::size_t i = 0; i < width; ++i) {
-          const float one = from_half(halves[n - width + i]);
-          REQUIRE((std::isnan(one) ? std::isnan(loaded[i]) : same_bits(loaded[i], one)));
-        }
-      }
-      for (std::size_t i = 0; i < n; ++i) {
-        REQUIRE(halves[i] == to_half(from[i]));
-        REQUIRE((std::isnan(from[i]) ? std::isnan(back[i]) : same_bits(back[i], from_half(halves[i]))));
-      }
-      REQUIRE((halves[n] == 0x7777 && back[n] == 77.f));
+  for (int trial = 0; trial < effort::cases(5000); ++trial) {
+    floats from;
+    for (float& x : from) {
+      x = std::bit_cast<float>(static_cast<std::uint32_t>(dice.bits()));
+      if (dice.one_in(2))
+        x = static_cast<float>(std::ldexp(dice.signed_unit(), static_cast<int>(dice.from_to(-30, 20))));
     }
+    std::array<std::uint16_t, width + 1> halves;
+    halves.back() = 0x7777;
+    F::store(reinterpret_cast<std::byte*>(halves.data()), vector_of(from));
+    const floats loaded = lanes_of(F::load(reinterpret_cast<const std::byte*>(halves.data())));
+    for (std::size_t i = 0; i < width; ++i) {
+      REQUIRE(halves[i] == to_half(from[i]));
+      REQUIRE((std::isnan(from[i]) ? std::isnan(loaded[i]) : same_bits(loaded[i], from_half(halves[i]))));
+    }
+    REQUIRE(halves.back() == 0x7777);
+  }
+  for (std::uint32_t first = 0; first < 0x10000; first += static_cast<std::uint32_t>(lanes)) {
+    std::array<std::uint16_t, width> halves;
+    for (std::size_t i = 0; i < width; ++i) halves[i] = static_cast<std::uint16_t>(first + i);
+    const floats loaded = lanes_of(F::load(reinterpret_cast<const std::byte*>(halves.data())));
+    for (std::size_t i = 0; i < width; ++i) {
+      const float one = from_half(halves[i]);
+      REQUIRE((std::isnan(one) ? std::isnan(loaded[i]) : same_bits(loaded[i], one)));
+    }
+  }
 }
 
 TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
-  compare_conversions<detail::f16_convert>(detail::to_f16, detail::from_f16);
-  compare_conversions<detail::bf16_convert>(detail::to_bf16, detail::from_bf16);
+  compare_conversions<f16>(to_f16, from_f16);
+  compare_conversions<bf16>(to_bf16, from_bf16);
+}
+
+TEST_CASE("simd: for_each_index takes each index once") {
+  for (index_t n = 0; n <= 70; ++n) {
+    std::vector<int> taken(static_cast<std::size_t>(n) + 1, 0);
+    detail::for_each_index(n, [&](index_t i) { ++taken[static_cast<std::size_t>(i)]; });
+    REQUIRE(taken.back() == 0);
+    taken.pop_back();
+    for (const int times : taken) REQUIRE(times == 1);
+  }
 }
 
 }  // namespace

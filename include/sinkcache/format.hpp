@@ -60,34 +60,46 @@ struct f32 {
 
 namespace detail {
 
-// A row of 16-bit floats, rounded to nearest even by Convert.
-template <class Convert>
+// A row of 16-bit floats, which F loads and stores as many at a time as a vector holds.
+template <class F>
 struct half_row {
-  static constexpr index_t block_rows = 1;
-  static constexpr index_t block_bytes(index_t dim) { return round_up(dim * 2, 64); }
+  static constexpr index_t block_rows = 1, element_bytes = 2;
+  static constexpr index_t block_bytes(index_t dim) { return round_up(dim * element_bytes, 64); }
 
   static void encode(const float* rows, index_t dim, std::byte* to) noexcept {
-    const std::size_t bytes = static_cast<std::size_t>(dim) * 2;
-    Convert::narrow(rows, dim, to);
-    std::memset(to + bytes, 0, static_cast<std::size_t>(block_bytes(dim)) - bytes);
+    index_t i = 0;
+    for (; i + lanes <= dim; i += lanes) F::store(to + 2 * i, detail::load(rows + i));
+    for (; 2 * i < block_bytes(dim); i += lanes) {
+      float last[lanes] = {};
+      if (i < dim) std::copy_n(rows + i, dim - i, last);
+      F::store(to + 2 * i, detail::load(last));
+    }
   }
   static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
-    Convert::widen(from, dim, out);
+    index_t i = 0;
+    for (; i + lanes <= dim; i += lanes) detail::store(out + i, F::load(from + 2 * i));
+    if (i == dim) return;
+    std::byte last[2 * lanes] = {};
+    std::copy_n(from + 2 * i, 2 * (dim - i), last);
+    const vfloat decoded = F::load(last);
+    std::memcpy(out + i, &decoded, static_cast<std::size_t>(dim - i) * sizeof(float));
   }
-  static constexpr index_t element_bytes = 2;
-  [[gnu::always_inline]] static vfloat load(const std::byte* from) noexcept { return Convert::load(from); }
 };
 
 }  // namespace detail
 
 // IEEE half precision: 11 bits of significand, magnitudes to 65504; larger ones become infinity.
-struct f16 : detail::half_row<detail::f16_convert> {
+struct f16 : detail::half_row<f16> {
   static constexpr std::string_view name = "f16";
+  [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_f16(from); }
+  [[gnu::always_inline]] static void store(std::byte* to, detail::vfloat v) noexcept { detail::store_f16(to, v); }
 };
 
 // The upper half of a float: 8 bits of significand, the range of a float.
-struct bf16 : detail::half_row<detail::bf16_convert> {
+struct bf16 : detail::half_row<bf16> {
   static constexpr std::string_view name = "bf16";
+  [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_bf16(from); }
+  [[gnu::always_inline]] static void store(std::byte* to, detail::vfloat v) noexcept { detail::store_bf16(to, v); }
 };
 
 namespace detail {

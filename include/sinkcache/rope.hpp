@@ -18,6 +18,7 @@
 #include <span>
 
 #include "config.hpp"
+#include "detail/simd.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
@@ -152,7 +153,7 @@ class rope {
   // The angles of `position`; `scaled` says whether they carry the attention factor. Each within 1e-7.
   void angles_at(position_t position, bool scaled, angles& out) const noexcept {
     const float factor = scaled ? attention_factor_ : 1.f;
-    for (index_t i = 0; i < pairs_; ++i) {
+    detail::for_each_index(pairs_, [&](index_t i) {
       const std::uint64_t phase =
           static_cast<std::uint64_t>(position) * turns_per_position_[static_cast<std::size_t>(i)];
       // A quarter turn is 2^62: round to the nearest one, and keep the signed rest in units of 2^-32 turns.
@@ -167,7 +168,7 @@ class rope {
       const float cos = swapped ? s : c, sin = swapped ? c : s;
       out.cos[i] = ((quadrant + 1) & 2u ? -cos : cos) * factor;
       out.sin[i] = (quadrant & 2u ? -sin : sin) * factor;
-    }
+    });
   }
 
   // Turns one row of a head, `dim` floats; `to` may be `from`.
@@ -183,14 +184,12 @@ class rope {
   // Pairs of dimensions that lie `apart`, Step dimensions from pair to pair.
   template <int Step>
   void turn_pairs(const angles& by, const float* from, index_t apart, float* to) const noexcept {
-#if !defined(__clang__)
-#pragma GCC ivdep  // `to` may be `from`, but no pair touches another
-#endif
-    for (index_t i = 0; i < pairs_; ++i) {
+    // `to` may be `from`, but no pair touches another.
+    detail::for_each_index(pairs_, [&](index_t i) {
       const float a = from[i * Step], b = from[i * Step + apart];
       to[i * Step] = multiply_add(a, by.cos[i], -(b * by.sin[i]));
       to[i * Step + apart] = multiply_add(b, by.cos[i], a * by.sin[i]);
-    }
+    });
   }
 
   // One float32 operation each; volatile, or compilers contract two of them into one that rounds once.

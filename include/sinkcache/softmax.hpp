@@ -74,8 +74,8 @@ struct states {
   }
 };
 
-// States that grow tile by tile. What rounding leaves of each addition is summed beside it, so that long sums do not
-// drift however many tiles there are (fast two-sum, Dekker 1971).
+// States that grow tile by tile, of vectors of columns. What rounding leaves of each addition is summed beside it, so
+// that long sums do not drift however many tiles there are (fast two-sum, Dekker 1971).
 struct running_states : states {
   float *d_rest, *o_rest;
 
@@ -89,7 +89,7 @@ struct running_states : states {
   // Adds the rests up; what is left is a state.
   void settle(index_t rows) const noexcept {
     for (index_t i = 0; i < rows; ++i) d[i] += d_rest[i];
-    for (index_t i = 0; i < rows * o_stride; ++i) o[i] += o_rest[i];
+    for (index_t i = 0; i < rows * o_stride; i += lanes) store(o + i, load(o + i) + load(o_rest + i));
   }
 };
 
@@ -101,7 +101,7 @@ inline void merge_state(const states& into, const states& from, index_t dim) noe
   const float a = rescale(*into.m, m), b = rescale(*from.m, m);
   *into.m = m;
   *into.d = *into.d * a + *from.d * b;
-  for (index_t i = 0; i < dim; ++i) into.o[i] = into.o[i] * a + from.o[i] * b;
+  for_each_index(dim, [&](index_t i) { into.o[i] = into.o[i] * a + from.o[i] * b; });
 }
 
 inline void copy_state(const states& into, const states& from, index_t dim) noexcept {
@@ -124,7 +124,7 @@ inline float finish_state(const states& state, float sink, index_t dim, float* o
     return no_logit;
   }
   const auto weight = static_cast<float>(static_cast<double>(scale) / d);
-  for (index_t i = 0; i < dim; ++i) out[i] = state.o[i] * weight;
+  for_each_index(dim, [&](index_t i) { out[i] = state.o[i] * weight; });
   return static_cast<float>((m + std::log2(d)) * std::numbers::ln2);
 }
 

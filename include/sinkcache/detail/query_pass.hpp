@@ -156,8 +156,8 @@ struct query_block {
       } else {
         std::copy_n(row_q, dim, to);
       }
-      for (index_t i = 0; i < dim; ++i) to[i] *= scale;
       std::fill(to + dim, to + padded, 0.f);
+      for (index_t i = 0; i < padded; i += lanes) store(to + i, load(to + i) * scale);
     }
   }
 

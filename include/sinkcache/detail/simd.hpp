@@ -1,7 +1,7 @@
 #pragma once
 
 // The few vector operations that the kernel is written in. They are spelled in the vector extensions that g++ and clang
-// share, as wide as the instruction set allows; only the f16 conversion needs an intrinsic.
+// share, as wide as the instruction set allows; only conversions of 16-bit floats need intrinsics.
 
 #include <bit>
 #include <cstddef>
@@ -13,6 +13,10 @@
 
 #if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -151,7 +155,7 @@ template <int Width, int Distance = lanes / 2, class F>
 inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadcast(x))[0]; }
 
 // tanh(x), within 3e-7 of it, in proportion where it is small.
-inline vfloat tanh(vfloat x) noexcept {
+[[gnu::always_inline]] inline vfloat tanh(vfloat x) noexcept {
   const vfloat one = broadcast(1.f), most = broadcast(9.f);
   x = x > most ? most : (x < -most ? -most : x);
   const vfloat x2 = x * x;
@@ -169,47 +173,18 @@ inline vfloat tanh(vfloat x) noexcept {
   return t > one ? one : (t < -one ? -one : t);
 }
 
-// IEEE half precision, rounded to nearest even; a signalling NaN becomes quiet.
-inline std::uint16_t to_f16(float x) noexcept {
-  constexpr std::uint32_t infinity = 255u << 23, too_large = (127u + 16) << 23, subnormal = 113u << 23;
-  constexpr std::uint32_t magic = ((127u - 15) + (23 - 10) + 1) << 23;
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x), sign = bits & 0x80000000u;
-  std::uint32_t u = bits ^ sign;
-  if (u > infinity)
-    u = 0x7e00u | ((u >> 13) & 0x3ffu);
-  else if (u >= too_large)
-    u = 0x7c00u;
-  else if (u < subnormal)  // the addition rounds where the half's last bit is
-    u = std::bit_cast<std::uint32_t>(std::bit_cast<float>(u) + std::bit_cast<float>(magic)) - magic;
-  else
-    u = (u + 0xfffu + ((u >> 13) & 1u) - ((127u - 15) << 23)) >> 13;
-  return static_cast<std::uint16_t>(u | sign >> 16);
-}
-inline float from_f16(std::uint16_t half) noexcept {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-  const float magnitude = std::bit_cast<float>(static_cast<std::uint32_t>(half & 0x7fffu) << 13) * 0x1p112f;
-  const std::uint32_t special = magnitude >= 65536.f ? 255u << 23 : 0u;
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | special | sign);
-}
-
-inline std::uint16_t to_bf16(float x) noexcept {
-  const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet_nan = (u >> 16) | 0x40u;
-  return static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
-}
-inline float from_bf16(std::uint16_t half) noexcept {
-  return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
-}
-
 // `lanes` 16-bit floats from anywhere, widened.
 [[gnu::always_inline]] inline vuint load_halves(const std::byte* from) noexcept {
-  // Intrinsics: g++ 12 converts the two halves of the vector one after the other. With a mask of all lanes where it
-  // would warn of what the plain intrinsic leaves undefined, here and below.
+  // Intrinsics: g++ 12 converts the two halves of the vector one after the other, of four halves too. With a mask of
+  // all lanes where it would warn of what the plain intrinsic leaves undefined, here and below.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   return std::bit_cast<vuint>(
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
   return std::bit_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__SSE2__) && !defined(__AVX__)
+  return std::bit_cast<vuint>(
+      _mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
 #else
   vhalf halves;
   std::memcpy(&halves, from, sizeof halves);
@@ -224,6 +199,8 @@ inline float from_bf16(std::uint16_t half) noexcept {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  return std::bit_cast<vfloat>(vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(from)))));
 #else
   const vuint halves = load_halves(from);
   const vfloat magnitude = std::bit_cast<vfloat>((halves & 0x7fffu) << 13) * 0x1p112f;
@@ -232,49 +209,54 @@ inline float from_bf16(std::uint16_t half) noexcept {
 #endif
 }
 
-struct f16_convert {
-  static vfloat load(const std::byte* from) noexcept { return load_f16(from); }
-  static void narrow(const float* from, index_t n, std::byte* to) noexcept {
-    index_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i),
-                       _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+[[gnu::always_inline]] inline void store_halves(std::byte* to, vuint v) noexcept {
+  const vhalf halves = __builtin_convertvector(v, vhalf);
+  std::memcpy(to, &halves, sizeof halves);
+}
+// Rounded to nearest even; a NaN becomes quiet.
+[[gnu::always_inline]] inline void store_bf16(std::byte* to, vfloat v) noexcept {
+  const vuint u = std::bit_cast<vuint>(v), rounded = u + (0x7fffu + ((u >> 16) & 1u));
+  const auto is_nan = std::bit_cast<vint>(u & 0x7fffffffu) > 0x7f800000;
+  store_halves(to, (is_nan ? u | 0x400000u : rounded) >> 16);
+}
+// Rounded to nearest even, magnitudes of 65520 and more to infinity; a NaN becomes quiet.
+[[gnu::always_inline]] inline void store_f16(std::byte* to, vfloat v) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u8(reinterpret_cast<std::uint8_t*>(to), vreinterpret_u8_f16(vcvt_f16_f32(std::bit_cast<float32x4_t>(v))));
+#else
+  constexpr std::uint32_t exponent_bias = (127u - 15) << 23, smallest_normal = exponent_bias + (1u << 23);
+  constexpr std::uint32_t last_bit = exponent_bias + ((23u - 10 + 1) << 23);  // 2^-1 of what half subnormals count in
+  const vuint bits = std::bit_cast<vuint>(v), u = bits & 0x7fffffffu;
+  const vint magnitude = std::bit_cast<vint>(u);
+  const vuint normal = (u + (0xfffu + ((u >> 13) & 1u)) - exponent_bias) >> 13;
+  const vfloat shifted = std::bit_cast<vfloat>(u) + std::bit_cast<float>(last_bit);  // rounds where the last bit is
+  const vuint subnormal = std::bit_cast<vuint>(shifted) - last_bit;
+  const vuint nan = ((u >> 13) & 0x3ffu) | 0x7e00u, infinity = broadcast_bits(0x7c00u);
+  const vuint finite = magnitude < static_cast<std::int32_t>(smallest_normal) ? subnormal : normal;
+  const vuint half = magnitude >= static_cast<std::int32_t>((127u + 16) << 23) ? infinity : finite;
+  store_halves(to, (magnitude > static_cast<std::int32_t>(255u << 23) ? nan : half) | ((bits >> 16) & 0x8000u));
 #endif
-    for (; i < n; ++i) {
-      const std::uint16_t half = to_f16(from[i]);
-      std::memcpy(to + 2 * i, &half, 2);
-    }
-  }
-  static void widen(const std::byte* from, index_t n, float* to) noexcept {
-    index_t i = 0;
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i))));
-#endif
-    for (; i < n; ++i) {
-      std::uint16_t half;
-      std::memcpy(&half, from + 2 * i, 2);
-      to[i] = from_f16(half);
-    }
-  }
-};
+}
 
-struct bf16_convert {
-  static vfloat load(const std::byte* from) noexcept { return load_bf16(from); }
-  static void narrow(const float* from, index_t n, std::byte* to) noexcept {
-    for (index_t i = 0; i < n; ++i) {
-      const std::uint16_t half = to_bf16(from[i]);
-      std::memcpy(to + 2 * i, &half, 2);
-    }
+// f(i) for i from 0 to n, in any order. Sixteen at a time: only loops whose count it knows does g++ -O2 turn into
+// vectors.
+template <class F>
+[[gnu::always_inline]] inline void for_each_index(index_t n, const F& f) noexcept {
+  index_t i = 0;
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
+  constexpr index_t some = 16;
+  for (; i + some <= n; i += some) {
+#pragma GCC ivdep
+    for (index_t j = 0; j < some; ++j) f(i + j);
   }
-  static void widen(const std::byte* from, index_t n, float* to) noexcept {
-    for (index_t i = 0; i < n; ++i) {
-      std::uint16_t half;
-      std::memcpy(&half, from + 2 * i, 2);
-      to[i] = from_bf16(half);
-    }
-  }
-};
+#endif
+  for (; i < n; ++i) f(i);
+}
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail

@@ -6,80 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../format.hpp"
-#include "../segment.hpp"
-#include "simd.hpp"
+#include "tile_rows.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
-
-// Rows of a tile, `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements; `decoded`: of floats, else of
-// the format.
-struct tile_rows {
-  const std::byte* data;
-  index_t stride, bytes;
-  bool decoded;
-
-  const std::byte* row(index_t i) const { return data + i * stride; }
-  tile_rows from_row(index_t i) const { return {row(i), stride, bytes, decoded}; }
-};
-
-// Where the rows of one segment's keys, or values, lie.
-struct stored_rows {
-  const std::byte* store;
-  index_t block, step;  // see segment
-
-  // What a row takes of a cache near the processor: an engine's rows may lie far apart.
-  index_t row_bytes(index_t dim) const { return step == 0 ? block : dim * std::min(step, index_t{sizeof(float)}); }
-};
-
-// Decodes the rows [first, first + n) into floats [n, stride], zero behind `dim`.
-template <kv_format F>
-tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
-  const index_t bytes = stride * index_t{sizeof(float)};
-  const tile_rows rows{reinterpret_cast<const std::byte*>(to), bytes, bytes, true};
-  for (index_t i = 0; i < n; ++i) std::fill(to + i * stride + dim, to + i * stride + round_up(dim, 16), 0.f);
-  if constexpr (elementwise_format<F>) {
-    if (from.step != 0 && from.step != F::element_bytes) {
-      const std::byte* const store = from.store + first * from.block;
-      if (from.block == F::element_bytes) {  // transposed: an element of all rows at a time
-        float column[tile_scratch::keys];
-        for (index_t d = 0; d < dim; ++d) {
-          F::decode(store + d * from.step, 0, n, column);
-          for (index_t i = 0; i < n; ++i) to[i * stride + d] = column[i];
-        }
-      } else {
-        for (index_t i = 0; i < n; ++i)
-          for (index_t d = 0; d < dim; ++d)
-            F::decode(store + i * from.block + d * from.step, 0, 1, to + i * stride + d);
-      }
-      return rows;
-    }
-  }
-  for (index_t i = 0; i < n; ++i)
-    F::decode(from.store + (first + i) / F::block_rows * from.block, (first + i) % F::block_rows, dim, to + i * stride);
-  return rows;
-}
-
-// The same rows where they lie, if vectors can be loaded there; else decoded.
-template <kv_format F>
-tile_rows rows_of(stored_rows from, index_t first, index_t n, index_t dim, float* scratch) noexcept {
-  if constexpr (elementwise_format<F>)
-    if (from.step == 0 || (from.step == F::element_bytes && dim % 16 == 0))
-      return {from.store + first * from.block, from.block, from.row_bytes(dim), false};
-  return decoded_rows<F>(from, first, n, dim, round_up(dim, 16), scratch);
-}
-
-inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
-  vfloat sum{};
-  for (index_t j = 0; j < n; ++j)
-    for (index_t d = 0; d < dim; d += lanes) {
-      const vfloat x = load(reinterpret_cast<const float*>(decoded.row(j)) + d);
-      sum += x * 0.f;
-    }
-  for (int i = 0; i < lanes; ++i)
-    if (sum[i] != 0) return false;
-  return true;
-}
 
 // Brings a line into the L2, while there is arithmetic to do: on the way to the L1 fewer may be under way, and those
 // too many are dropped. Integers: it may lie behind the end.
@@ -91,12 +20,12 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
 // Zeros. `= {}` is a slow string instruction, and g++ keeps in memory what it does not unroll early.
 template <int Rows, int Columns>
 [[gnu::always_inline]] inline void clear(vfloat (&sums)[Rows][Columns]) noexcept {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < Rows * Columns; ++i) sums[i / Columns][i % Columns] = vfloat{};
 }
 template <int Rows, int Columns>
 [[gnu::always_inline]] inline void add(vfloat (&to)[Rows][Columns], const vfloat (&sums)[Rows][Columns]) noexcept {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] += sums[i / Columns][i % Columns];
 }
 
@@ -146,9 +75,12 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
   const std::byte* key[Keys];
   for (index_t j = 0; j < part; ++j) {
     if (j == 0 || j + (Keys - 1) * part >= n)
+#pragma GCC unroll 8
       for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
-    vfloat sums[Keys][Rows] = {};
+    vfloat sums[Keys][Rows];
+    clear(sums);
     for (index_t first = 0; first < dim; first += line) {
+#pragma GCC unroll 8
       for (int i = 0; i < Keys; ++i)
         prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
       const index_t last = std::min(dim, first + line);
@@ -156,6 +88,7 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
       for (index_t d = first; d < last; d += lanes) {
         vfloat qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
         if constexpr (Rows > Keys) {
+#pragma GCC unroll 8
           for (int i = 0; i < Keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) {
@@ -164,6 +97,7 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
             for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
           }
         } else {
+#pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * dim + d);
 #pragma GCC unroll 8
           for (int i = 0; i < Keys; ++i) {
@@ -174,18 +108,22 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
         }
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < Keys; ++i) key[i] += k.stride;
+    constexpr int quads = std::max(1, Keys * width / 4), keys = Keys / quads;  // of sums, and of keys in one
     const vfloat* const sum = sums[0];
-    for (int i = 0; i < Keys * width; i += 4) {
+#pragma GCC unroll 8
+    for (int i = 0; i < quads; ++i) {
       vquad dots;
       if constexpr (Keys * width == 1)
         dots = sums_of_lanes(sum[0], vfloat{}, vfloat{}, vfloat{});
       else if constexpr (Rows == 3)
-        dots = sums_of_lanes(sums[i / 4][0], sums[i / 4][1], sums[i / 4][2], vfloat{});
+        dots = sums_of_lanes(sums[i][0], sums[i][1], sums[i][2], vfloat{});
       else
-        dots = sums_of_lanes(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-      for (int at = 0; at < std::min(4, Keys * width); at += width)
-        std::memcpy(logits + (j + (i + at) / width * part) * width, reinterpret_cast<const float*>(&dots) + at,
+        dots = sums_of_lanes(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+#pragma GCC unroll 4
+      for (int at = 0; at < keys; ++at)
+        std::memcpy(logits + (j + (i * keys + at) * part) * width, reinterpret_cast<const float*>(&dots) + at * width,
                     width * sizeof(float));
     }
   }
@@ -199,6 +137,7 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
   constexpr int keys = lanes == 16 ? 6 : 4;
   for (index_t j = 0; j < n; j += keys) {
     const float* key[keys];
+#pragma GCC unroll 8
     for (int i = 0; i < keys; ++i) key[i] = reinterpret_cast<const float*>(k.row(std::min(j + i, n - 1)));
     vfloat dots[keys][2], sums[keys][2];
     clear(dots);
@@ -220,8 +159,8 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
       }
       add(dots, sums);
     }
-    for (int i = 0; i < keys; ++i)
-      for (int half = 0; half < 2; ++half) store(logits + (j + i) * panel + half * lanes, dots[i][half]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * keys; ++i) store(logits + j * panel + i * lanes, dots[i / 2][i % 2]);
   }
 }
 
@@ -230,7 +169,10 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
   for (index_t r = 0; r < rows; ++r) {
     if (scale[r] == 1.f) continue;  // most often
     float *const o = of.o + r * of.o_stride, *const rest = of.o_rest + r * of.o_stride;
-    for (index_t i = 0; i < of.o_stride; ++i) o[i] *= scale[r], rest[i] *= scale[r];
+    for (index_t i = 0; i < of.o_stride; i += lanes) {
+      store(o + i, load(o + i) * scale[r]);
+      store(rest + i, load(rest + i) * scale[r]);
+    }
   }
 }
 
@@ -252,11 +194,13 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
   vfloat tile[Rows][Vectors], sums[Rows][Vectors];
   const auto add_key = [&]() __attribute__((always_inline)) {
     if constexpr (!of_panel) {
+#pragma GCC unroll 8
       for (index_t line = 0; line < strip; line += 64) prefetch(next.data, ahead + line);
       ahead += step;
     }
     vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
     if constexpr (Rows > Vectors) {
+#pragma GCC unroll 8
       for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
@@ -265,6 +209,7 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
         for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
       }
     } else {
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) weight[r] = broadcast(weights[r]);
 #pragma GCC unroll 8
       for (int c = 0; c < Vectors; ++c) {
