@@ -56,14 +56,17 @@ TEST_CASE("simd: load, store, broadcast") {
   for (float lane : lanes_of(detail::broadcast(nan))) REQUIRE(std::isnan(lane));
 }
 
-TEST_CASE("simd: max, the second where either is NaN") {
+TEST_CASE("simd: max and min, the second where either is NaN") {
   effort::dice dice(2);
   const float specials[] = {0.f, -0.f, 1.f, -1.f, inf, -inf, nan, 3e38f, -3e38f};
   for (float a : specials)
     for (float b : specials) {
-      const float expected = std::isnan(a) || std::isnan(b) ? b : std::max(b, a);
+      const bool second = std::isnan(a) || std::isnan(b);
+      const float larger = second ? b : std::max(b, a), smaller = second ? b : std::min(b, a);
       for (float lane : lanes_of(detail::max(detail::broadcast(a), detail::broadcast(b))))
-        REQUIRE((std::isnan(expected) ? std::isnan(lane) : lane == expected));
+        REQUIRE((std::isnan(larger) ? std::isnan(lane) : lane == larger));
+      for (float lane : lanes_of(detail::min(detail::broadcast(a), detail::broadcast(b))))
+        REQUIRE((std::isnan(smaller) ? std::isnan(lane) : lane == smaller));
     }
   for (int i = 0; i < 100; ++i) {
     const floats a = random_floats(dice), b = random_floats(dice),

@@ -64,6 +64,7 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 
 // Lane by lane; b where either is NaN.
 [[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept { return a > b ? a : b; }
+[[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept { return a < b ? a : b; }
 
 // Lane i of the result is the sum of the lanes of vi. Every sum is associated alike, whatever i is.
 [[gnu::always_inline]] inline vquad sums_of_lanes(vfloat v0, vfloat v1, vfloat v2, vfloat v3) noexcept {
@@ -157,7 +158,7 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
 // tanh(x), within 3e-7 of it, in proportion where it is small.
 [[gnu::always_inline]] inline vfloat tanh(vfloat x) noexcept {
   const vfloat one = broadcast(1.f), most = broadcast(9.f);
-  x = x > most ? most : (x < -most ? -most : x);
+  x = max(-most, min(most, x));
   const vfloat x2 = x * x;
   vfloat p = broadcast(1.3354545025379139e-8f);  // least squares, reweighted towards minimax; 2e-8 before rounding
   p = p * x2 + 2.0608995328075252e-5f;
@@ -169,8 +170,7 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
   q = q * x2 + 2.5876961648464203e-2f;
   q = q * x2 + 0.46714335680007935f;
   q = q * x2 + 1.f;
-  const vfloat t = x * p / q;
-  return t > one ? one : (t < -one ? -one : t);
+  return max(-one, min(one, x * p / q));
 }
 
 // `lanes` 16-bit floats from anywhere, widened.
