@@ -33,28 +33,6 @@ template <int Rows, int Columns>
 template <int Rows>
 inline constexpr int width_of = Rows == 3 ? 4 : Rows;
 
-// Lanes of a tile's logits [keys, Width] that one vector, or the several of one key, hold.
-template <int Width>
-struct row_lanes {
-  static constexpr int vectors = Width > lanes ? Width / lanes : 1, keys = Width < lanes ? lanes / Width : 1;
-
-  // One value a row in all lanes of the row; may read up to four.
-  static void spread(const float* from, vfloat (&to)[vectors]) noexcept {
-    if constexpr (Width == 1)
-      to[0] = broadcast(*from);
-    else if constexpr (Width < lanes)
-      to[0] = repeated<Width>(from);
-    else
-      for (int i = 0; i < vectors; ++i) to[i] = load(from + i * lanes);
-  }
-  // The keys' numbers, from 0 on.
-  static vfloat key_numbers() noexcept {
-    alignas(64) float numbers[lanes];
-    for (int i = 0; i < lanes; ++i) numbers[i] = static_cast<float>(i / Width);  // NOLINT(bugprone-integer-division)
-    return load(numbers);
-  }
-};
-
 // Keys at a time, of elements of `Bytes` bytes: as many sums as hide the latency of an FMA and leave registers for what
 // is multiplied. AVX-512 has twice the registers, and floats gain nothing from more keys.
 template <int Rows, int Bytes>
