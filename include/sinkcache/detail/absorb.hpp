@@ -60,43 +60,46 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
                          float* logits) noexcept {
   constexpr int panel = query_rows::panel;
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
-  position_span seen[panel];
-  index_t lo = n, hi = 0;  // what any row sees, as keys of the tile
+  index_t from[panel], upto[panel], lo = n, hi = 0;  // keys of the tile that a row sees, that any does
+  index_t all_from = 0, all_upto = n;                // that all do
   for (int r = 0; r < panel; ++r) {
-    seen[r] = row + r < rows.rows ? seen_of(extents[row + r], first, first + n) : position_span{};
-    if (seen[r].size() == 0) continue;
-    lo = std::min(lo, static_cast<index_t>(seen[r].first - first));
-    hi = std::max(hi, static_cast<index_t>(seen[r].last - first));
+    const position_span seen = row + r < rows.rows ? seen_of(extents[row + r], first, first + n) : position_span{};
+    from[r] = seen.size() > 0 ? static_cast<index_t>(seen.first - first) : 0;
+    upto[r] = from[r] + seen.size();
+    all_from = std::max(all_from, from[r]), all_upto = std::min(all_upto, upto[r]);
+    if (seen.size() > 0) lo = std::min(lo, from[r]), hi = std::max(hi, upto[r]);
   }
   if (lo >= hi) return;
-  const position_span all{first + lo, first + hi};
+  if (all_from >= all_upto) all_from = all_upto = hi;
   k = k.from_row(lo), v = v.from_row(lo), n = hi - lo;
   panel_dot_products(rows.q + row * dim, dim, k, n, logits);
-  if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<panel, panel>(rows, row, extents, all.first, n, logits);
-  alignas(64) float from[panel], upto[panel];  // keys that a row sees
-  bool alike = true;
-  for (int r = 0; r < panel; ++r) {
-    alike = alike && seen[r] == all;
-    from[r] = static_cast<float>(seen[r].first - all.first);
-    upto[r] = from[r] + static_cast<float>(seen[r].size());
-  }
-  for (index_t j = 0; j < (alike ? 0 : n); ++j)
-    for (int part = 0; part < panel; part += lanes) {
-      const vfloat key = broadcast(static_cast<float>(j)), logit = load(logits + j * panel + part);
-      const auto is_seen = (key >= load(from + part)) & (key < load(upto + part));
-      store(logits + j * panel + part, is_seen ? logit : broadcast(no_logit));
-    }
+  if (rows.soft_cap > 0 || rows.terms != nullptr)
+    adjust_logits<panel, panel>(rows, row, extents, first + lo, n, logits);
+  alignas(64) float sees_from[panel], sees_upto[panel];
+  for (int r = 0; r < panel; ++r)
+    sees_from[r] = static_cast<float>(from[r]), sees_upto[r] = static_cast<float>(upto[r]);
+  const auto hide_unseen = [&](index_t j, index_t end) {
+    for (; j < end; ++j)
+      for (int part = 0; part < panel; part += lanes) {
+        float* const at = logits + (j - lo) * panel + part;
+        const vfloat key = broadcast(static_cast<float>(j));
+        const auto is_seen = (key >= load(sees_from + part)) & (key < load(sees_upto + part));
+        store(at, is_seen ? load(at) : broadcast(no_logit));
+      }
+  };
+  hide_unseen(lo, all_from);
+  hide_unseen(all_upto, hi);
   float scale[panel];
   weigh<panel, panel>(logits, offset + lo, n, to.from_row(row), scale);
   rescale_values(scale, panel, to.from_row(row));
   // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
-  if (!alike && !all_finite(v, n, v_dim)) {
+  if (!all_finite(v, all_from - lo, v_dim) || !all_finite(v.from_row(all_upto - lo), hi - all_upto, v_dim)) {
     for (int r = 0; r < panel; ++r) {
-      if (seen[r].size() == 0) continue;
-      const index_t skipped = static_cast<index_t>(seen[r].first - all.first);
+      const index_t skipped = from[r] - lo;
+      if (from[r] == upto[r]) continue;
       in_strips<1>(v_dim, [&]<int Vectors>(index_t column) {
-        add_values<f32, 1, Vectors, panel>(logits + skipped * panel + r, v.from_row(skipped), offset + lo + skipped,
-                                           seen[r].size(), column, to.from_row(row + r));
+        add_values<f32, 1, Vectors, panel>(logits + skipped * panel + r, v.from_row(skipped), offset + from[r],
+                                           upto[r] - from[r], column, to.from_row(row + r));
       });
     }
     return;
