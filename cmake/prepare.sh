@@ -140,23 +140,27 @@ cores() { nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2; }
 # A folder configured for something else (a moved clone, another compiler or processor) is of no use.
 # shellcheck disable=SC2086
 configuration() {
-  printf '%s\n' "$root" "$*" "$CXX" "${CXXFLAGS:-}"
+  printf '%s\n' "$root" "$CXX" "${CXXFLAGS:-}"
   $CXX --version
   grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -m
 }
 
-# build FOLDER TARGET [CMAKE_ARGUMENT...]: optimised for this machine, in build/FOLDER; sets build_dir
+# build PART TARGET [CMAKE_ARGUMENT...]: TESTS or EXAMPLES, optimised for this machine, in a folder that they share, so
+# that what both need is compiled once; sets build_dir
 build() {
-  build_dir=$root/build/$1
+  build_dir=$root/build/native
+  part=$1
   target=$2
   shift 2
-  if command -v ninja >/dev/null; then set -- -G Ninja "$@"; fi
-  set -- -DCMAKE_BUILD_TYPE=Release -DSINKCACHE_NATIVE=ON "$@"
-  now=$(configuration "$@")
+  set -- "$@" "-DSINKCACHE_BUILD_$part=ON"
+  now=$(configuration)
   if [ "$now" != "$(cat "$build_dir/configuration" 2>/dev/null)" ]; then
     rm -rf "$build_dir"
-    logged "$build_dir/configure.log" "configuring for $CXX" cmake -S "$root" -B "$build_dir" "$@"
-    printf '%s\n' "$now" >"$build_dir/configuration"
+    set -- -DSINKCACHE_BUILD_TESTS=OFF -DSINKCACHE_BUILD_EXAMPLES=OFF -DSINKCACHE_BUILD_BENCHMARKS=OFF "$@"
+    set -- -DCMAKE_BUILD_TYPE=Release -DSINKCACHE_NATIVE=ON "$@"
+    if command -v ninja >/dev/null; then set -- -G Ninja "$@"; fi
   fi
-  logged "$build_dir/build.log" "building $target" cmake --build "$build_dir" --target "$target" -j "$(cores)"
+  logged "$build_dir/configure.log" "configuring for $CXX" cmake -S "$root" -B "$build_dir" "$@"
+  printf '%s\n' "$now" >"$build_dir/configuration"
+  logged "$build_dir/$target.log" "building $target" cmake --build "$build_dir" --target "$target" -j "$(cores)"
 }
