@@ -3,6 +3,7 @@
 // The keys or values of a tile: where they lie, if vectors can be loaded there, else decoded.
 
 #include <algorithm>
+#include <cstring>
 
 #include "../format.hpp"
 #include "../segment.hpp"
@@ -46,9 +47,12 @@ tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, 
           for (index_t i = 0; i < n; ++i) to[i * stride + d] = column[i];
         }
       } else {
-        for (index_t i = 0; i < n; ++i)
+        std::byte row[max_head_dim * F::element_bytes];  // decoded as a whole: one by one takes ten times as long
+        for (index_t i = 0; i < n; ++i) {
           for (index_t d = 0; d < dim; ++d)
-            F::decode(store + i * from.block + d * from.step, 0, 1, to + i * stride + d);
+            std::memcpy(row + d * F::element_bytes, store + i * from.block + d * from.step, F::element_bytes);
+          F::decode(row, 0, dim, to + i * stride);
+        }
       }
       return rows;
     }
