@@ -228,17 +228,16 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
 #elif defined(__aarch64__)
   vst1_u8(reinterpret_cast<std::uint8_t*>(to), vreinterpret_u8_f16(vcvt_f16_f32(std::bit_cast<float32x4_t>(v))));
 #else
-  constexpr std::uint32_t exponent_bias = (127u - 15) << 23, smallest_normal = exponent_bias + (1u << 23);
-  constexpr std::uint32_t last_bit = exponent_bias + ((23u - 10 + 1) << 23);  // 2^-1 of what half subnormals count in
+  constexpr std::int32_t smallest_normal = (127 - 14) << 23, too_large = (127 + 16) << 23, infinity = 255 << 23;
   const vuint bits = std::bit_cast<vuint>(v), u = bits & 0x7fffffffu;
   const vint magnitude = std::bit_cast<vint>(u);
-  const vuint normal = (u + (0xfffu + ((u >> 13) & 1u)) - exponent_bias) >> 13;
-  const vfloat shifted = std::bit_cast<vfloat>(u) + std::bit_cast<float>(last_bit);  // rounds where the last bit is
-  const vuint subnormal = std::bit_cast<vuint>(shifted) - last_bit;
-  const vuint nan = ((u >> 13) & 0x3ffu) | 0x7e00u, infinity = broadcast_bits(0x7c00u);
-  const vuint finite = magnitude < static_cast<std::int32_t>(smallest_normal) ? subnormal : normal;
-  const vuint half = magnitude >= static_cast<std::int32_t>((127u + 16) << 23) ? infinity : finite;
-  store_halves(to, (magnitude > static_cast<std::int32_t>(255u << 23) ? nan : half) | ((bits >> 16) & 0x8000u));
+  const vuint normal = (u + (0xfffu + ((u >> 13) & 1u)) - ((127u - 15) << 23)) >> 13;
+  // The last bit of a float just above 0.5 is 2^-24, what a half's subnormals count.
+  const vuint subnormal = std::bit_cast<vuint>(std::bit_cast<vfloat>(u) + 0.5f) - std::bit_cast<std::uint32_t>(0.5f);
+  const vuint finite = magnitude < smallest_normal ? subnormal : normal;
+  const vuint half = magnitude >= too_large ? broadcast_bits(0x7c00u) : finite;
+  const vuint nan = ((u >> 13) & 0x3ffu) | 0x7e00u;
+  store_halves(to, (magnitude > infinity ? nan : half) | ((bits >> 16) & 0x8000u));
 #endif
 }
 
