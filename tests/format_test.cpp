@@ -84,10 +84,12 @@ std::vector<float> encoded_and_decoded(const std::vector<float>& row, std::vecto
   return {out.begin() + 1, out.end() - 1};
 }
 
-// Every value passes once among eight (the vector path, where there is one) and once among seven (what is left over).
+// Every value passes once among sixteen (whole vectors, however wide) and once among seven (what is left over).
+constexpr std::size_t both_paths[] = {16, 7};
+
 template <class F, class Check>
 void through_both_paths(const std::vector<float>& values, const Check& check) {
-  for (std::size_t at_once : {std::size_t{8}, std::size_t{7}})
+  for (std::size_t at_once : both_paths)
     for (std::size_t i = 0; i < values.size(); i += at_once) {
       std::vector<float> row(at_once, 1.f);
       const std::size_t n = std::min(at_once, values.size() - i);
@@ -105,7 +107,7 @@ std::uint16_t half_at(const std::byte* from, std::size_t i) {
 }
 
 TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to themselves", "", f16, bf16) {
-  for (std::size_t at_once : {std::size_t{8}, std::size_t{7}})
+  for (std::size_t at_once : both_paths)
     for (std::uint32_t first = 0; first < 65536; first += static_cast<std::uint32_t>(at_once)) {
       const auto dim = static_cast<index_t>(at_once);
       std::array<std::byte, 64> block{}, again{};
@@ -113,7 +115,7 @@ TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to the
         const auto pattern = static_cast<std::uint16_t>(first + i);
         std::memcpy(block.data() + 2 * i, &pattern, 2);
       }
-      std::array<float, 8> row{};
+      std::array<float, both_paths[0]> row{};
       TestType::decode(block.data(), 0, dim, row.data());
       TestType::encode(row.data(), dim, again.data());
       for (std::size_t i = 0; i < at_once; ++i) {
