@@ -160,6 +160,7 @@ build() {
     set -- -DCMAKE_BUILD_TYPE=Release -DSINKCACHE_NATIVE=ON "$@"
     if command -v ninja >/dev/null; then set -- -G Ninja "$@"; fi
   fi
+  rm -f "$build_dir/configuration" # what fails here must not be asked for again by the other part
   logged "$build_dir/configure.log" "configuring for $CXX" cmake -S "$root" -B "$build_dir" "$@"
   printf '%s\n' "$now" >"$build_dir/configuration"
   logged "$build_dir/$target.log" "building $target" cmake --build "$build_dir" --target "$target" -j "$(cores)"
