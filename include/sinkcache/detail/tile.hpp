@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "tile_rows.hpp"
 
@@ -250,26 +251,22 @@ void in_groups(index_t count, const F& f) {
   }
 }
 
-// As many vectors of columns as give Rows rows eight to sixteen sums, as far as registers go: they hide the latency of
-// an FMA.
+// At most so many vectors of columns at a time: eight to sixteen sums, as far as registers go, hide the latency of an
+// FMA.
 template <int Rows>
-inline constexpr int vectors_of = Rows == 1 ? 8 : (Rows == 4 && lanes != 16 ? 3 : 4);
+inline constexpr int vectors_of = Rows == 1 ? 8 : (lanes == 16 ? 16 / Rows : (Rows == 4 ? 3 : 4));
 
-// Calls f<Vectors>(column) for strips of columns, of Most vectors if none is left over so, else of two.
+// Calls f<Vectors>(column) for strips of columns, as few as there can be and about as wide as each other.
 template <int Rows, int Most = vectors_of<Rows>, class F>
 void in_strips(index_t dim, const F& f) {
-  index_t column = 0;
-  const auto take = [&]<int Vectors>() { f.template operator()<Vectors>(column), column += Vectors * lanes; };
-  for (index_t left = dim / lanes; left > 0; left = (dim - column) / lanes) {
-    if constexpr (Most > 2)
-      if (left % Most != 0 && left >= 2) {
-        take.template operator()<2>();
-        continue;
-      }
-    if (left >= Most)
-      take.template operator()<Most>();
-    else
-      take.template operator()<1>();
+  const index_t columns = dim / lanes;
+  for (index_t done = 0, vectors; done < columns; done += vectors) {
+    const index_t left = columns - done, strips = (left + Most - 1) / Most;
+    vectors = (left + strips - 1) / strips;
+    const auto take = [&]<int... Before>(std::integer_sequence<int, Before...>) {
+      ((vectors == Before + 1 ? f.template operator()<Before + 1>(done * lanes) : void()), ...);
+    };
+    take(std::make_integer_sequence<int, Most>());
   }
 }
 
