@@ -89,33 +89,32 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Keys; ++i) key[i] += k.stride;
-    const vfloat* sum = sums[0];
-    if constexpr (Rows == 3) {
-      // Four keys' twelve sums are three quads; what is stored behind a key's three takes no part in anything.
+    constexpr int quads = std::max(1, Keys * Rows / 4);
+    const vfloat* const sum = sums[0];
+    vquad dots[quads];  // [keys, Rows]
 #pragma GCC unroll 8
-      for (int i = 0; i < Keys; i += 4, sum += 12) {
-        const vquad a = sums_of_lanes(sum[0], sum[1], sum[2], sum[3]),
-                    b = sums_of_lanes(sum[4], sum[5], sum[6], sum[7]),
-                    c = sums_of_lanes(sum[8], sum[9], sum[10], sum[11]);
-        const vquad dots[] = {a, __builtin_shufflevector(a, b, 3, 4, 5, 6), __builtin_shufflevector(b, c, 2, 3, 4, 5),
+    for (int i = 0; i < quads; ++i) {
+      if constexpr (Keys * Rows == 1)
+        dots[i] = sums_of_lanes(sum[0], vfloat{}, vfloat{}, vfloat{});
+      else
+        dots[i] = sums_of_lanes(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+    }
+    const auto put = [&](int i, const void* of_key) __attribute__((always_inline)) {
+      std::memcpy(logits + (j + i * part) * width, of_key, width * sizeof(float));
+    };
+    if constexpr (Rows == 3) {
+      // Three quads hold four keys. What is stored behind a key's three takes no part in anything.
+#pragma GCC unroll 2
+      for (int i = 0; i < Keys; i += 4) {
+        const vquad a = dots[i / 4 * 3], b = dots[i / 4 * 3 + 1], c = dots[i / 4 * 3 + 2];
+        const vquad keys[] = {a, __builtin_shufflevector(a, b, 3, 4, 5, 6), __builtin_shufflevector(b, c, 2, 3, 4, 5),
                               __builtin_shufflevector(c, c, 1, 2, 3, 0)};
 #pragma GCC unroll 4
-        for (int at = 0; at < 4; ++at) std::memcpy(logits + (j + (i + at) * part) * width, &dots[at], sizeof dots[at]);
+        for (int at = 0; at < 4; ++at) put(i + at, &keys[at]);
       }
     } else {
-      constexpr int quads = std::max(1, Keys * width / 4), keys = Keys / quads;  // of sums, and of keys in one
 #pragma GCC unroll 8
-      for (int i = 0; i < quads; ++i) {
-        vquad dots;
-        if constexpr (Keys * width == 1)
-          dots = sums_of_lanes(sum[0], vfloat{}, vfloat{}, vfloat{});
-        else
-          dots = sums_of_lanes(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-#pragma GCC unroll 4
-        for (int at = 0; at < keys; ++at)
-          std::memcpy(logits + (j + (i * keys + at) * part) * width, reinterpret_cast<const float*>(&dots) + at * width,
-                      width * sizeof(float));
-      }
+      for (int i = 0; i < Keys; ++i) put(i, reinterpret_cast<const float*>(dots) + i * Rows);
     }
   }
 }
