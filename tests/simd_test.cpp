@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "catch.hpp"
@@ -105,6 +106,22 @@ TEST_CASE("simd: repeated, every bit") {
   check_repeated<1>({nan, 1, 2, 3});
   check_repeated<2>({-0.f, std::numeric_limits<float>::denorm_min(), nan, nan});
   check_repeated<4>({-inf, nan, 0x1.fffffep127f, -1});
+}
+
+TEST_CASE("simd: every_second and by_turns, every bit") {
+  constexpr auto numbers = std::make_index_sequence<width>();
+  std::array<float, 2 * width> both;
+  for (std::size_t i = 0; i < both.size(); ++i) both[i] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i));
+  const vfloat a = detail::load(both.data()), b = detail::load(both.data() + lanes);
+  const vfloat even = detail::every_second<0>(a, b, numbers), odd = detail::every_second<1>(a, b, numbers);
+  const floats first = lanes_of(detail::by_turns<0>(even, odd, numbers)),
+               second = lanes_of(detail::by_turns<lanes>(even, odd, numbers));
+  for (std::size_t i = 0; i < width; ++i) {
+    REQUIRE(same_bits(lanes_of(even)[i], both[2 * i]));
+    REQUIRE(same_bits(lanes_of(odd)[i], both[2 * i + 1]));
+    REQUIRE(same_bits(first[i], both[i]));
+    REQUIRE(same_bits(second[i], both[width + i]));
+  }
 }
 
 TEST_CASE("simd: join_lanes") {
@@ -308,6 +325,20 @@ void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
 TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
   compare_conversions<f16>(to_f16, from_f16);
   compare_conversions<bf16>(to_bf16, from_bf16);
+}
+
+TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
+  for (std::uint32_t first = 0; first < 0x10000; first += 2 * static_cast<std::uint32_t>(lanes))
+    for (const std::size_t shift : {0, 1}) {
+      std::array<std::uint16_t, 2 * width + 1> halves{};
+      for (std::size_t i = 0; i < 2 * width; ++i) halves[shift + i] = static_cast<std::uint16_t>(first + i);
+      const auto* const from = reinterpret_cast<const std::byte*>(halves.data() + shift);
+      const floats even = lanes_of(bf16::load_even(from)), odd = lanes_of(bf16::load_odd(from));
+      for (std::size_t i = 0; i < width; ++i) {
+        REQUIRE(same_bits(even[i], from_bf16(halves[shift + 2 * i])));
+        REQUIRE(same_bits(odd[i], from_bf16(halves[shift + 2 * i + 1])));
+      }
+    }
 }
 
 TEST_CASE("simd: for_each_index takes each index once") {

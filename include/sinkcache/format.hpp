@@ -31,7 +31,8 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
 };
 
 // A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each,
-// load(from) gives as many as a vector holds.
+// load(from) gives as many as a vector holds. It may have load_even(from) and load_odd(from) too, of twice as many
+// elements those of even and of odd number, where that takes less.
 template <class F>
 concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element_bytes } -> std::convertible_to<index_t>;
@@ -99,6 +100,12 @@ struct f16 : detail::half_row<f16> {
 struct bf16 : detail::half_row<bf16> {
   static constexpr std::string_view name = "bf16";
   [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_bf16(from); }
+  [[gnu::always_inline]] static detail::vfloat load_even(const std::byte* from) noexcept {
+    return detail::load_even_bf16(from);
+  }
+  [[gnu::always_inline]] static detail::vfloat load_odd(const std::byte* from) noexcept {
+    return detail::load_odd_bf16(from);
+  }
   [[gnu::always_inline]] static void store(std::byte* to, detail::vfloat v) noexcept { detail::store_bf16(to, v); }
 };
 

@@ -3,6 +3,7 @@
 // The inner loops over one tile of keys: dot products of query rows with keys, and weighted sums of values.
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -30,6 +31,50 @@ template <int Rows, int Columns>
   for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] += sums[i / Columns][i % Columns];
 }
 
+// Whether two vectors of a row are loaded as elements of even and of odd number. With AVX2 that takes as many
+// instructions as neighbours, and a register more.
+template <class F>
+concept in_pairs = elementwise_format<F> && lanes != 8 && requires(const std::byte* from) {
+  { F::load_even(from) } -> std::same_as<vfloat>;
+  { F::load_odd(from) } -> std::same_as<vfloat>;
+};
+
+// Vector i of the `count` that begin there: of a format in pairs every two hold even and odd elements, a last one alone
+// neighbours.
+template <class F>
+[[gnu::always_inline]] inline vfloat load_vector(const std::byte* from, int i, int count) noexcept {
+  constexpr index_t bytes = lanes * F::element_bytes;
+  if constexpr (in_pairs<F>) {
+    if (i % 2 == 1) return F::load_odd(from + (i - 1) * bytes);
+    if (i + 1 < count) return F::load_even(from + i * bytes);
+  }
+  return F::load(from + i * bytes);
+}
+
+inline constexpr std::make_index_sequence<lanes> lane_numbers;
+
+// A row's elements in the order in which load_vector gives them.
+[[gnu::always_inline]] inline void to_pairs(const float* row, index_t dim, float* to) noexcept {
+  index_t d = 0;
+  for (; d + 2 * lanes <= dim; d += 2 * lanes) {
+    const vfloat a = load(row + d), b = load(row + d + lanes);
+    store(to + d, every_second<0>(a, b, lane_numbers));
+    store(to + d + lanes, every_second<1>(a, b, lane_numbers));
+  }
+  if (d < dim) store(to + d, load(row + d));
+}
+// The reverse, of vectors of rows.
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void from_pairs(vfloat (&rows)[Rows][Vectors]) noexcept {
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows * (Vectors / 2); ++i) {
+    vfloat* const pair = rows[i / (Vectors / 2)] + 2 * (i % (Vectors / 2));
+    const vfloat even = pair[0], odd = pair[1];
+    pair[0] = by_turns<0>(even, odd, lane_numbers);
+    pair[1] = by_turns<lanes>(even, odd, lane_numbers);
+  }
+}
+
 // Lanes that a group of Rows rows takes of a tile's logits [keys, width].
 template <int Rows>
 inline constexpr int width_of = Rows == 3 ? 4 : Rows;
@@ -47,11 +92,42 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
                                     float* logits) noexcept {
   if constexpr (Rows == 1 && Keys > 1)
     if (n == 1) return dot_products<K, 1, 1>(q, dim, k, n, v, logits);  // not eight times the same key
-  constexpr int width = width_of<Rows>;
+  constexpr int width = width_of<Rows>, at_once = in_pairs<K> ? 2 : 1;
   constexpr index_t line = 64 / K::element_bytes;
   constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
   const std::byte* key[Keys];
+  float paired[in_pairs<K> ? Rows * max_head_dim : 1];
+  if constexpr (in_pairs<K>) {
+    for (int r = 0; r < Rows; ++r) to_pairs(q + r * dim, dim, paired + r * dim);
+    q = paired;
+  }
+  const auto add_vector = [&](vfloat(&sums)[Keys][Rows], index_t d, int vector, int of) __attribute__((always_inline)) {
+    const float* const part = q + d + vector * lanes;
+#if defined(__x86_64__) && defined(__clang__)
+    if (vector == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
+#endif
+    vfloat qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
+    if constexpr (Rows > Keys) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Keys; ++i) kd[i] = load_vector<K>(key[i] + d * K::element_bytes, vector, of);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        qd[r] = load_once(part + r * dim);
+#pragma GCC unroll 4
+        for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) qd[r] = load_once(part + r * dim);
+#pragma GCC unroll 8
+      for (int i = 0; i < Keys; ++i) {
+        kd[i] = load_vector<K>(key[i] + d * K::element_bytes, vector, of);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+      }
+    }
+  };
   for (index_t j = 0; j < part; ++j) {
     if (j == 0 || j + (Keys - 1) * part >= n)
 #pragma GCC unroll 8
@@ -63,29 +139,13 @@ template <class K, int Rows, int Keys = keys_of<Rows, K::element_bytes>>
       for (int i = 0; i < Keys; ++i)
         prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
       const index_t last = std::min(dim, first + line);
+      index_t d = first;
 #pragma GCC unroll 1
-      for (index_t d = first; d < last; d += lanes) {
-        vfloat qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
-        if constexpr (Rows > Keys) {
-#pragma GCC unroll 8
-          for (int i = 0; i < Keys; ++i) kd[i] = K::load(key[i] + d * K::element_bytes);
-#pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) {
-            qd[r] = load_once(q + r * dim + d);
-#pragma GCC unroll 4
-            for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
-          }
-        } else {
-#pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * dim + d);
-#pragma GCC unroll 8
-          for (int i = 0; i < Keys; ++i) {
-            kd[i] = K::load(key[i] + d * K::element_bytes);
-#pragma GCC unroll 4
-            for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
-          }
-        }
-      }
+      for (; d + (at_once - 1) * lanes < last; d += at_once * lanes)
+#pragma GCC unroll 2
+        for (int vector = 0; vector < at_once; ++vector) add_vector(sums, d, vector, at_once);
+      if constexpr (in_pairs<K>)
+        if (d < last) add_vector(sums, d, 0, 1);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Keys; ++i) key[i] += k.stride;
@@ -191,7 +251,7 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
     vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
     if constexpr (Rows > Vectors) {
 #pragma GCC unroll 8
-      for (int c = 0; c < Vectors; ++c) vc[c] = V::load(value + c * lanes * V::element_bytes);
+      for (int c = 0; c < Vectors; ++c) vc[c] = load_vector<V>(value, c, Vectors);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         weight[r] = broadcast(weights[r]);
@@ -203,7 +263,7 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
       for (int r = 0; r < Rows; ++r) weight[r] = broadcast(weights[r]);
 #pragma GCC unroll 8
       for (int c = 0; c < Vectors; ++c) {
-        vc[c] = V::load(value + c * lanes * V::element_bytes);
+        vc[c] = load_vector<V>(value, c, Vectors);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
       }
@@ -224,6 +284,7 @@ template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
     for (; j < last; ++j) add_key();
     add(tile, sums);
   }
+  if constexpr (in_pairs<V> && Vectors > 1) from_pairs(tile);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Vectors; ++i) {
     const index_t at = i / Vectors * to.o_stride + column + i % Vectors * lanes;
