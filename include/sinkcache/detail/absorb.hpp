@@ -8,8 +8,9 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "tile.hpp"
+#include "tile_dots.hpp"
 #include "tile_softmax.hpp"
+#include "tile_values.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 

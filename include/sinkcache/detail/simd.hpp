@@ -66,34 +66,39 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 [[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept { return a > b ? a : b; }
 [[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept { return a < b ? a : b; }
 
-// Lane i of the result is the sum of the lanes of vi. Every sum is associated alike, whatever i is.
-[[gnu::always_inline]] inline vquad sums_of_lanes(vfloat v0, vfloat v1, vfloat v2, vfloat v3) noexcept {
+// Sums across vectors: lane i of sums_of_lanes(join_pairs(join_pair(v0, v1), join_pair(v2, v3))) is the sum of the
+// lanes of vi. Every sum is associated alike, whatever i is.
+[[gnu::always_inline]] inline vfloat join_pair(vfloat v0, vfloat v1) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  const auto pair = [](vfloat a, vfloat b) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  };
-  const vfloat ab = pair(v0, v1), cd = pair(v2, v3);
-  const vfloat sums = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                      __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  const auto half = __builtin_shufflevector(sums, sums, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(sums, sums, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(v0, v1, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+         __builtin_shufflevector(v0, v1, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(v0, v1, 0, 8, 1, 9, 4, 12, 5, 13) +
+         __builtin_shufflevector(v0, v1, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(v0, v1, 0, 4, 1, 5) + __builtin_shufflevector(v0, v1, 2, 6, 3, 7);
+#endif
+}
+[[gnu::always_inline]] inline vfloat join_pairs(vfloat v01, vfloat v23) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return __builtin_shufflevector(v01, v23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         __builtin_shufflevector(v01, v23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(v01, v23, 0, 1, 8, 9, 4, 5, 12, 13) +
+         __builtin_shufflevector(v01, v23, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+  return __builtin_shufflevector(v01, v23, 0, 1, 4, 5) + __builtin_shufflevector(v01, v23, 2, 3, 6, 7);
+#endif
+}
+[[gnu::always_inline]] inline vquad sums_of_lanes(vfloat joined) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  const auto half = __builtin_shufflevector(joined, joined, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(joined, joined, 8, 9, 10, 11, 12, 13, 14, 15);
   return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 #elif defined(__AVX__)
-  const auto pair = [](vfloat a, vfloat b) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
-           __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-  };
-  const vfloat ab = pair(v0, v1), cd = pair(v2, v3);
-  const vfloat sums = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
-                      __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
+  return __builtin_shufflevector(joined, joined, 0, 1, 2, 3) + __builtin_shufflevector(joined, joined, 4, 5, 6, 7);
 #else
-  const auto pair = [](vfloat a, vfloat b) {
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  };
-  const vfloat ab = pair(v0, v1), cd = pair(v2, v3);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  return joined;
 #endif
 }
 

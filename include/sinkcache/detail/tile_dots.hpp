@@ -1,0 +1,214 @@
+#pragma once
+
+// Dot products of query rows with the keys of a tile.
+
+#include <algorithm>
+#include <cstring>
+
+#include "tile.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// Rows [Rows, dim] as [dim / lanes, Rows, lanes], so that one address reaches them all, their elements in the order in
+// which load_vector gives those of keys in a format K. Returns `to`.
+template <class K, int Rows>
+[[gnu::always_inline]] inline const float* pack_rows(const float* rows, index_t dim, float* to) noexcept {
+  for (int r = 0; r < Rows; ++r) {
+    const float* const row = rows + r * dim;
+    float* const packed = to + r * lanes;
+    index_t d = 0;
+    if constexpr (in_pairs<K>)
+      for (; d + 2 * lanes <= dim; d += 2 * lanes) {
+        const vfloat a = load(row + d), b = load(row + d + lanes);
+        store(packed + d * Rows, every_second<0>(a, b, lane_numbers));
+        store(packed + (d + lanes) * Rows, every_second<1>(a, b, lane_numbers));
+      }
+    for (; d < dim; d += lanes) store(packed + d * Rows, load(row + d));
+  }
+  return to;
+}
+// Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied.
+template <int Rows>
+inline constexpr int keys_of = Rows == 1 ? 8 : (Rows == 4 ? 3 : 4);
+
+// Adds, for a few keys, the products of vector number `vector` of the `of` that begin at d.
+template <class K, int Rows, int Keys>
+[[gnu::always_inline]] inline void add_products(vfloat (&sums)[Keys][Rows], const float* q, index_t q_step,
+                                                const std::byte* const (&key)[Keys], index_t d, int vector,
+                                                int of) noexcept {
+#if defined(__x86_64__) && defined(__clang__)
+  if (vector == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
+#endif
+  const auto load_key = [&](int i) __attribute__((always_inline)) {
+    return load_vector<K>(key[i] + d * K::element_bytes, vector, of);
+  };
+  vfloat qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
+  if constexpr (Rows > Keys) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Keys; ++i) kd[i] = load_key(i);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      qd[r] = load_once(q + r * q_step);
+#pragma GCC unroll 4
+      for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * q_step);
+#pragma GCC unroll 8
+    for (int i = 0; i < Keys; ++i) {
+      kd[i] = load_key(i);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+    }
+  }
+}
+
+// The sums across vectors, four vectors a quad: four steps, of which the last gives the dot products [keys, Rows].
+template <int Rows, int Keys>
+struct joined_sums {
+  static constexpr int quads = std::max(1, Keys*Rows / 4), steps = 4;
+
+  vfloat joined[quads][2];
+  vquad dots[quads];
+
+  [[gnu::always_inline]] void step(int number, const vfloat (&sums)[Keys][Rows]) noexcept {
+    const auto sum = [&](int i) { return i < Keys * Rows ? sums[i / Rows][i % Rows] : vfloat{}; };
+#pragma GCC unroll 4
+    for (int i = 0; i < quads; ++i) {
+      if (number < 2)
+        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1));
+      else if (number == 2)
+        joined[i][0] = join_pairs(joined[i][0], joined[i][1]);
+      else
+        dots[i] = sums_of_lanes(joined[i][0]);
+    }
+  }
+
+  // To the logits of keys `key_step` floats apart.
+  [[gnu::always_inline]] void put(float* logits, index_t key_step) const noexcept {
+    const auto put_key = [&](int i, const void* of_key) __attribute__((always_inline)) {
+      std::memcpy(logits + i * key_step, of_key, width_of<Rows> * sizeof(float));
+    };
+    if constexpr (Rows == 3) {
+      // Three quads hold four keys. What is stored behind a key's three takes no part in anything.
+      static_assert(Keys == 4);
+      const vquad a = dots[0], b = dots[1], c = dots[2];
+      const vquad keys[] = {a, __builtin_shufflevector(a, b, 3, 4, 5, 6), __builtin_shufflevector(b, c, 2, 3, 4, 5),
+                            __builtin_shufflevector(c, c, 1, 2, 3, 0)};
+#pragma GCC unroll 4
+      for (int i = 0; i < Keys; ++i) put_key(i, &keys[i]);
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < Keys; ++i) put_key(i, reinterpret_cast<const float*>(dots) + i * Rows);
+    }
+  }
+};
+
+// logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
+// keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the tile's values
+// are brought in meanwhile, from two or three parts.
+template <class K, int Rows, int Keys = keys_of<Rows>>
+[[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
+                                    float* logits) noexcept {
+  if constexpr (Rows == 1 && Keys > 1)
+    if (n == 1) return dot_products<K, 1, 1>(q, dim, k, n, v, logits);  // not eight times the same key
+  // With 32 registers, the sums of the keys before are joined among the products of the next: behind all of them, a
+  // processor does not look far enough ahead to begin with those meanwhile.
+  constexpr bool late = lanes == 16 && Keys > 1, packed = late || in_pairs<K>;
+  constexpr int together = packed ? Rows : 1;  // NOLINT(bugprone-branch-clone)
+  constexpr index_t line = 64 / K::element_bytes;
+  constexpr int at_once = lanes == 16 ? line / lanes : (in_pairs<K> ? 2 : 1), width = width_of<Rows>;
+  constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
+  const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
+  alignas(64) float memory[packed ? Rows * max_head_dim : 1];
+  if constexpr (packed) q = pack_rows<K, Rows>(q, dim, memory);
+  const std::byte* key[Keys];
+  vfloat sums[Keys][Rows], before[Keys][Rows];
+  joined_sums<Rows, Keys> joined;
+  const auto add_vectors = [&](index_t d) __attribute__((always_inline)) {
+    const auto add_vector = [&](int vector, int of) __attribute__((always_inline)) {
+      add_products<K>(sums, q + (d + vector * lanes) * together, packed ? lanes : dim, key, d, vector, of);
+    };
+    if (at_once == 1 || lanes < 16 || d + lanes < dim)
+#pragma GCC unroll 2
+      for (int vector = 0; vector < at_once; ++vector) add_vector(vector, at_once);
+    else
+      add_vector(0, 1);
+  };
+  const auto add_line = [&](index_t j, index_t first) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Keys; ++i)
+      prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
+    if constexpr (at_once * lanes == line) {
+      add_vectors(first);
+    } else {
+      const index_t last = std::min(dim, first + line);
+#pragma GCC unroll 1
+      for (index_t d = first; d < last; d += at_once * lanes) add_vectors(d);
+    }
+  };
+  const auto join_all = [&](index_t j) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int step = 0; step < joined.steps; ++step) joined.step(step, before);
+    joined.put(logits + j * width, part * width);
+  };
+  clear(before);
+  for (index_t j = 0; j < part; ++j) {
+    if (j == 0 || j + (Keys - 1) * part >= n)
+#pragma GCC unroll 8
+      for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
+    clear(sums);
+    if constexpr (late) {
+#pragma GCC unroll 4
+      for (int step = 0; step < joined.steps; ++step) {
+        if (step % at_once == 0 && step * lanes < dim) add_line(j, step * lanes);
+        joined.step(step, before);
+      }
+      joined.put(logits + (j == 0 ? 0 : j - 1) * width, part * width);  // at first zeros, which do not stay
+    }
+    for (index_t first = late ? joined.steps * lanes : 0; first < dim; first += line) add_line(j, first);
+#pragma GCC unroll 8
+    for (int i = 0; i < Keys; ++i) key[i] += k.stride;
+    copy(before, sums);
+    if constexpr (!late) join_all(j);
+  }
+  if constexpr (late) join_all(part - 1);
+}
+
+// logits[j][r] = q[r] . k[j] for a panel of rows, a few keys at a time: their sums, and the sums of those, take the
+// registers. 32 products are summed by themselves. Behind the n-th key the last one repeats.
+[[gnu::noinline]] inline void panel_dot_products(const float* q, index_t dim, tile_rows k, index_t n,
+                                                 float* logits) noexcept {
+  constexpr index_t panel = query_rows::panel, unrolled = 4;
+  constexpr int keys = lanes == 16 ? 6 : 4;
+  for (index_t j = 0; j < n; j += keys) {
+    const float* key[keys];
+#pragma GCC unroll 8
+    for (int i = 0; i < keys; ++i) key[i] = reinterpret_cast<const float*>(k.row(std::min(j + i, n - 1)));
+    vfloat dots[keys][2], sums[keys][2];
+    clear(dots);
+    for (index_t first = 0; first < dim; first += 32) {
+      const index_t last = std::min<index_t>(dim, first + 32);
+      clear(sums);
+#pragma GCC unroll 1
+      for (index_t d = first; d < last; d += unrolled) {
+#pragma GCC unroll 4
+        for (index_t u = d; u < d + unrolled; ++u) {
+          const vfloat q0 = load_once(q + u * panel), q1 = load_once(q + u * panel + lanes);
+#pragma GCC unroll 8
+          for (int i = 0; i < keys; ++i) {
+            const vfloat kd = broadcast(key[i][u]);
+            sums[i][0] = add_product(sums[i][0], q0, kd);
+            sums[i][1] = add_product(sums[i][1], q1, kd);
+          }
+        }
+      }
+      add(dots, sums);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * keys; ++i) store(logits + j * panel + i * lanes, dots[i / 2][i % 2]);
+  }
+}
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
