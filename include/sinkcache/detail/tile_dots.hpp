@@ -59,7 +59,12 @@ template <class K, int Rows, int Keys>
     for (int i = 0; i < Keys; ++i) {
       kd[i] = load_key(i);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+      for (int r = 0; r < Rows; ++r) {
+        sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
+#if defined(__AVX__) && defined(__clang__)
+        if (Rows == 3 && K::element_bytes < 4) asm("" : "+v"(sums[i][r]));  // or it moves them round, and spills
+#endif
+      }
     }
   }
 }

@@ -73,10 +73,13 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
   // A few rows: `lanes` keys at a time.
   const index_t used = n * Width, all = vectors == 1 ? round_up(used, Width * lanes) : used;
   for (index_t i = used; i < all; ++i) logits[i] = no_logit;
-  vfloat largest[vectors], old_max[vectors], subtract[vectors], factor[vectors], sum[vectors] = {};
-  for (int part = 0; part < vectors; ++part) largest[part] = load(logits + part * lanes);
-  for (index_t i = vectors * lanes; i < all; i += vectors * lanes)
-    for (int part = 0; part < vectors; ++part) largest[part] = max(largest[part], load(logits + i + part * lanes));
+  constexpr int chains = vectors == 1 ? Width : vectors;  // or every maximum waits for the one before
+  vfloat largest[chains], old_max[vectors], subtract[vectors], factor[vectors], sum[vectors] = {};
+  for (int i = 0; i < chains; ++i) largest[i] = load(logits + i * lanes);
+  for (index_t first = chains * lanes; first < all; first += chains * lanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < chains; ++i) largest[i] = max(largest[i], load(logits + first + i * lanes));
+  for (int i = vectors; i < chains; ++i) largest[0] = max(largest[0], largest[i]);
   lanes_of::spread(to.m, old_max);
   for (int part = 0; part < vectors; ++part) {
     // A whole number, so that no later change of it rounds what was summed.
