@@ -148,6 +148,9 @@ struct query_block {
         continue;
       }
       const float* const row_q = q.row(first_row + token(row + r)) + head(kv_head, row + r) * dim;
+      constexpr index_t ahead = 8;  // tokens: hardware brings in no rows that lie so far apart
+      if (r + ahead * group < count)
+        for (index_t i = 0; i < dim; i += 16) __builtin_prefetch(row_q + ahead * q.stride() + i);
       const position_t gap = extents[r].gap;
       if (config.rope && config.rope->width() > 0 && (raw || gap != 0)) {
         if (r == 0 || (row + r) % group == 0)
