@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -58,6 +59,40 @@ static_assert(sinkcache::kv_format<six_bits>);
 
 // Half a step of a 31st of the row's largest number, and what rounding adds.
 constexpr proof::storage_error six_bit_error{1e-6, 0.5 / 31 * 1.0001};
+
+// A format whose elements the kernel loads where they lie.
+
+// The upper byte of a half: fp8 with five bits of exponent and two of significand.
+struct upper_byte {
+  static constexpr index_t block_rows = 1, element_bytes = 1;
+  static constexpr index_t block_bytes(index_t dim) { return (dim + 63) / 64 * 64; }
+
+  static void encode(const float* row, index_t dim, std::byte* to) noexcept {
+    std::memset(to, 0, static_cast<std::size_t>(block_bytes(dim)));
+    for (index_t i = 0; i < dim; ++i) {
+      std::byte block[64];
+      sinkcache::f16::encode(row + i, 1, block);
+      std::uint16_t half;
+      std::memcpy(&half, block, sizeof half);
+      to[i] = static_cast<std::byte>((half + 0x7fu + ((half >> 8) & 1u)) >> 8);
+    }
+  }
+  static float element(std::byte stored) noexcept {
+    const std::byte half[2] = {std::byte{0}, stored};
+    float x;
+    sinkcache::f16::decode(half, 0, 1, &x);
+    return x;
+  }
+  static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
+    for (index_t i = 0; i < dim; ++i) out[i] = element(from[i]);
+  }
+  static sinkcache::detail::vfloat load(const std::byte* from) noexcept {
+    sinkcache::detail::vfloat v;
+    for (int i = 0; i < sinkcache::detail::lanes; ++i) v[i] = element(from[i]);
+    return v;
+  }
+};
+static_assert(sinkcache::elementwise_format<upper_byte>);
 
 // A policy: a window of whole pages.
 
@@ -160,18 +195,27 @@ void check(proof::random_case c, const Policy& policy) {
                         own_v ? six_bit_error : proof::storage_error{}) == "");
 }
 
+template <class K, class V>
+void check_formats(int seed, proof::storage_error k_error, proof::storage_error v_error) {
+  proof::random_case c = draw(seed, true);
+  c.k_format = c.v_format = 3;
+  INFO(c.name());
+  const auto make = [](const sinkcache::cache_config& config) -> std::unique_ptr<proof::open_cache> {
+    return std::make_unique<proof::open_cache_of<K, V>>(config);
+  };
+  const sinkcache::cache_config& config = c.config;
+  CHECK(proof::run_case(c, make, proof::plain_sink_window(config.num_sink_tokens, config.window, config.rollback),
+                        k_error, v_error) == "");
+}
+
 TEST_CASE("user's format: 6-bit rows") {
-  for (int i = 0; i < effort::cases(60); ++i) {
-    proof::random_case c = draw(70000 + i, true);
-    c.k_format = c.v_format = 3;
-    INFO(c.name());
-    const auto make = [](const sinkcache::cache_config& config) -> std::unique_ptr<proof::open_cache> {
-      return std::make_unique<proof::open_cache_of<six_bits>>(config);
-    };
-    const sinkcache::cache_config& config = c.config;
-    CHECK(proof::run_case(c, make, proof::plain_sink_window(config.num_sink_tokens, config.window, config.rollback),
-                          six_bit_error, six_bit_error) == "");
-  }
+  for (int i = 0; i < effort::cases(60); ++i)
+    check_formats<six_bits, six_bits>(70000 + i, six_bit_error, six_bit_error);
+}
+
+TEST_CASE("user's format: elements of one byte") {
+  constexpr proof::storage_error error{0.126, 1e-3};
+  for (int i = 0; i < effort::cases(60); ++i) check_formats<upper_byte, upper_byte>(71000 + i, error, error);
 }
 
 TEST_CASE("user's policy: a window of whole pages, with pinned first tokens") {

@@ -30,14 +30,14 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
   F::decode(from, index_t{}, dim, out);
 };
 
-// A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each,
-// load(from) gives as many as a vector holds. It may have load_even(from) and load_odd(from) too, of twice as many
-// elements those of even and of odd number, where that takes less.
+// A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each, 1, 2
+// or 4, and zeros behind the last; load(from) gives as many as a vector holds. It may have load_even(from) and
+// load_odd(from) too, of twice as many elements those of even and of odd number, where that takes less.
 template <class F>
 concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element_bytes } -> std::convertible_to<index_t>;
   { F::load(from) } -> std::same_as<detail::vfloat>;
-};
+} &&(F::element_bytes == 1 || F::element_bytes == 2 || F::element_bytes == 4);
 
 // Plain floats.
 struct f32 {

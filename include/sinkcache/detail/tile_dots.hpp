@@ -27,6 +27,7 @@ template <class K, int Rows>
   }
   return to;
 }
+
 // Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied.
 template <int Rows>
 inline constexpr int keys_of = Rows == 1 ? 8 : (Rows == 4 ? 3 : 4);
@@ -123,7 +124,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   constexpr bool late = lanes == 16 && Keys > 1, packed = late || in_pairs<K>;
   constexpr int together = packed ? Rows : 1;  // NOLINT(bugprone-branch-clone)
   constexpr index_t line = 64 / K::element_bytes;
-  constexpr int at_once = lanes == 16 ? line / lanes : (in_pairs<K> ? 2 : 1), width = width_of<Rows>;
+  constexpr int at_once = in_pairs<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1, width = width_of<Rows>;
   constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
   alignas(64) float memory[packed ? Rows * max_head_dim : 1];
@@ -167,7 +168,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
     if constexpr (late) {
 #pragma GCC unroll 4
       for (int step = 0; step < joined.steps; ++step) {
-        if (step % at_once == 0 && step * lanes < dim) add_line(j, step * lanes);
+        if (step * lanes % line == 0 && step * lanes < dim) add_line(j, step * lanes);
         joined.step(step, before);
       }
       joined.put(logits + (j == 0 ? 0 : j - 1) * width, part * width);  // at first zeros, which do not stay
