@@ -332,7 +332,7 @@ TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
 
 TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
   for (std::uint32_t first = 0; first < 0x10000; first += 2 * static_cast<std::uint32_t>(lanes))
-    for (const std::size_t shift : {0, 1}) {
+    for (const std::size_t shift : {std::size_t{0}, std::size_t{1}}) {
       std::array<std::uint16_t, 2 * width + 1> halves{};
       for (std::size_t i = 0; i < 2 * width; ++i) halves[shift + i] = static_cast<std::uint16_t>(first + i);
       const auto* const from = reinterpret_cast<const std::byte*>(halves.data() + shift);
