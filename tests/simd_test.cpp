@@ -7,7 +7,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "catch.hpp"
@@ -109,7 +108,7 @@ TEST_CASE("simd: repeated, every bit") {
 }
 
 TEST_CASE("simd: every_second and by_turns, every bit") {
-  constexpr auto numbers = std::make_index_sequence<width>();
+  constexpr auto numbers = detail::lane_numbers;
   std::array<float, 2 * width> both;
   for (std::size_t i = 0; i < both.size(); ++i) both[i] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i));
   const vfloat a = detail::load(both.data()), b = detail::load(both.data() + lanes);
@@ -144,7 +143,9 @@ TEST_CASE("simd: join_lanes") {
 TEST_CASE("simd: sums across vectors stay apart, and all associate alike") {
   effort::dice dice(4);
   const auto sums_of = [](vfloat v0, vfloat v1, vfloat v2, vfloat v3) {
-    return detail::sums_of_lanes(detail::join_pairs(detail::join_pair(v0, v1), detail::join_pair(v2, v3)));
+    const auto numbers = detail::lane_numbers;
+    const vfloat v01 = detail::join_pair(v0, v1, numbers), v23 = detail::join_pair(v2, v3, numbers);
+    return detail::sums_of_lanes(detail::join_pairs(v01, v23, numbers));
   };
   for (int trial = 0; trial < 500; ++trial) {
     floats plain[4];

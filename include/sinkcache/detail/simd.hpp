@@ -66,29 +66,20 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 [[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept { return a > b ? a : b; }
 [[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept { return a < b ? a : b; }
 
-// Sums across vectors: lane i of sums_of_lanes(join_pairs(join_pair(v0, v1), join_pair(v2, v3))) is the sum of the
-// lanes of vi. Every sum is associated alike, whatever i is.
-[[gnu::always_inline]] inline vfloat join_pair(vfloat v0, vfloat v1) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return __builtin_shufflevector(v0, v1, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-         __builtin_shufflevector(v0, v1, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-#elif defined(__AVX__)
-  return __builtin_shufflevector(v0, v1, 0, 8, 1, 9, 4, 12, 5, 13) +
-         __builtin_shufflevector(v0, v1, 2, 10, 3, 11, 6, 14, 7, 15);
-#else
-  return __builtin_shufflevector(v0, v1, 0, 4, 1, 5) + __builtin_shufflevector(v0, v1, 2, 6, 3, 7);
-#endif
+// 0 to lanes - 1, for what shuffles.
+inline constexpr std::make_index_sequence<lanes> lane_numbers;
+
+// Sums across vectors: join_pair two by two, join_pairs of two of those, then sums_of_lanes, whose lane i is the sum of
+// the lanes of the i-th vector. Every sum is associated alike, whatever i is.
+template <std::size_t... I>
+[[gnu::always_inline]] inline vfloat join_pair(vfloat v0, vfloat v1, std::index_sequence<I...>) noexcept {
+  return __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * lanes)...) +
+         __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * lanes + 2)...);
 }
-[[gnu::always_inline]] inline vfloat join_pairs(vfloat v01, vfloat v23) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return __builtin_shufflevector(v01, v23, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-         __builtin_shufflevector(v01, v23, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-#elif defined(__AVX__)
-  return __builtin_shufflevector(v01, v23, 0, 1, 8, 9, 4, 5, 12, 13) +
-         __builtin_shufflevector(v01, v23, 2, 3, 10, 11, 6, 7, 14, 15);
-#else
-  return __builtin_shufflevector(v01, v23, 0, 1, 4, 5) + __builtin_shufflevector(v01, v23, 2, 3, 6, 7);
-#endif
+template <std::size_t... I>
+[[gnu::always_inline]] inline vfloat join_pairs(vfloat v01, vfloat v23, std::index_sequence<I...>) noexcept {
+  return __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * lanes)...) +
+         __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * lanes + 2)...);
 }
 [[gnu::always_inline]] inline vquad sums_of_lanes(vfloat joined) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -130,9 +121,9 @@ template <int Period>
   std::memcpy(&four, from, sizeof four);
   if constexpr (lanes > 8) {  // in two steps: g++ 12 takes one through memory
     const auto eight = repeated<Period>(four, std::make_index_sequence<8>());
-    return repeated<8>(eight, std::make_index_sequence<lanes>());
+    return repeated<8>(eight, lane_numbers);
   } else {
-    return repeated<Period>(four, std::make_index_sequence<lanes>());
+    return repeated<Period>(four, lane_numbers);
   }
 }
 
@@ -140,7 +131,7 @@ template <int Period>
 template <int Width, int Distance = lanes / 2, class F>
 [[gnu::always_inline]] inline vfloat join_lanes(vfloat v, const F& join) noexcept {
   if constexpr (Distance >= Width)
-    v = join_lanes<Width, Distance / 2>(join(v, rotated<Distance>(v, std::make_index_sequence<lanes>())), join);
+    v = join_lanes<Width, Distance / 2>(join(v, rotated<Distance>(v, lane_numbers)), join);
   return v;
 }
 

@@ -55,8 +55,6 @@ template <class F>
   return F::load(from + i * bytes);
 }
 
-inline constexpr std::make_index_sequence<lanes> lane_numbers;
-
 // Lanes that a group of Rows rows takes of a tile's logits [keys, width].
 template <int Rows>
 inline constexpr int width_of = Rows == 3 ? 4 : Rows;

@@ -83,9 +83,9 @@ struct joined_sums {
 #pragma GCC unroll 4
     for (int i = 0; i < quads; ++i) {
       if (number < 2)
-        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1));
+        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1), lane_numbers);
       else if (number == 2)
-        joined[i][0] = join_pairs(joined[i][0], joined[i][1]);
+        joined[i][0] = join_pairs(joined[i][0], joined[i][1], lane_numbers);
       else
         dots[i] = sums_of_lanes(joined[i][0]);
     }
