@@ -107,6 +107,20 @@ TEST_CASE("simd: repeated, every bit") {
   check_repeated<4>({-inf, nan, 0x1.fffffep127f, -1});
 }
 
+TEST_CASE("simd: from_lane, and repeated from any lane on, every bit") {
+  std::array<float, 2 * width> both;
+  for (std::size_t i = 0; i < both.size(); ++i) both[i] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i));
+  const vfloat a = detail::load(both.data()), b = detail::load(both.data() + lanes);
+  const floats half = lanes_of(detail::from_lane<lanes / 2>(a, b, detail::lane_numbers)),
+               three_quarters = lanes_of(detail::from_lane<3 * lanes / 4>(a, b, detail::lane_numbers)),
+               next = lanes_of(detail::repeated<3, lanes>(a, detail::lane_numbers));
+  for (std::size_t i = 0; i < width; ++i) {
+    REQUIRE(same_bits(half[i], both[i + width / 2]));
+    REQUIRE(same_bits(three_quarters[i], both[i + 3 * width / 4]));
+    REQUIRE(same_bits(next[i], both[(width + i) % 3]));
+  }
+}
+
 TEST_CASE("simd: every_second and by_turns, every bit") {
   constexpr auto numbers = detail::lane_numbers;
   std::array<float, 2 * width> both;
@@ -241,27 +255,35 @@ TEST_CASE("simd: exp2_nonpositive is cut at -100") {
     CHECK((i == 1 ? std::isnan(powers[i]) : same_bits(powers[i], detail::exp2_nonpositive(mixed[i]))));
 }
 
-TEST_CASE("simd: tanh") {
-  double worst = 0;
+TEST_CASE("simd: scaled_tanh") {
+  const auto tanh_of = [](float x, float scale) {
+    return lanes_of(detail::scaled_tanh(detail::broadcast(x), scale))[0];
+  };
+  double worst = 0, worst_in_proportion = 0;
   const auto highest = std::bit_cast<std::uint32_t>(40.f);
   const auto step = static_cast<std::uint32_t>(std::max(1, 40000 / effort::cases(10)));
   for (std::uint32_t pattern = 0; pattern <= highest; pattern += step) {
     const auto x = std::bit_cast<float>(pattern);
-    const float y = lanes_of(detail::tanh(detail::broadcast(x)))[0],
-                minus = lanes_of(detail::tanh(detail::broadcast(-x)))[0];
-    worst = std::max(worst, std::abs(static_cast<double>(y) - std::tanh(static_cast<double>(x))));
-    REQUIRE(minus == -y);
+    const float y = tanh_of(x, 1), scaled = tanh_of(x, 43.5f);
+    const double exact = std::tanh(static_cast<double>(x));
+    worst = std::max({worst, std::abs(static_cast<double>(y) - exact), std::abs(scaled / 43.5 - exact)});
+    if (x >= 0x1p-100f && x < 0.1f)
+      worst_in_proportion = std::max(worst_in_proportion, std::abs(static_cast<double>(y) / exact - 1));
+    REQUIRE(y <= 1.f);
+    REQUIRE(tanh_of(-x, 1) == -y);
+    REQUIRE(tanh_of(-x, 43.5f) == -scaled);
   }
-  CAPTURE(worst);
-  CHECK(worst <= 3e-7);
+  CAPTURE(worst, worst_in_proportion);
+  CHECK(worst <= 4e-7);
+  CHECK(worst_in_proportion <= 4e-7);
   for (const float large : {9.5f, 1e30f, inf}) {
-    const float y = lanes_of(detail::tanh(detail::broadcast(large)))[0];
+    const float y = tanh_of(large, 1);
     CHECK(y <= 1.f);
-    CHECK(y >= 1.f - 3e-7f);
-    CHECK(lanes_of(detail::tanh(detail::broadcast(-large)))[0] == -y);
+    CHECK(y >= 1.f - 4e-7f);
+    CHECK(tanh_of(-large, 1) == -y);
   }
-  CHECK(lanes_of(detail::tanh(detail::broadcast(0.f)))[0] == 0.f);
-  CHECK(std::isnan(lanes_of(detail::tanh(detail::broadcast(nan)))[0]));
+  CHECK(tanh_of(0.f, 30.f) == 0.f);
+  CHECK(std::isnan(tanh_of(nan, 30.f)));
 }
 
 // IEEE half precision, rounded to nearest even; a signalling NaN becomes quiet.

@@ -11,7 +11,7 @@
 
 #include "../config.hpp"
 
-#if defined(__F16C__) || defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
@@ -62,9 +62,29 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 [[gnu::always_inline]] inline vfloat broadcast(float x) noexcept { return x - vfloat{}; }
 [[gnu::always_inline]] inline vuint broadcast_bits(std::uint32_t x) noexcept { return x - vuint{}; }
 
-// Lane by lane; b where either is NaN.
-[[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept { return a > b ? a : b; }
-[[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept { return a < b ? a : b; }
+// Lane by lane; b where either is NaN, as x86's instructions have it, which g++ 12 does not recognise here.
+[[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // 0 to lanes - 1, for what shuffles.
 inline constexpr std::make_index_sequence<lanes> lane_numbers;
@@ -93,10 +113,10 @@ template <std::size_t... I>
 #endif
 }
 
-// The lanes, moved round by Distance.
-template <int Distance, std::size_t... I>
-[[gnu::always_inline]] inline vfloat rotated(vfloat v, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(v, v, ((int(I) + Distance) % lanes)...);
+// Of the lanes of a, then those of b: as many as a vector has, from number First on.
+template <int First, std::size_t... I>
+[[gnu::always_inline]] inline vfloat from_lane(vfloat a, vfloat b, std::index_sequence<I...>) noexcept {
+  return __builtin_shufflevector(a, b, ((int(I) + First) % (2 * lanes))...);
 }
 
 // Of the lanes of a, then those of b: every second, from number First on.
@@ -110,11 +130,12 @@ template <int First, std::size_t... I>
   return __builtin_shufflevector(even, odd, ((First + int(I)) / 2 + int(I) % 2 * lanes)...);
 }
 
-// The first Period of the four floats there, over and over.
-template <int Period, class V, std::size_t... I>
+// The first Period lanes over and over, from number First on.
+template <int Period, int First = 0, class V, std::size_t... I>
 [[gnu::always_inline]] inline auto repeated(V v, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(v, v, (int(I) % Period)...);
+  return __builtin_shufflevector(v, v, ((First + int(I)) % Period)...);
 }
+// The first Period of the four floats there, over and over.
 template <int Period>
 [[gnu::always_inline]] inline vfloat repeated(const float* from) noexcept {
   vquad four;
@@ -127,11 +148,12 @@ template <int Period>
   }
 }
 
-// Joins the lanes that are a multiple of Width apart, halves first; each ends up with what they joined to.
+// Joins the lanes that are a multiple of Width apart, halves first; each ends up with what they joined to. Of the first
+// 2 * Distance lanes alone into the first Width, if that is given.
 template <int Width, int Distance = lanes / 2, class F>
 [[gnu::always_inline]] inline vfloat join_lanes(vfloat v, const F& join) noexcept {
   if constexpr (Distance >= Width)
-    v = join_lanes<Width, Distance / 2>(join(v, rotated<Distance>(v, lane_numbers)), join);
+    v = join_lanes<Width, Distance / 2>(join(v, from_lane<Distance>(v, v, lane_numbers)), join);
   return v;
 }
 
@@ -147,9 +169,14 @@ template <int Width, int Distance = lanes / 2, class F>
 #if defined(__clang__)
 #pragma clang fp reassociate(off)  // under -fassociative-math, which clang does not tell of
 #endif
-  const vfloat round = broadcast(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  const vfloat whole = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+  const vfloat f = x - whole;
+#else
+  const vfloat round = broadcast(0x1.8p23f + 127);  // adding it leaves the power's exponent in the low bits
   const vfloat shifted = x + round;
   const vfloat f = x - (shifted - round);
+#endif
   vfloat p = broadcast(1.534581242594868e-4f);
   p = p * f + 1.3399931e-3f;  // minimax over [-1/2, 1/2], relative error 2e-9 before rounding
   p = p * f + 9.6184889571e-3f;
@@ -157,27 +184,31 @@ template <int Width, int Distance = lanes / 2, class F>
   p = p * f + 2.402264689063e-1f;
   p = p * f + 6.931472057373e-1f;
   p = p * f + 1.0f;
-  const vfloat power = std::bit_cast<vfloat>((std::bit_cast<vint>(shifted) << 23) + 0x3f800000);
-  return x < broadcast(-100.f) ? vfloat{} : p * power;
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(-100.f), _CMP_NLT_UQ), p, whole);
+#else
+  return x < broadcast(-100.f) ? vfloat{} : p * std::bit_cast<vfloat>(std::bit_cast<vint>(shifted) << 23);
+#endif
 }
 inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadcast(x))[0]; }
 
-// tanh(x), within 3e-7 of it, in proportion where it is small.
-[[gnu::always_inline]] inline vfloat tanh(vfloat x) noexcept {
-  const vfloat one = broadcast(1.f), most = broadcast(9.f);
+// scale * tanh(x), within scale * 4e-7 of it, in proportion where it is small.
+[[gnu::always_inline]] inline vfloat scaled_tanh(vfloat x, float scale) noexcept {
+  // Least squares, reweighted towards minimax: 7e-9 before rounding. No |x| up to 8 gives more than 1.
+  const vfloat most = broadcast(8.f);
   x = max(-most, min(most, x));
   const vfloat x2 = x * x;
-  vfloat p = broadcast(1.3354545025379139e-8f);  // least squares, reweighted towards minimax; 2e-8 before rounding
-  p = p * x2 + 2.0608995328075252e-5f;
-  p = p * x2 + 3.4955828450620174e-3f;
-  p = p * x2 + 0.13381020724773407f;
-  p = p * x2 + 1.f;
-  vfloat q = broadcast(7.776509960422118e-7f);
-  q = q * x2 + 3.285626007709652e-4f;
-  q = q * x2 + 2.5876961648464203e-2f;
-  q = q * x2 + 0.46714335680007935f;
+  vfloat p = broadcast(scale * 1.523028108359891e-8f);
+  p = p * x2 + scale * 2.1894567238916348e-5f;
+  p = p * x2 + scale * 3.571592390096787e-3f;
+  p = p * x2 + scale * 0.13444493270171848f;
+  p = p * x2 + scale;
+  vfloat q = broadcast(8.522391953262443e-7f);
+  q = q * x2 + 3.411282724619574e-4f;
+  q = q * x2 + 2.616442160749776e-2f;
+  q = q * x2 + 0.46777820591060565f;
   q = q * x2 + 1.f;
-  return max(-one, min(one, x * p / q));
+  return x * p / q;
 }
 
 // `lanes` 16-bit floats from anywhere, widened.

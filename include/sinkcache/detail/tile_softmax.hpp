@@ -39,9 +39,9 @@ void adjust_logits(const query_rows& rows, index_t row, const extent* extents, p
                    float* logits) noexcept {
   using lanes_of = row_lanes<Width>;
   const index_t all = round_up(n * Width, lanes);
-  if (rows.soft_cap > 0) {
-    const float inverse = std::min(1 / rows.soft_cap, std::numeric_limits<float>::max());  // 0 times it has to be 0
-    for (index_t i = 0; i < all; i += lanes) store(logits + i, rows.soft_cap * tanh(load(logits + i) * inverse));
+  if (const float cap = rows.soft_cap; cap > 0) {
+    const float inverse = std::min(1 / cap, std::numeric_limits<float>::max());  // 0 times it has to be 0
+    for (index_t i = 0; i < all; i += lanes) store(logits + i, scaled_tanh(load(logits + i) * inverse, cap));
   }
   if (rows.terms == nullptr) return;
   float slope[std::max(Width, 4)] = {}, bias[Width] = {}, nearest[std::max(Width, 4)] = {};
