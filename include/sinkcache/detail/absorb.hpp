@@ -74,8 +74,7 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   if (all_from >= all_upto) all_from = all_upto = hi;
   k = k.from_row(lo), v = v.from_row(lo), n = hi - lo;
   panel_dot_products(rows.q + row * dim, dim, k, n, logits);
-  if (rows.soft_cap > 0 || rows.terms != nullptr)
-    adjust_logits<panel, panel>(rows, row, extents, first + lo, n, logits);
+  if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<panel>(rows, row, extents, first + lo, n, logits);
   alignas(64) float sees_from[panel], sees_upto[panel];
   for (int r = 0; r < panel; ++r)
     sees_from[r] = static_cast<float>(from[r]), sees_upto[r] = static_cast<float>(upto[r]);
@@ -91,7 +90,7 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   hide_unseen(lo, all_from);
   hide_unseen(all_upto, hi);
   float scale[panel];
-  weigh<panel, panel>(logits, offset + lo, n, to.from_row(row), scale);
+  weigh<panel>(logits, offset + lo, n, to.from_row(row), scale);
   rescale_values(scale, panel, to.from_row(row));
   // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
   if (!all_finite(v, all_from - lo, v_dim) || !all_finite(v.from_row(all_upto - lo), hi - all_upto, v_dim)) {

@@ -55,10 +55,6 @@ template <class F>
   return F::load(from + i * bytes);
 }
 
-// Lanes that a group of Rows rows takes of a tile's logits [keys, width].
-template <int Rows>
-inline constexpr int width_of = Rows == 3 ? 4 : Rows;
-
 // Calls f<Rows>(row, group) for groups of up to four of `count` rows.
 template <class F>
 void in_groups(index_t count, const F& f) {

@@ -91,22 +91,23 @@ struct joined_sums {
     }
   }
 
-  // To the logits of keys `key_step` floats apart.
-  [[gnu::always_inline]] void put(float* logits, index_t key_step) const noexcept {
-    const auto put_key = [&](int i, const void* of_key) __attribute__((always_inline)) {
-      std::memcpy(logits + i * key_step, of_key, width_of<Rows> * sizeof(float));
-    };
+  // To the logits of keys `key_step` floats apart. Three rows take a float more, which the next key's overwrite, unless
+  // these are the last.
+  [[gnu::always_inline]] void put(float* logits, index_t key_step, bool last) const noexcept {
     if constexpr (Rows == 3) {
-      // Three quads hold four keys. What is stored behind a key's three takes no part in anything.
-      static_assert(Keys == 4);
+      static_assert(Keys == 4);  // which three quads hold
       const vquad a = dots[0], b = dots[1], c = dots[2];
       const vquad keys[] = {a, __builtin_shufflevector(a, b, 3, 4, 5, 6), __builtin_shufflevector(b, c, 2, 3, 4, 5),
                             __builtin_shufflevector(c, c, 1, 2, 3, 0)};
-#pragma GCC unroll 4
-      for (int i = 0; i < Keys; ++i) put_key(i, &keys[i]);
+      if (last) {
+        for (int i = 0; i < Keys; ++i) std::memcpy(logits + i * key_step, &keys[i], Rows * sizeof(float));
+      } else {
+        for (int i = 0; i < Keys; ++i) std::memcpy(logits + i * key_step, &keys[i], sizeof keys[i]);
+      }
     } else {
 #pragma GCC unroll 8
-      for (int i = 0; i < Keys; ++i) put_key(i, reinterpret_cast<const float*>(dots) + i * Rows);
+      for (int i = 0; i < Keys; ++i)
+        std::memcpy(logits + i * key_step, reinterpret_cast<const float*>(dots) + i * Rows, Rows * sizeof(float));
     }
   }
 };
@@ -124,7 +125,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   constexpr bool late = lanes == 16 && Keys > 1, packed = late || in_pairs<K>;
   constexpr int together = packed ? Rows : 1;  // NOLINT(bugprone-branch-clone)
   constexpr index_t line = 64 / K::element_bytes;
-  constexpr int at_once = in_pairs<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1, width = width_of<Rows>;
+  constexpr int at_once = in_pairs<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1;
   constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
   alignas(64) float memory[packed ? Rows * max_head_dim : 1];
@@ -157,7 +158,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   const auto join_all = [&](index_t j) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int step = 0; step < joined.steps; ++step) joined.step(step, before);
-    joined.put(logits + j * width, part * width);
+    joined.put(logits + j * Rows, part * Rows, j + 1 == part);
   };
   clear(before);
   for (index_t j = 0; j < part; ++j) {
@@ -171,7 +172,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
         if (step * lanes % line == 0 && step * lanes < dim) add_line(j, step * lanes);
         joined.step(step, before);
       }
-      joined.put(logits + (j == 0 ? 0 : j - 1) * width, part * width);  // at first zeros, which do not stay
+      joined.put(logits + (j == 0 ? 0 : j - 1) * Rows, part * Rows, false);  // at first zeros, which do not stay
     }
     for (index_t first = late ? joined.steps * lanes : 0; first < dim; first += line) add_line(j, first);
 #pragma GCC unroll 8

@@ -38,11 +38,11 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
 // keys is brought in meanwhile, unless the rows are of a panel.
 inline constexpr index_t keys_at_once = 32;
 
-template <class V, int Rows, int Vectors, int Width = width_of<Rows>>
+template <class V, int Rows, int Vectors, int Width = Rows>
 [[gnu::noinline]] void add_values(const float* weights, tile_rows v, index_t offset, index_t n, index_t column,
                                   const running_states& to, tile_rows next = {}) noexcept {
   constexpr index_t strip = Vectors * lanes * V::element_bytes;
-  constexpr bool of_panel = Width != width_of<Rows>;
+  constexpr bool of_panel = Width != Rows;
   constexpr index_t unrolled = of_panel ? 4 : 1;  // with prefetches among them, g++ 12 is slower with more
   const std::byte* value = v.data + column * V::element_bytes;
   const bool neighbours = next.stride == next.bytes;
