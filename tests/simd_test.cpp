@@ -137,6 +137,20 @@ TEST_CASE("simd: every_second and by_turns, every bit") {
   }
 }
 
+TEST_CASE("simd: transpose, every bit") {
+  vfloat v[lanes];
+  for (std::size_t i = 0; i < width; ++i) {
+    floats row;
+    for (std::size_t j = 0; j < width; ++j)
+      row[j] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i * width + j));
+    v[i] = vector_of(row);
+  }
+  detail::transpose(v);
+  for (std::size_t i = 0; i < width; ++i)
+    for (std::size_t j = 0; j < width; ++j)
+      REQUIRE(same_bits(lanes_of(v[i])[j], std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(j * width + i))));
+}
+
 TEST_CASE("simd: join_lanes") {
   effort::dice dice(3);
   for (int i = 0; i < 300; ++i) {

@@ -90,8 +90,12 @@ struct query_block {
         hi = std::max(hi, extents[r].hi);
       }
       if (lo >= hi) continue;
-      turn_queries(kv_head, row, count, extents, scratch.q);
-      if (in_panels) to_panels(scratch.q, count, round_up(config.head_dim, 16), scratch.tile.k);
+      if (in_panels)
+        for (index_t r = 0; r < count; r += query_rows::panel)
+          to_panel(kv_head, row + r, std::min(query_rows::panel, count - r), extents + r, scratch.tile.k,
+                   scratch.q + r * round_up(config.head_dim, 16));
+      else
+        turn_queries(kv_head, row, count, extents, scratch.q);
       if (has_terms) set_terms(kv_head, row, count, terms);
       while (lo < hi) {
         segment next = source.segment_at(kv_head, lo, hi);
@@ -149,7 +153,7 @@ struct query_block {
       }
       const float* const row_q = q.row(first_row + token(row + r)) + head(kv_head, row + r) * dim;
       constexpr index_t ahead = 8;  // tokens: hardware brings in no rows that lie so far apart
-      if (r + ahead * group < count)
+      if (first_row + token(row + r) + ahead < q.rows())
         for (index_t i = 0; i < dim; i += 16) __builtin_prefetch(row_q + ahead * q.stride() + i);
       const position_t gap = extents[r].gap;
       if (config.rope && config.rope->width() > 0 && (raw || gap != 0)) {
@@ -164,16 +168,22 @@ struct query_block {
     }
   }
 
-  // Lays rows [count, dim] out in panels [count / panel, dim, panel], rows of zeros behind the last.
-  static void to_panels(float* rows, index_t count, index_t dim, float* scratch) noexcept {
+  // The same as a panel [dim, panel], with rows of zeros behind the last.
+  void to_panel(index_t kv_head, index_t row, index_t count, const extent* extents, float* scratch,
+                float* to) const noexcept {
     constexpr index_t panel = query_rows::panel;
-    for (index_t row = 0; row < count; row += panel, rows += panel * dim) {
-      const index_t n = std::min(panel, count - row);
-      std::copy_n(rows, n * dim, scratch);
-      std::fill(scratch + n * dim, scratch + panel * dim, 0.f);
-      for (index_t d = 0; d < dim; ++d)
-        for (index_t r = 0; r < panel; ++r) rows[d * panel + r] = scratch[r * dim + d];
-    }
+    const index_t dim = round_up(config.head_dim, 16);
+    turn_queries(kv_head, row, count, extents, scratch);
+    std::fill(scratch + count * dim, scratch + panel * dim, 0.f);
+    for (index_t d = 0; d < dim; d += lanes)
+      for (index_t r = 0; r < panel; r += lanes) {
+        vfloat block[lanes];
+#pragma GCC unroll 16
+        for (index_t i = 0; i < lanes; ++i) block[i] = load(scratch + (r + i) * dim + d);
+        transpose(block);
+#pragma GCC unroll 16
+        for (index_t i = 0; i < lanes; ++i) store(to + (d + i) * panel + r, block[i]);
+      }
   }
 
   void set_terms(index_t kv_head, index_t row, index_t count, logit_terms* terms) const noexcept {

@@ -130,6 +130,21 @@ template <int First, std::size_t... I>
   return __builtin_shufflevector(even, odd, ((First + int(I)) / 2 + int(I) % 2 * lanes)...);
 }
 
+// The lanes of a number of all vectors, in each.
+[[gnu::always_inline]] inline void transpose(vfloat (&v)[lanes]) noexcept {
+#pragma GCC unroll 4
+  for (int done = 1; done < lanes; done *= 2) {
+    vfloat from[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) from[i] = v[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      v[2 * i] = by_turns<0>(from[i], from[i + lanes / 2], lane_numbers);
+      v[2 * i + 1] = by_turns<lanes>(from[i], from[i + lanes / 2], lane_numbers);
+    }
+  }
+}
+
 // The first Period lanes over and over, from number First on.
 template <int Period, int First = 0, class V, std::size_t... I>
 [[gnu::always_inline]] inline auto repeated(V v, std::index_sequence<I...>) noexcept {
