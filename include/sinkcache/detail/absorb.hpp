@@ -131,10 +131,7 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
     if (rows.in_panels) {
       const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
-      // Floats that lie close are read where they are.
-      const bool in_place = std::is_same_v<K, f32> && keys.block == dim * index_t{sizeof(float)};
-      const tile_rows k = in_place ? rows_of<K>(keys, first_row, n, rows.head_dim, scratch.k)
-                                   : decoded_rows<K>(keys, first_row, n, rows.head_dim, dim, scratch.k);
+      const tile_rows k = decoded_rows<K>(keys, first_row, n, rows.head_dim, dim, scratch.k);
       const tile_rows v = decoded_rows<V>(values, first_row, n, rows.v_head_dim, v_dim + 16, scratch.v);
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
