@@ -32,11 +32,12 @@ template <class K, int Rows>
 template <int Rows>
 inline constexpr int keys_of = Rows == 1 ? 8 : (Rows == 4 ? 3 : 4);
 
-// Adds, for a few keys, the products of vector number `vector` of the `of` that begin at d.
-template <class K, int Rows, int Keys>
+// Adds, for a few keys, the products of vector number `vector` of the `of` that begin at d. Calls between(i), i from 0
+// to below Keys, at as many places among them.
+template <class K, int Rows, int Keys, class Between>
 [[gnu::always_inline]] inline void add_products(vfloat (&sums)[Keys][Rows], const float* q, index_t q_step,
-                                                const std::byte* const (&key)[Keys], index_t d, int vector,
-                                                int of) noexcept {
+                                                const std::byte* const (&key)[Keys], index_t d, int vector, int of,
+                                                const Between& between) noexcept {
 #if defined(__x86_64__) && defined(__clang__)
   if (vector == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
 #endif
@@ -49,6 +50,7 @@ template <class K, int Rows, int Keys>
     for (int i = 0; i < Keys; ++i) kd[i] = load_key(i);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
+      if (r < Keys) between(r);
       qd[r] = load_once(q + r * q_step);
 #pragma GCC unroll 4
       for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
@@ -58,6 +60,7 @@ template <class K, int Rows, int Keys>
     for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * q_step);
 #pragma GCC unroll 8
     for (int i = 0; i < Keys; ++i) {
+      between(i);
       kd[i] = load_key(i);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
@@ -133,9 +136,12 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   const std::byte* key[Keys];
   vfloat sums[Keys][Rows], before[Keys][Rows];
   joined_sums<Rows, Keys> joined;
-  const auto add_vectors = [&](index_t d) __attribute__((always_inline)) {
+  const auto add_vectors = [&](index_t d, const auto& between) __attribute__((always_inline)) {
     const auto add_vector = [&](int vector, int of) __attribute__((always_inline)) {
-      add_products<K>(sums, q + (d + vector * lanes) * together, packed ? lanes : dim, key, d, vector, of);
+      const auto at_first = [&](int i) __attribute__((always_inline)) {
+        if (vector == 0) between(i);
+      };
+      add_products<K>(sums, q + (d + vector * lanes) * together, packed ? lanes : dim, key, d, vector, of, at_first);
     };
     if (at_once == 1 || lanes < 16 || d + lanes < dim)
 #pragma GCC unroll 2
@@ -144,15 +150,17 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
       add_vector(0, 1);
   };
   const auto add_line = [&](index_t j, index_t first) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-    for (int i = 0; i < Keys; ++i)
+    const auto bring_in = [&](int i) __attribute__((always_inline)) {
       prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
+    };
     if constexpr (at_once * lanes == line) {
-      add_vectors(first);
+      add_vectors(first, bring_in);  // among products: in a burst they hold up the keys
     } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < Keys; ++i) bring_in(i);
       const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
-      for (index_t d = first; d < last; d += at_once * lanes) add_vectors(d);
+      for (index_t d = first; d < last; d += at_once * lanes) add_vectors(d, [](int) {});
     }
   };
   const auto join_all = [&](index_t j) __attribute__((always_inline)) {
