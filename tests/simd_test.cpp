@@ -168,33 +168,43 @@ TEST_CASE("simd: join_lanes") {
   }
 }
 
-TEST_CASE("simd: sums across vectors stay apart, and all associate alike") {
-  effort::dice dice(4);
-  const auto sums_of = [](vfloat v0, vfloat v1, vfloat v2, vfloat v3) {
-    const auto numbers = detail::lane_numbers;
-    const vfloat v01 = detail::join_pair(v0, v1, numbers), v23 = detail::join_pair(v2, v3, numbers);
-    return detail::sums_of_lanes(detail::join_pairs(v01, v23, numbers));
+template <class V>
+void check_sums_across(effort::dice& dice) {
+  constexpr auto n = sizeof(V) / sizeof(float);
+  using numbers = std::make_index_sequence<n>;
+  const auto sums_of = [](const V(&v)[4]) {
+    const V v01 = detail::join_pair(v[0], v[1], numbers()), v23 = detail::join_pair(v[2], v[3], numbers());
+    return detail::sums_of_lanes(detail::join_pairs(v01, v23, numbers()));
   };
   for (int trial = 0; trial < 500; ++trial) {
-    floats plain[4];
-    for (floats& f : plain) f = random_floats(dice);
-    const detail::vquad sums =
-        sums_of(vector_of(plain[0]), vector_of(plain[1]), vector_of(plain[2]), vector_of(plain[3]));
+    V v[4];
+    double sum[4] = {}, size[4] = {};
     for (int i = 0; i < 4; ++i) {
-      double sum = 0, size = 0;
-      for (float x : plain[i]) {
-        sum += static_cast<double>(x);
-        size += std::abs(static_cast<double>(x));
+      std::array<float, n> plain;
+      for (float& x : plain) {
+        x = static_cast<float>(dice.signed_unit());
+        sum[i] += static_cast<double>(x);
+        size[i] += std::abs(static_cast<double>(x));
       }
-      REQUIRE(std::abs(static_cast<double>(sums[i]) - sum) <= 4 * 0x1p-24 * size);
+      v[i] = detail::load<V>(plain.data());
     }
+    const detail::vquad sums = sums_of(v);
+    for (int i = 0; i < 4; ++i) REQUIRE(std::abs(static_cast<double>(sums[i]) - sum[i]) <= 4 * 0x1p-24 * size[i]);
     // The same vector among others, in another place, even beside NaNs: the same bits.
     const auto moved = static_cast<int>(dice.from_to(0, 3));
-    vfloat others[4];
-    for (vfloat& other : others) other = detail::broadcast(nan);
-    others[moved] = vector_of(plain[0]);
-    REQUIRE(same_bits(sums_of(others[0], others[1], others[2], others[3])[moved], sums[0]));
+    V others[4];
+    for (V& other : others) other = nan - V{};
+    others[moved] = v[0];
+    REQUIRE(same_bits(sums_of(others)[moved], sums[0]));
   }
+}
+
+TEST_CASE("simd: sums across vectors stay apart, and all associate alike") {
+  effort::dice dice(4);
+  check_sums_across<vfloat>(dice);
+#if defined(__AVX__)
+  check_sums_across<detail::voct>(dice);
+#endif
 }
 
 TEST_CASE("simd: ceil") {
@@ -383,6 +393,20 @@ TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
       }
     }
 }
+
+#if SINKCACHE_F16_IN_EIGHTS
+TEST_CASE("simd: f16 eight at a time") {
+  for (std::uint32_t first = 0; first < 0x10000; first += 8) {
+    std::array<std::uint16_t, 8> halves;
+    for (std::size_t i = 0; i < 8; ++i) halves[i] = static_cast<std::uint16_t>(first + i);
+    const detail::voct loaded = f16::load_eight(reinterpret_cast<const std::byte*>(halves.data()));
+    for (int i = 0; i < 8; ++i) {
+      const float one = from_f16(halves[static_cast<std::size_t>(i)]);
+      REQUIRE((std::isnan(one) ? std::isnan(loaded[i]) : same_bits(loaded[i], one)));
+    }
+  }
+}
+#endif
 
 TEST_CASE("simd: for_each_index takes each index once") {
   for (index_t n = 0; n <= 70; ++n) {

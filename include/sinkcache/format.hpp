@@ -93,6 +93,11 @@ struct half_row {
 struct f16 : detail::half_row<f16> {
   static constexpr std::string_view name = "f16";
   [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_f16(from); }
+#if SINKCACHE_F16_IN_EIGHTS
+  [[gnu::always_inline]] static detail::voct load_eight(const std::byte* from) noexcept {
+    return detail::load_eight_f16(from);
+  }
+#endif
   [[gnu::always_inline]] static void store(std::byte* to, detail::vfloat v) noexcept { detail::store_f16(to, v); }
 };
 

@@ -34,22 +34,29 @@ typedef std::int32_t vint __attribute__((vector_size(lanes * sizeof(float))));
 typedef std::uint32_t vuint __attribute__((vector_size(lanes * sizeof(float))));
 typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint16_t))));
 typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
+typedef float voct __attribute__((vector_size(8 * sizeof(float))));
 
-[[gnu::always_inline]] inline vfloat load(const float* from) noexcept {
-  vfloat v;
+template <class V>
+inline constexpr int width_of = sizeof(V) / sizeof(float);
+
+template <class V = vfloat>
+[[gnu::always_inline]] inline V load(const float* from) noexcept {
+  V v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
 // As load, but into a register that several products share: compilers like to load it again for each.
-[[gnu::always_inline]] inline vfloat load_once(const float* from) noexcept {
-  vfloat v = load(from);
+template <class V = vfloat>
+[[gnu::always_inline]] inline V load_once(const float* from) noexcept {
+  V v = load<V>(from);
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #endif
   return v;
 }
 // sum + a * b, fused where the instruction set can.
-[[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, vfloat b) noexcept {
+template <class V>
+[[gnu::always_inline]] inline V add_product(V sum, V a, V b) noexcept {
 #if defined(__FMA__) && !defined(__clang__)
   // g++ 12 picks forms of the instruction that cost moves and spills where all registers are in use.
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -89,28 +96,29 @@ typedef float vquad __attribute__((vector_size(4 * sizeof(float))));
 // 0 to lanes - 1, for what shuffles.
 inline constexpr std::make_index_sequence<lanes> lane_numbers;
 
-// Sums across vectors: join_pair two by two, join_pairs of two of those, then sums_of_lanes, whose lane i is the sum of
-// the lanes of the i-th vector. Every sum is associated alike, whatever i is.
-template <std::size_t... I>
-[[gnu::always_inline]] inline vfloat join_pair(vfloat v0, vfloat v1, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * lanes)...) +
-         __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * lanes + 2)...);
+// Sums across vectors, of any width: join_pair two by two, join_pairs of two of those, then sums_of_lanes, whose lane i
+// is the sum of the lanes of the i-th vector. Every sum is associated alike, whatever i is.
+template <class V, std::size_t... I>
+[[gnu::always_inline]] inline V join_pair(V v0, V v1, std::index_sequence<I...>) noexcept {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * n)...) +
+         __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * n + 2)...);
 }
-template <std::size_t... I>
-[[gnu::always_inline]] inline vfloat join_pairs(vfloat v01, vfloat v23, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * lanes)...) +
-         __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * lanes + 2)...);
+template <class V, std::size_t... I>
+[[gnu::always_inline]] inline V join_pairs(V v01, V v23, std::index_sequence<I...>) noexcept {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * n)...) +
+         __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * n + 2)...);
 }
-[[gnu::always_inline]] inline vquad sums_of_lanes(vfloat joined) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  const auto half = __builtin_shufflevector(joined, joined, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(joined, joined, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#elif defined(__AVX__)
-  return __builtin_shufflevector(joined, joined, 0, 1, 2, 3) + __builtin_shufflevector(joined, joined, 4, 5, 6, 7);
-#else
-  return joined;
-#endif
+template <class V>
+[[gnu::always_inline]] inline vquad sums_of_lanes(V joined) noexcept {
+  if constexpr (width_of<V> == 16)
+    return sums_of_lanes(__builtin_shufflevector(joined, joined, 0, 1, 2, 3, 4, 5, 6, 7) +
+                         __builtin_shufflevector(joined, joined, 8, 9, 10, 11, 12, 13, 14, 15));
+  else if constexpr (width_of<V> == 8)
+    return __builtin_shufflevector(joined, joined, 0, 1, 2, 3) + __builtin_shufflevector(joined, joined, 4, 5, 6, 7);
+  else
+    return joined;
 }
 
 // Of the lanes of a, then those of b: as many as a vector has, from number First on.
@@ -271,6 +279,11 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
   return std::bit_cast<vfloat>(std::bit_cast<vuint>(magnitude) | special | (halves & 0x8000u) << 16);
 #endif
 }
+#if SINKCACHE_F16_IN_EIGHTS
+[[gnu::always_inline]] inline voct load_eight_f16(const std::byte* from) noexcept {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
 
 [[gnu::always_inline]] inline void store_halves(std::byte* to, vuint v) noexcept {
   const vhalf halves = __builtin_convertvector(v, vhalf);

@@ -18,10 +18,10 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 }
 
 // Zeros. `= {}` is a slow string instruction, and g++ keeps in memory what it does not unroll early.
-template <int Rows, int Columns>
-[[gnu::always_inline]] inline void clear(vfloat (&sums)[Rows][Columns]) noexcept {
+template <class V, int Rows, int Columns>
+[[gnu::always_inline]] inline void clear(V (&sums)[Rows][Columns]) noexcept {
 #pragma GCC unroll 32
-  for (int i = 0; i < Rows * Columns; ++i) sums[i / Columns][i % Columns] = vfloat{};
+  for (int i = 0; i < Rows * Columns; ++i) sums[i / Columns][i % Columns] = V{};
 }
 template <int Rows, int Columns>
 [[gnu::always_inline]] inline void add(vfloat (&to)[Rows][Columns], const vfloat (&sums)[Rows][Columns]) noexcept {
@@ -29,8 +29,8 @@ template <int Rows, int Columns>
   for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] += sums[i / Columns][i % Columns];
 }
 
-template <int Rows, int Columns>
-[[gnu::always_inline]] inline void copy(vfloat (&to)[Rows][Columns], const vfloat (&sums)[Rows][Columns]) noexcept {
+template <class V, int Rows, int Columns>
+[[gnu::always_inline]] inline void copy(V (&to)[Rows][Columns], const V (&sums)[Rows][Columns]) noexcept {
 #pragma GCC unroll 32
   for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] = sums[i / Columns][i % Columns];
 }
@@ -41,6 +41,12 @@ template <class F>
 concept in_pairs = elementwise_format<F> && lanes != 8 && requires(const std::byte* from) {
   { F::load_even(from) } -> std::same_as<vfloat>;
   { F::load_odd(from) } -> std::same_as<vfloat>;
+};
+
+// Whether keys are multiplied in vectors of eight though others have sixteen.
+template <class F>
+concept in_eights = elementwise_format<F> && lanes == 16 && requires(const std::byte* from) {
+  { F::load_eight(from) } -> std::same_as<voct>;
 };
 
 // Vector i of the `count` that begin there: of a format in pairs every two hold even and odd elements, a last one alone

@@ -9,13 +9,19 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Rows [Rows, dim] as [dim / lanes, Rows, lanes], so that one address reaches them all, their elements in the order in
-// which load_vector gives those of keys in a format K. Returns `to`.
+// The vectors that keys of a format K are multiplied in.
+template <class K>
+using key_vector = std::conditional_t<in_eights<K>, voct, vfloat>;
+
+// Rows [Rows, dim] as [dim / width, Rows, width], so that one address reaches them all, their elements in the order in
+// which keys of a format K are loaded, in vectors of so many. Returns `to`.
 template <class K, int Rows>
 [[gnu::always_inline]] inline const float* pack_rows(const float* rows, index_t dim, float* to) noexcept {
+  using vector = key_vector<K>;
+  constexpr int width = width_of<vector>;
   for (int r = 0; r < Rows; ++r) {
     const float* const row = rows + r * dim;
-    float* const packed = to + r * lanes;
+    float* const packed = to + r * width;
     index_t d = 0;
     if constexpr (in_pairs<K>)
       for (; d + 2 * lanes <= dim; d += 2 * lanes) {
@@ -23,7 +29,10 @@ template <class K, int Rows>
         store(packed + d * Rows, every_second<0>(a, b, lane_numbers));
         store(packed + (d + lanes) * Rows, every_second<1>(a, b, lane_numbers));
       }
-    for (; d < dim; d += lanes) store(packed + d * Rows, load(row + d));
+    for (; d < dim; d += width) {
+      const vector v = load<vector>(row + d);
+      std::memcpy(packed + d * Rows, &v, sizeof v);
+    }
   }
   return to;
 }
@@ -34,30 +43,33 @@ inline constexpr int keys_of = Rows == 1 ? 8 : (Rows == 4 ? 3 : 4);
 
 // Adds, for a few keys, the products of vector number `vector` of the `of` that begin at d. Calls between(i), i from 0
 // to below Keys, at as many places among them.
-template <class K, int Rows, int Keys, class Between>
-[[gnu::always_inline]] inline void add_products(vfloat (&sums)[Keys][Rows], const float* q, index_t q_step,
+template <class K, int Rows, int Keys, class V, class Between>
+[[gnu::always_inline]] inline void add_products(V (&sums)[Keys][Rows], const float* q, index_t q_step,
                                                 const std::byte* const (&key)[Keys], index_t d, int vector, int of,
                                                 const Between& between) noexcept {
 #if defined(__x86_64__) && defined(__clang__)
   if (vector == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
 #endif
   const auto load_key = [&](int i) __attribute__((always_inline)) {
-    return load_vector<K>(key[i] + d * K::element_bytes, vector, of);
+    if constexpr (in_eights<K>)
+      return K::load_eight(key[i] + (d + 8 * vector) * K::element_bytes);
+    else
+      return load_vector<K>(key[i] + d * K::element_bytes, vector, of);
   };
-  vfloat qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
+  V qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
   if constexpr (Rows > Keys) {
 #pragma GCC unroll 8
     for (int i = 0; i < Keys; ++i) kd[i] = load_key(i);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       if (r < Keys) between(r);
-      qd[r] = load_once(q + r * q_step);
+      qd[r] = load_once<V>(q + r * q_step);
 #pragma GCC unroll 4
       for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
     }
   } else {
 #pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) qd[r] = load_once(q + r * q_step);
+    for (int r = 0; r < Rows; ++r) qd[r] = load_once<V>(q + r * q_step);
 #pragma GCC unroll 8
     for (int i = 0; i < Keys; ++i) {
       between(i);
@@ -74,21 +86,22 @@ template <class K, int Rows, int Keys, class Between>
 }
 
 // The sums across vectors, four vectors a quad: four steps, of which the last gives the dot products [keys, Rows].
-template <int Rows, int Keys>
+template <class V, int Rows, int Keys>
 struct joined_sums {
   static constexpr int quads = std::max(1, Keys*Rows / 4), steps = 4;
+  static constexpr std::make_index_sequence<width_of<V>> numbers{};
 
-  vfloat joined[quads][2];
+  V joined[quads][2];
   vquad dots[quads];
 
-  [[gnu::always_inline]] void step(int number, const vfloat (&sums)[Keys][Rows]) noexcept {
-    const auto sum = [&](int i) { return i < Keys * Rows ? sums[i / Rows][i % Rows] : vfloat{}; };
+  [[gnu::always_inline]] void step(int number, const V (&sums)[Keys][Rows]) noexcept {
+    const auto sum = [&](int i) { return i < Keys * Rows ? sums[i / Rows][i % Rows] : V{}; };
 #pragma GCC unroll 4
     for (int i = 0; i < quads; ++i) {
       if (number < 2)
-        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1), lane_numbers);
+        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1), numbers);
       else if (number == 2)
-        joined[i][0] = join_pairs(joined[i][0], joined[i][1], lane_numbers);
+        joined[i][0] = join_pairs(joined[i][0], joined[i][1], numbers);
       else
         dots[i] = sums_of_lanes(joined[i][0]);
     }
@@ -123,44 +136,59 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
                                     float* logits) noexcept {
   if constexpr (Rows == 1 && Keys > 1)
     if (n == 1) return dot_products<K, 1, 1>(q, dim, k, n, v, logits);  // not eight times the same key
+  using vector = key_vector<K>;
+  constexpr int width = width_of<vector>;
   // With 32 registers, the sums of the keys before are joined among the products of the next: behind all of them, a
   // processor does not look far enough ahead to begin with those meanwhile.
-  constexpr bool late = lanes == 16 && Keys > 1, packed = late || in_pairs<K>;
+  constexpr bool late = lanes == 16 && Keys > 1, packed = late || in_pairs<K> || in_eights<K>;
   constexpr int together = packed ? Rows : 1;  // NOLINT(bugprone-branch-clone)
   constexpr index_t line = 64 / K::element_bytes;
-  constexpr int at_once = in_pairs<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1;
+  constexpr int at_once = in_pairs<K> || in_eights<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1;
+  constexpr index_t unit = at_once * width;
   constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
   alignas(64) float memory[packed ? Rows * max_head_dim : 1];
   if constexpr (packed) q = pack_rows<K, Rows>(q, dim, memory);
   const std::byte* key[Keys];
-  vfloat sums[Keys][Rows], before[Keys][Rows];
-  joined_sums<Rows, Keys> joined;
+  vector sums[Keys][Rows], before[Keys][Rows];
+  joined_sums<vector, Rows, Keys> joined;
   const auto add_vectors = [&](index_t d, const auto& between) __attribute__((always_inline)) {
-    const auto add_vector = [&](int vector, int of) __attribute__((always_inline)) {
+    const auto add_vector = [&](int number, int of) __attribute__((always_inline)) {
       const auto at_first = [&](int i) __attribute__((always_inline)) {
-        if (vector == 0) between(i);
+        if (number == 0) between(i);
       };
-      add_products<K>(sums, q + (d + vector * lanes) * together, packed ? lanes : dim, key, d, vector, of, at_first);
+      add_products<K>(sums, q + (d + number * width) * together, packed ? width : dim, key, d, number, of, at_first);
     };
-    if (at_once == 1 || lanes < 16 || d + lanes < dim)
+    if (at_once == 1 || width < 16 || d + lanes < dim)
 #pragma GCC unroll 2
-      for (int vector = 0; vector < at_once; ++vector) add_vector(vector, at_once);
+      for (int number = 0; number < at_once; ++number) add_vector(number, at_once);
     else
       add_vector(0, 1);
   };
+  const auto bring_in = [&](index_t j, index_t first, int i) __attribute__((always_inline)) {
+    prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
+  };
+  const auto nothing = [](int) {};
+  // A line's values come in among its first products: in a burst they hold up the keys.
+  const auto add_unit = [&](index_t j, index_t d) __attribute__((always_inline)) {
+    const auto bring_in_line = [&](int i) __attribute__((always_inline)) { bring_in(j, d, i); };
+    if (unit == line || d % line == 0)
+      add_vectors(d, bring_in_line);
+    else
+      add_vectors(d, nothing);
+  };
   const auto add_line = [&](index_t j, index_t first) __attribute__((always_inline)) {
-    const auto bring_in = [&](int i) __attribute__((always_inline)) {
-      prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
-    };
-    if constexpr (at_once * lanes == line) {
-      add_vectors(first, bring_in);  // among products: in a burst they hold up the keys
+    if constexpr (unit == line) {
+      add_unit(j, first);
+    } else if (in_eights<K> && first + line <= dim) {
+#pragma GCC unroll 2
+      for (index_t d = 0; d < line; d += unit) add_unit(j, first + d);
     } else {
 #pragma GCC unroll 8
-      for (int i = 0; i < Keys; ++i) bring_in(i);
+      for (int i = 0; i < Keys; ++i) bring_in(j, first, i);
       const index_t last = std::min(dim, first + line);
 #pragma GCC unroll 1
-      for (index_t d = first; d < last; d += at_once * lanes) add_vectors(d, [](int) {});
+      for (index_t d = first; d < last; d += unit) add_vectors(d, nothing);
     }
   };
   const auto join_all = [&](index_t j) __attribute__((always_inline)) {
@@ -177,7 +205,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
     if constexpr (late) {
 #pragma GCC unroll 4
       for (int step = 0; step < joined.steps; ++step) {
-        if (step * lanes % line == 0 && step * lanes < dim) add_line(j, step * lanes);
+        if (step * lanes % unit == 0 && step * lanes < dim) add_unit(j, step * lanes);
         joined.step(step, before);
       }
       joined.put(logits + (j == 0 ? 0 : j - 1) * Rows, part * Rows, false);  // at first zeros, which do not stay
