@@ -182,7 +182,7 @@ void check_sums_across(effort::dice& dice) {
     for (int i = 0; i < 4; ++i) {
       std::array<float, n> plain;
       for (float& x : plain) {
-        x = static_cast<float>(dice.signed_unit());
+        x = dice.signed_unit() * 100;
         sum[i] += static_cast<double>(x);
         size[i] += std::abs(static_cast<double>(x));
       }
@@ -344,6 +344,19 @@ std::uint16_t to_bf16(float x) noexcept {
 float from_bf16(std::uint16_t half) noexcept { return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16); }
 
 // format_test.cpp knows what is right; here, that many at once are as one by one.
+template <class Load, class FromHalf>
+void compare_loads(const Load& load, const FromHalf& from_half) {
+  constexpr std::size_t n = sizeof(load(nullptr)) / sizeof(float);
+  for (std::uint32_t first = 0; first < 0x10000; first += n) {
+    std::array<std::uint16_t, n> halves;
+    for (std::size_t i = 0; i < n; ++i) halves[i] = static_cast<std::uint16_t>(first + i);
+    const auto loaded = load(reinterpret_cast<const std::byte*>(halves.data()));
+    for (std::size_t i = 0; i < n; ++i) {
+      const float one = from_half(halves[i]), other = loaded[static_cast<int>(i)];
+      REQUIRE((std::isnan(one) ? std::isnan(other) : same_bits(other, one)));
+    }
+  }
+}
 template <class F, class ToHalf, class FromHalf>
 void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
   effort::dice dice(5);
@@ -364,20 +377,15 @@ void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
     }
     REQUIRE(halves.back() == 0x7777);
   }
-  for (std::uint32_t first = 0; first < 0x10000; first += static_cast<std::uint32_t>(lanes)) {
-    std::array<std::uint16_t, width> halves;
-    for (std::size_t i = 0; i < width; ++i) halves[i] = static_cast<std::uint16_t>(first + i);
-    const floats loaded = lanes_of(F::load(reinterpret_cast<const std::byte*>(halves.data())));
-    for (std::size_t i = 0; i < width; ++i) {
-      const float one = from_half(halves[i]);
-      REQUIRE((std::isnan(one) ? std::isnan(loaded[i]) : same_bits(loaded[i], one)));
-    }
-  }
+  compare_loads(F::load, from_half);
 }
 
 TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
   compare_conversions<f16>(to_f16, from_f16);
   compare_conversions<bf16>(to_bf16, from_bf16);
+#if SINKCACHE_F16_IN_EIGHTS
+  compare_loads(f16::load_eight, from_f16);
+#endif
 }
 
 TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
@@ -393,20 +401,6 @@ TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
       }
     }
 }
-
-#if SINKCACHE_F16_IN_EIGHTS
-TEST_CASE("simd: f16 eight at a time") {
-  for (std::uint32_t first = 0; first < 0x10000; first += 8) {
-    std::array<std::uint16_t, 8> halves;
-    for (std::size_t i = 0; i < 8; ++i) halves[i] = static_cast<std::uint16_t>(first + i);
-    const detail::voct loaded = f16::load_eight(reinterpret_cast<const std::byte*>(halves.data()));
-    for (int i = 0; i < 8; ++i) {
-      const float one = from_f16(halves[static_cast<std::size_t>(i)]);
-      REQUIRE((std::isnan(one) ? std::isnan(loaded[i]) : same_bits(loaded[i], one)));
-    }
-  }
-}
-#endif
 
 TEST_CASE("simd: for_each_index takes each index once") {
   for (index_t n = 0; n <= 70; ++n) {

@@ -31,9 +31,12 @@
 #endif
 
 // Whether AVX-512 multiplies keys in f16 eight lanes at a time. A processor that takes 512 bits in two halves is faster
-// at it, a Zen 4, which g++ 12 calls a Zen 3; where the compiler does not tell, define it.
-#if !defined(SINKCACHE_F16_IN_EIGHTS)
-#if defined(__AVX512F__) && defined(__AVX512DQ__) && (defined(__znver4__) || defined(__znver3__))
+// at it, a Zen 4, which g++ 12 calls a Zen 3; where the compiler does not tell, define it, for other files too.
+#if !defined(__AVX512F__) || !defined(__AVX512DQ__)
+#undef SINKCACHE_F16_IN_EIGHTS
+#define SINKCACHE_F16_IN_EIGHTS 0
+#elif !defined(SINKCACHE_F16_IN_EIGHTS)
+#if defined(__znver4__) || defined(__znver3__)
 #define SINKCACHE_F16_IN_EIGHTS 1
 #else
 #define SINKCACHE_F16_IN_EIGHTS 0

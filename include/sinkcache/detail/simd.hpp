@@ -65,7 +65,10 @@ template <class V>
   return sum + a * b;
 #endif
 }
-[[gnu::always_inline]] inline void store(float* to, vfloat v) noexcept { std::memcpy(to, &v, sizeof v); }
+template <class V>
+[[gnu::always_inline]] inline void store(float* to, V v) noexcept {
+  std::memcpy(to, &v, sizeof v);
+}
 [[gnu::always_inline]] inline vfloat broadcast(float x) noexcept { return x - vfloat{}; }
 [[gnu::always_inline]] inline vuint broadcast_bits(std::uint32_t x) noexcept { return x - vuint{}; }
 

@@ -45,20 +45,24 @@ concept in_pairs = elementwise_format<F> && lanes != 8 && requires(const std::by
 
 // Whether keys are multiplied in vectors of eight though others have sixteen.
 template <class F>
-concept in_eights = elementwise_format<F> && lanes == 16 && requires(const std::byte* from) {
+concept in_eights = elementwise_format<F> && requires(const std::byte* from) {
   { F::load_eight(from) } -> std::same_as<voct>;
 };
 
 // Vector i of the `count` that begin there: of a format in pairs every two hold even and odd elements, a last one alone
 // neighbours.
-template <class F>
-[[gnu::always_inline]] inline vfloat load_vector(const std::byte* from, int i, int count) noexcept {
-  constexpr index_t bytes = lanes * F::element_bytes;
-  if constexpr (in_pairs<F>) {
-    if (i % 2 == 1) return F::load_odd(from + (i - 1) * bytes);
-    if (i + 1 < count) return F::load_even(from + i * bytes);
+template <class F, class V = vfloat>
+[[gnu::always_inline]] inline V load_vector(const std::byte* from, int i, int count) noexcept {
+  constexpr index_t bytes = width_of<V> * F::element_bytes;
+  if constexpr (!std::same_as<V, vfloat>) {
+    return F::load_eight(from + i * bytes);
+  } else {
+    if constexpr (in_pairs<F>) {
+      if (i % 2 == 1) return F::load_odd(from + (i - 1) * bytes);
+      if (i + 1 < count) return F::load_even(from + i * bytes);
+    }
+    return F::load(from + i * bytes);
   }
-  return F::load(from + i * bytes);
 }
 
 // Calls f<Rows>(row, group) for groups of up to four of `count` rows.

@@ -29,10 +29,7 @@ template <class K, int Rows>
         store(packed + d * Rows, every_second<0>(a, b, lane_numbers));
         store(packed + (d + lanes) * Rows, every_second<1>(a, b, lane_numbers));
       }
-    for (; d < dim; d += width) {
-      const vector v = load<vector>(row + d);
-      std::memcpy(packed + d * Rows, &v, sizeof v);
-    }
+    for (; d < dim; d += width) store(packed + d * Rows, load<vector>(row + d));
   }
   return to;
 }
@@ -51,10 +48,7 @@ template <class K, int Rows, int Keys, class V, class Between>
   if (vector == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
 #endif
   const auto load_key = [&](int i) __attribute__((always_inline)) {
-    if constexpr (in_eights<K>)
-      return K::load_eight(key[i] + (d + 8 * vector) * K::element_bytes);
-    else
-      return load_vector<K>(key[i] + d * K::element_bytes, vector, of);
+    return load_vector<K, V>(key[i] + d * K::element_bytes, vector, of);
   };
   V qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
   if constexpr (Rows > Keys) {
@@ -178,9 +172,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
       add_vectors(d, nothing);
   };
   const auto add_line = [&](index_t j, index_t first) __attribute__((always_inline)) {
-    if constexpr (unit == line) {
-      add_unit(j, first);
-    } else if (in_eights<K> && first + line <= dim) {
+    if (unit == line || (in_eights<K> && first + line <= dim)) {
 #pragma GCC unroll 2
       for (index_t d = 0; d < line; d += unit) add_unit(j, first + d);
     } else {
