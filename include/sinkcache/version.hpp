@@ -30,16 +30,16 @@
 #define SINKCACHE_ISA portable
 #endif
 
-// Whether AVX-512 multiplies keys in f16 eight lanes at a time. A processor that takes 512 bits in two halves is faster
-// at it, a Zen 4, which g++ 12 calls a Zen 3; where the compiler does not tell, define it, for other files too.
+// Whether the processor takes 512 bits in two halves, which the kernel is arranged for then: a Zen 4, which g++ 12
+// calls a Zen 3. Where the compiler does not tell, define it, for other files too.
 #if !defined(__AVX512F__) || !defined(__AVX512DQ__)
-#undef SINKCACHE_F16_IN_EIGHTS
-#define SINKCACHE_F16_IN_EIGHTS 0
-#elif !defined(SINKCACHE_F16_IN_EIGHTS)
+#undef SINKCACHE_AVX512_IN_HALVES
+#define SINKCACHE_AVX512_IN_HALVES 0
+#elif !defined(SINKCACHE_AVX512_IN_HALVES)
 #if defined(__znver4__) || defined(__znver3__)
-#define SINKCACHE_F16_IN_EIGHTS 1
+#define SINKCACHE_AVX512_IN_HALVES 1
 #else
-#define SINKCACHE_F16_IN_EIGHTS 0
+#define SINKCACHE_AVX512_IN_HALVES 0
 #endif
 #endif
 
@@ -79,19 +79,20 @@
   SINKCACHE_HEX_OF(SINKCACHE_BIT(a), SINKCACHE_BIT(b), SINKCACHE_BIT(c), SINKCACHE_BIT(d))
 
 // Every instruction set that a compiler may use in plain code, whether or not the library asks for it, RTTI, which
-// changes what a vtable holds, and how f16 is multiplied.
+// changes what a vtable holds, and how AVX-512 is used.
 #define SINKCACHE_PASTE_(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
 #define SINKCACHE_PASTE(...) SINKCACHE_PASTE_(__VA_ARGS__)
 #if defined(__SSE2__)
-#define SINKCACHE_SETS                                                                                              \
-  SINKCACHE_PASTE(                                                                                                  \
-      SINKCACHE_HEX(__SSE3__, __SSSE3__, __SSE4_1__, __SSE4_2__),                                                   \
-      SINKCACHE_HEX(__POPCNT__, __AVX__, __F16C__, __FMA__), SINKCACHE_HEX(__AVX2__, __BMI__, __BMI2__, __LZCNT__), \
-      SINKCACHE_HEX(__MOVBE__, __AVX512F__, __AVX512CD__, __AVX512BW__),                                            \
-      SINKCACHE_HEX(__AVX512DQ__, __AVX512VL__, __AVX512VBMI__, __AVX512VBMI2__),                                   \
-      SINKCACHE_HEX(__AVX512IFMA__, __AVX512VNNI__, __AVX512BITALG__, __AVX512VPOPCNTDQ__),                         \
-      SINKCACHE_HEX(__AVXVNNI__, __GFNI__, __FMA4__, __XOP__),                                                      \
-      SINKCACHE_HEX(__TBM__, __AVX512FP16__, __APX_F__, __GXX_RTTI), SINKCACHE_HEX(0, 0, 0, SINKCACHE_F16_IN_EIGHTS))
+#define SINKCACHE_SETS                                                                                  \
+  SINKCACHE_PASTE(SINKCACHE_HEX(__SSE3__, __SSSE3__, __SSE4_1__, __SSE4_2__),                           \
+                  SINKCACHE_HEX(__POPCNT__, __AVX__, __F16C__, __FMA__),                                \
+                  SINKCACHE_HEX(__AVX2__, __BMI__, __BMI2__, __LZCNT__),                                \
+                  SINKCACHE_HEX(__MOVBE__, __AVX512F__, __AVX512CD__, __AVX512BW__),                    \
+                  SINKCACHE_HEX(__AVX512DQ__, __AVX512VL__, __AVX512VBMI__, __AVX512VBMI2__),           \
+                  SINKCACHE_HEX(__AVX512IFMA__, __AVX512VNNI__, __AVX512BITALG__, __AVX512VPOPCNTDQ__), \
+                  SINKCACHE_HEX(__AVXVNNI__, __GFNI__, __FMA4__, __XOP__),                              \
+                  SINKCACHE_HEX(__TBM__, __AVX512FP16__, __APX_F__, __GXX_RTTI),                        \
+                  SINKCACHE_HEX(0, 0, 0, SINKCACHE_AVX512_IN_HALVES))
 #else
 #define SINKCACHE_SETS                                                                                                 \
   SINKCACHE_PASTE(                                                                                                     \

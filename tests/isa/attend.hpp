@@ -16,6 +16,6 @@ struct unit {
   const char* (*refusal)();
 };
 
-extern const unit x86_64, haswell, skylake_avx512, eights, aborts;
+extern const unit x86_64, haswell, skylake_avx512, halves, aborts;
 
 }  // namespace isa_test

@@ -100,7 +100,7 @@ int main(int argc, char**) {
   check(x86_64, "x86-64", "sse2", true);
   check(haswell, "haswell", "avx2", avx2 || all);
   check(skylake_avx512, "skylake-avx512", "avx512", avx512 || all);
-  check(eights, "f16 in eights", "avx512", avx512 || all);
+  check(halves, "avx512 in halves", "avx512", avx512 || all);
   check(aborts, "no exceptions", "sse2", true);
   std::printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
   return failed == 0 ? 0 : 1;

@@ -3,6 +3,7 @@
 // Weighted sums of the values of a tile.
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "tile.hpp"
@@ -43,36 +44,44 @@ template <class V, int Rows, int Vectors, int Width = Rows>
                                   const running_states& to, tile_rows next = {}) noexcept {
   constexpr index_t strip = Vectors * lanes * V::element_bytes;
   constexpr bool of_panel = Width != Rows;
+  using weight = std::conditional_t<of_panel, vfloat, multiplier>;
   constexpr index_t unrolled = of_panel ? 4 : 1;  // with prefetches among them, g++ 12 is slower with more
   const std::byte* value = v.data + column * V::element_bytes;
   const bool neighbours = next.stride == next.bytes;
   const index_t step = neighbours ? strip : next.stride;
   index_t ahead = column * V::element_bytes * (neighbours ? n : 1);
   vfloat tile[Rows][Vectors], sums[Rows][Vectors];
+  const auto weight_at = [](const float* from) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<weight, vfloat>)
+      return broadcast(*from);
+    else
+      return from;
+  };
   const auto add_key = [&]() __attribute__((always_inline)) {
     if constexpr (!of_panel) {
 #pragma GCC unroll 8
       for (index_t line = 0; line < strip; line += 64) prefetch(next.data, ahead + line);
       ahead += step;
     }
-    vfloat vc[Vectors], weight[Rows];  // only the fewer of them fit the registers all at once
+    vfloat vc[Vectors];  // only the fewer of them fit the registers all at once
+    weight weight_of[Rows];
     if constexpr (Rows > Vectors) {
 #pragma GCC unroll 8
       for (int c = 0; c < Vectors; ++c) vc[c] = load_vector<V>(value, c, Vectors);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        weight[r] = broadcast(weights[r]);
+        weight_of[r] = weight_at(weights + r);
 #pragma GCC unroll 8
-        for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
+        for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight_of[r]);
       }
     } else {
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) weight[r] = broadcast(weights[r]);
+      for (int r = 0; r < Rows; ++r) weight_of[r] = weight_at(weights + r);
 #pragma GCC unroll 8
       for (int c = 0; c < Vectors; ++c) {
         vc[c] = load_vector<V>(value, c, Vectors);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight[r]);
+        for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight_of[r]);
       }
     }
     value += v.stride, weights += Width;
