@@ -13,6 +13,14 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 template <class K>
 using key_vector = std::conditional_t<in_eights<K>, voct, vfloat>;
 
+// The same address, of which a compiler does not know: or it loads ahead of a loop what does not fit its registers.
+[[gnu::always_inline]] inline const float* anew(const float* from) noexcept {
+#if defined(__x86_64__)
+  asm("" : "+r"(from));
+#endif
+  return from;
+}
+
 // Rows [Rows, dim] as [dim / width, Rows, width], so that one address reaches them all, their elements in the order in
 // which keys of a format K are loaded, in vectors of so many. Returns `to`.
 template <class K, int Rows>
@@ -143,6 +151,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
   alignas(64) float memory[packed ? Rows * max_head_dim : 1];
   if constexpr (packed) q = pack_rows<K, Rows>(q, dim, memory);
+  const float* rows = q;
   const std::byte* key[Keys];
   vector sums[Keys][Rows], before[Keys][Rows];
   joined_sums<vector, Rows, Keys> joined;
@@ -151,7 +160,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
       const auto at_first = [&](int i) __attribute__((always_inline)) {
         if (number == 0) between(i);
       };
-      add_products<K>(sums, q + (d + number * width) * together, packed ? width : dim, key, d, number, of, at_first);
+      add_products<K>(sums, rows + (d + number * width) * together, packed ? width : dim, key, d, number, of, at_first);
     };
     if (at_once == 1 || width < 16 || d + lanes < dim)
 #pragma GCC unroll 2
@@ -194,6 +203,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
 #pragma GCC unroll 8
       for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     clear(sums);
+    rows = anew(q);
     if constexpr (late) {
 #pragma GCC unroll 4
       for (int step = 0; step < joined.steps; ++step) {
