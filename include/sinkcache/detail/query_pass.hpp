@@ -82,12 +82,13 @@ struct query_block {
     index_t num_spans = 1;
     for (index_t k = 0; k < num_spans; ++k) {
       position_t lo = max_position, hi = 0;
-      for (index_t r = 0; r < count; ++r) {
-        const bool same_token = r > 0 && (row + r) % group != 0;
-        extents[r] = same_token ? extents[r - 1] : extent_of(token(row + r), k, from, to, num_spans);
-        if (extents[r].lo >= extents[r].hi) continue;
-        lo = std::min(lo, extents[r].lo);
-        hi = std::max(hi, extents[r].hi);
+      for (index_t r = 0, end; r < count; r = end) {
+        const extent seen = extent_of(token(row + r), k, from, to, num_spans);
+        end = std::min(count, r + group - (row + r) % group);
+        std::fill(extents + r, extents + end, seen);
+        if (seen.lo >= seen.hi) continue;
+        lo = std::min(lo, seen.lo);
+        hi = std::max(hi, seen.hi);
       }
       if (lo >= hi) continue;
       if (in_panels)

@@ -203,7 +203,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
 #pragma GCC unroll 8
       for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     clear(sums);
-    rows = anew(q);
+    if constexpr (K::element_bytes < 4) rows = anew(q);  // f32 is faster with some in registers
     if constexpr (late) {
 #pragma GCC unroll 4
       for (int step = 0; step < joined.steps; ++step) {
