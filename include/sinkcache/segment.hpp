@@ -33,14 +33,16 @@ struct query_rows {
 };
 
 // Scratch of one worker: tiles of floats of K [keys, round_up(dim, 16)] and V (rows 16 floats further apart, so that a
-// column of them spreads over the sets of the L1), and logits [keys, rows].
+// column of them spreads over the sets of the L1), logits [keys, rows], and a few rows of Q as keys are multiplied by
+// them.
 struct tile_scratch {
   static constexpr index_t keys = 128, max_rows = 32;  // at most, of a tile and for a few rows
   static constexpr index_t k_floats(index_t dim) { return keys * dim; }
   static constexpr index_t v_floats(index_t dim) { return keys * (dim + 16); }
   static constexpr index_t logits_floats = std::max(2 * max_rows, query_rows::panel) * (keys + 16);
+  static constexpr index_t q_floats(index_t dim) { return max_rows * dim; }
 
-  float *k, *v, *logits;
+  float *k, *v, *logits, *q;
 };
 
 // What one query row sees of a segment: positions [lo, hi), none if empty. `gap` tokens were evicted between them and

@@ -14,21 +14,20 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// `count` query rows from `row` on take in n keys and values, of positions from `first` on; all of them see all. `next`
-// are the keys that follow.
+// `count` query rows from `row` on, q as from packed_rows, take in n keys and values, of positions from `first` on; all
+// of them see all. `next` are the keys that follow.
 template <class K, class V>
-void absorb_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, tile_rows k, tile_rows v,
-                 index_t offset, position_t first, index_t n, tile_rows next, const running_states& to,
+void absorb_tile(const query_rows& rows, index_t row, index_t count, const float* q, const extent* extents, tile_rows k,
+                 tile_rows v, index_t offset, position_t first, index_t n, tile_rows next, const running_states& to,
                  float* logits) noexcept {
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::keys + 16); };
   float scale[tile_scratch::max_rows];
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    const float* const q = rows.q + (row + r) * dim;
     if (k.decoded)
-      dot_products<f32, Rows>(q, dim, k, n, v, logits_of(group));
+      dot_products<f32, Rows>(q + r * dim, dim, k, n, v, logits_of(group));
     else
-      dot_products<K, Rows>(q, dim, k, n, v, logits_of(group));
+      dot_products<K, Rows>(q + r * dim, dim, k, n, v, logits_of(group));
   });
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     if (rows.soft_cap > 0 || rows.terms != nullptr)
@@ -124,13 +123,15 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
   using loaded_k = std::conditional_t<elementwise_format<K>, K, f32>;
   using loaded_v = std::conditional_t<elementwise_format<V>, V, f32>;
   const stored_rows keys{from.k, from.k_block, from.k_step}, values{from.v, from.v_block, from.v_step};
+  const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
+  const float* q = nullptr;
+  index_t q_from = 0, q_rows = 0;  // which rows it is of: most often the same for every tile
   // Tiles end where positions are a multiple, whatever is seen of them.
   for (position_t tile = lo, end; tile < hi; tile = end) {
     end = std::min(hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
     const index_t offset = static_cast<index_t>(tile % tile_scratch::keys);
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
     if (rows.in_panels) {
-      const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
       const tile_rows k = decoded_rows<K>(keys, first_row, n, rows.head_dim, dim, scratch.k);
       const tile_rows v = decoded_rows<V>(values, first_row, n, rows.v_head_dim, v_dim + 16, scratch.v);
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
@@ -146,10 +147,15 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
       const position_span seen = seen_of(extents[r], tile, end);
       while (same < tile_scratch::max_rows && r + same < rows.rows && seen_of(extents[r + same], tile, end) == seen)
         ++same;
+      if (seen.size() == 0) continue;
+      if (q_from != r || q_rows != same) {
+        const float* const run = rows.q + r * dim;
+        q = k.decoded ? packed_rows<f32>(run, same, dim, scratch.q) : packed_rows<loaded_k>(run, same, dim, scratch.q);
+        q_from = r, q_rows = same;
+      }
       const index_t skipped = static_cast<index_t>(seen.first - tile);
-      if (seen.size() > 0)
-        absorb_tile<loaded_k, loaded_v>(rows, r, same, extents, k.from_row(skipped), v.from_row(skipped),
-                                        offset + skipped, seen.first, seen.size(), next, to, scratch.logits);
+      absorb_tile<loaded_k, loaded_v>(rows, r, same, q, extents, k.from_row(skipped), v.from_row(skipped),
+                                      offset + skipped, seen.first, seen.size(), next, to, scratch.logits);
     }
   }
 }

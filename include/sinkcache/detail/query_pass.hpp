@@ -28,12 +28,13 @@ struct worker_scratch {
     q = take(rows * of.k_dim());
     state = {{take(rows), take(rows), take(rows * v_dim), v_dim}, take(rows), take(rows * v_dim)};
     tile = {take(tile_scratch::k_floats(of.k_dim())), take(tile_scratch::v_floats(v_dim)),
-            take(tile_scratch::logits_floats)};
+            take(tile_scratch::logits_floats), take(tile_scratch::q_floats(of.k_dim()))};
   }
 
   static index_t bytes(const shape& of) {
-    return index_t{sizeof(float)} * (of.rows * (of.k_dim() + 2 * of.v_dim() + 3) + tile_scratch::k_floats(of.k_dim()) +
-                                     tile_scratch::v_floats(of.v_dim()) + tile_scratch::logits_floats);
+    return index_t{sizeof(float)} *
+           (of.rows * (of.k_dim() + 2 * of.v_dim() + 3) + tile_scratch::k_floats(of.k_dim()) +
+            tile_scratch::v_floats(of.v_dim()) + tile_scratch::logits_floats + tile_scratch::q_floats(of.k_dim()));
   }
 
   float* q;

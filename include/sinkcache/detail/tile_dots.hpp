@@ -13,18 +13,10 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 template <class K>
 using key_vector = std::conditional_t<in_eights<K>, voct, vfloat>;
 
-// The same address, of which a compiler does not know: or it loads ahead of a loop what does not fit its registers.
-[[gnu::always_inline]] inline const float* anew(const float* from) noexcept {
-#if defined(__x86_64__)
-  asm("" : "+r"(from));
-#endif
-  return from;
-}
-
 // Rows [Rows, dim] as [dim / width, Rows, width], so that one address reaches them all, their elements in the order in
-// which keys of a format K are loaded, in vectors of so many. Returns `to`.
+// which keys of a format K are loaded, in vectors of so many.
 template <class K, int Rows>
-[[gnu::always_inline]] inline const float* pack_rows(const float* rows, index_t dim, float* to) noexcept {
+void pack_rows(const float* rows, index_t dim, float* to) noexcept {
   using vector = key_vector<K>;
   constexpr int width = width_of<vector>;
   for (int r = 0; r < Rows; ++r) {
@@ -39,6 +31,15 @@ template <class K, int Rows>
       }
     for (; d < dim; d += width) store(packed + d * Rows, load<vector>(row + d));
   }
+}
+
+// `count` rows as dot_products reads them, group by group: packed into `to`, or where they are.
+template <class K>
+inline constexpr bool packed = lanes == 16 || in_pairs<K>;
+template <class K>
+const float* packed_rows(const float* rows, index_t count, index_t dim, float* to) noexcept {
+  if constexpr (!packed<K>) return rows;
+  in_groups(count, [&]<int Rows>(index_t r, index_t) { pack_rows<K, Rows>(rows + r * dim, dim, to + r * dim); });
   return to;
 }
 
@@ -130,9 +131,9 @@ struct joined_sums {
   }
 };
 
-// logits[j][r] = q[r] . k[j], for Rows rows and a few keys at a time. Behind the n-th key the last one repeats. The
-// keys come from as many parts of the tile, streams that hardware prefetches better than neighbours; the tile's values
-// are brought in meanwhile, from two or three parts.
+// logits[j][r] = q[r] . k[j], for Rows rows, from packed_rows, and a few keys at a time. Behind the n-th key the last
+// one repeats. The keys come from as many parts of the tile, streams that hardware prefetches better than neighbours;
+// the tile's values are brought in meanwhile, from two or three parts.
 template <class K, int Rows, int Keys = keys_of<Rows>>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
@@ -142,16 +143,13 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   constexpr int width = width_of<vector>;
   // With 32 registers, the sums of the keys before are joined among the products of the next: behind all of them, a
   // processor does not look far enough ahead to begin with those meanwhile.
-  constexpr bool late = lanes == 16 && Keys > 1, packed = late || in_pairs<K> || in_eights<K>;
-  constexpr int together = packed ? Rows : 1;  // NOLINT(bugprone-branch-clone)
+  constexpr bool late = lanes == 16 && Keys > 1;
+  constexpr int together = packed<K> ? Rows : 1;  // NOLINT(bugprone-branch-clone)
   constexpr index_t line = 64 / K::element_bytes;
   constexpr int at_once = in_pairs<K> || in_eights<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1;
   constexpr index_t unit = at_once * width;
   constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
-  alignas(64) float memory[packed ? Rows * max_head_dim : 1];
-  if constexpr (packed) q = pack_rows<K, Rows>(q, dim, memory);
-  const float* rows = q;
   const std::byte* key[Keys];
   vector sums[Keys][Rows], before[Keys][Rows];
   joined_sums<vector, Rows, Keys> joined;
@@ -160,7 +158,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
       const auto at_first = [&](int i) __attribute__((always_inline)) {
         if (number == 0) between(i);
       };
-      add_products<K>(sums, rows + (d + number * width) * together, packed ? width : dim, key, d, number, of, at_first);
+      add_products<K>(sums, q + (d + number * width) * together, packed<K> ? width : dim, key, d, number, of, at_first);
     };
     if (at_once == 1 || width < 16 || d + lanes < dim)
 #pragma GCC unroll 2
@@ -203,7 +201,6 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
 #pragma GCC unroll 8
       for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     clear(sums);
-    if constexpr (K::element_bytes < 4) rows = anew(q);  // f32 is faster with some in registers
     if constexpr (late) {
 #pragma GCC unroll 4
       for (int step = 0; step < joined.steps; ++step) {
