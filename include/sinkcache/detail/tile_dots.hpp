@@ -155,8 +155,7 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
   constexpr index_t unit = at_once * width;
   constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
   const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
-  // Three rows of 16-bit keys from memory of their own: g++ puts prefetches elsewhere, and many tokens take 0.9 of the
-  // time.
+  // Three rows of 16-bit keys from memory of their own: why is not known, but many tokens take 0.9 of the time.
   constexpr bool own = Rows == 3 && packed<K> && K::element_bytes < 4;
   alignas(64) float memory[own ? Rows * max_head_dim : 1];
   if constexpr (own) q = std::copy_n(q, Rows * dim, memory) - Rows * dim;
