@@ -244,7 +244,7 @@ TEST_CASE("kv_cache: capacity, size and seen along a stream") {
 template <class Cache>
 std::pair<const std::byte*, const std::byte*> row_of(const Cache& cache, index_t head, position_t position) {
   const segment at = cache.segment_at(head, position, position + 1);
-  return {at.k + at.row * at.k_block, at.v + at.row * at.v_block};
+  return {at.k.store + at.row * at.k.block, at.v.store + at.row * at.v.block};
 }
 
 TEMPLATE_TEST_CASE("kv_cache: stores keys turned to their position and values as they are, in the format", "",

@@ -146,16 +146,11 @@ class kv_cache final : public any_kv_cache {
 
   segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept override {
     const placed at = policy_.place(first);
-    return {rows_.k(kv_head, 0),
-            rows_.v(kv_head, 0),
-            rows_.k_block(),
-            rows_.v_block(),
-            0,
-            0,
+    return {{&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block()},
+            {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block()},
             at.slot,
             first,
-            std::min<position_t>(last, first + at.following + 1),
-            &detail::absorb<K, V>};
+            std::min<position_t>(last, first + at.following + 1)};
   }
 
  private:
@@ -276,16 +271,11 @@ class kv_cache final : public any_kv_cache {
   segment staged_segment(index_t kv_head, position_t first, position_t last, index_t tokens,
                          const std::byte* block) const noexcept override {
     const std::byte* const k = staged(kv_head, tokens, const_cast<std::byte*>(block));
-    return {k,
-            k + tokens * rows_.k_block(),
-            rows_.k_block(),
-            rows_.v_block(),
-            0,
-            0,
+    return {{&reader_of<K>, k, rows_.k_block()},
+            {&reader_of<V>, k + tokens * rows_.k_block(), rows_.v_block()},
             static_cast<index_t>(first - seen_),
             first,
-            last,
-            &detail::absorb<K, V>};
+            last};
   }
 
   void commit(index_t tokens, const std::byte* block) noexcept override {

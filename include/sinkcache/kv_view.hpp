@@ -176,16 +176,11 @@ class kv_view final : public kv_source {
     const auto of_head = [&](const void* memory, index_t stride) {
       return memory == nullptr ? nullptr : static_cast<const std::byte*>(memory) + kv_head * stride;
     };
-    return {of_head(piece.k, k_.head),
-            of_head(piece.v, v_.head),
-            k_.token,
-            v_.token,
-            k_.dim,
-            v_.dim,
+    return {{&reader_of<K>, of_head(piece.k, k_.head), k_.token, k_.dim},
+            {&reader_of<V>, of_head(piece.v, v_.head), v_.token, v_.dim},
             static_cast<index_t>(first - piece.first),
             first,
-            std::min(last, piece.first + piece.tokens),
-            &detail::absorb<K, V>};
+            std::min(last, piece.first + piece.tokens)};
   }
 
  private:

@@ -51,20 +51,48 @@ struct extent {
   position_t lo, hi, gap;
 };
 
-struct segment;
+// Rows of a tile as the kernel reads them: `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements.
+struct tile_rows {
+  const std::byte* data;
+  index_t stride, bytes;
 
-// Merges what `rows` see of one segment into their states. noexcept, and no more memory than the scratch.
-using absorb_fn = void (*)(const segment&, const query_rows& rows, const extent* extents, const detail::running_states&,
-                           const tile_scratch&) noexcept;
+  const std::byte* row(index_t i) const { return data + i * stride; }
+  tile_rows from_row(index_t i) const { return {row(i), stride, bytes}; }
+};
 
-// Consecutive tokens in consecutive rows of one KV head, in one pair of formats.
+struct stored_rows;
+
+// How rows of one format are read; reader_of<F> is the one of a format F. `load` gives floats [n, stride] of the rows
+// [first, first + n), zero from `dim` to round_up(dim, 16). The others work on rows where they lie, and are null where
+// a format is only loaded: `pack` lays `count` query rows [count, dim] out for `dots`, which gives the logits [n, rows
+// of a group] of each group of them, and `add` adds values times weights that lie so to the rows' sums. Both prefetch
+// other rows meanwhile. `dim` is a multiple of 16, count at most tile_scratch::max_rows.
+struct kv_reader {
+  index_t block_rows, element_bytes;
+  void (*load)(const stored_rows& from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept;
+  const float* (*pack)(const float* rows, index_t count, index_t dim, float* to) noexcept;
+  void (*dots)(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
+               float* logits) noexcept;
+  void (*add)(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
+              const detail::running_states& to, tile_rows next) noexcept;
+};
+
+// Where the keys, or the values, of one KV head lie.
+struct stored_rows {
+  const kv_reader* reader;
+  const std::byte* store;  // block 0
+  index_t block;           // bytes from block to block
+  index_t step = 0;        // bytes from element to element in an engine's rows; 0: blocks as the format wrote them
+
+  // What a row takes of a cache near the processor: an engine's rows may lie far apart.
+  index_t row_bytes(index_t dim) const { return step == 0 ? block : dim * std::min(step, index_t{sizeof(float)}); }
+};
+
+// Consecutive tokens in consecutive rows of one KV head.
 struct segment {
-  const std::byte *k, *v;    // block 0 of the store that holds them
-  index_t k_block, v_block;  // bytes from block to block
-  index_t k_step, v_step;    // bytes from element to element in an engine's rows; 0: blocks as the format wrote them
-  index_t row;               // row of position `first`
+  stored_rows k, v;
+  index_t row;  // row of position `first`
   position_t first, last;
-  absorb_fn absorb;
   const std::byte* next_keys = nullptr;  // where the keys lie that are read after these, if that is known
 };
 

@@ -6,45 +6,28 @@
 // go in panels, a row a lane, over a tile that was decoded once. A row's arithmetic does not depend on others.
 
 #include <algorithm>
-#include <type_traits>
 
+#include "reader.hpp"
 #include "tile_dots.hpp"
 #include "tile_softmax.hpp"
 #include "tile_values.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// `count` query rows from `row` on, q as from packed_rows, take in n keys and values, of positions from `first` on; all
-// of them see all. `next` are the keys that follow.
-template <class K, class V>
-void absorb_tile(const query_rows& rows, index_t row, index_t count, const float* q, const extent* extents, tile_rows k,
-                 tile_rows v, index_t offset, position_t first, index_t n, tile_rows next, const running_states& to,
-                 float* logits) noexcept {
-  const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
-  const auto logits_of = [&](index_t group) { return logits + group * 4 * (tile_scratch::keys + 16); };
+// `count` query rows from `row` on, q as the keys' reader packed them, take in n keys and values, of positions from
+// `first` on; all of them see all. `next` are the keys that follow.
+inline void absorb_tile(const query_rows& rows, index_t row, index_t count, const float* q, const extent* extents,
+                        const loaded_rows& k, const loaded_rows& v, index_t offset, position_t first, index_t n,
+                        tile_rows next, const running_states& to, float* logits) noexcept {
   float scale[tile_scratch::max_rows];
+  k.reader->dots(q, count, round_up(rows.head_dim, 16), k.rows, n, v.rows, logits);
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    if (k.decoded)
-      dot_products<f32, Rows>(q + r * dim, dim, k, n, v, logits_of(group));
-    else
-      dot_products<K, Rows>(q + r * dim, dim, k, n, v, logits_of(group));
-  });
-  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    if (rows.soft_cap > 0 || rows.terms != nullptr)
-      adjust_logits<Rows>(rows, row + r, extents, first, n, logits_of(group));
-    weigh<Rows>(logits_of(group), offset, n, to.from_row(row + r), scale + r);
+    float* const of_group = logits_of(logits, group);
+    if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<Rows>(rows, row + r, extents, first, n, of_group);
+    weigh<Rows>(of_group, offset, n, to.from_row(row + r), scale + r);
   });
   rescale_values(scale, count, to.from_row(row));
-  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    const running_states sums = to.from_row(row + r);
-    const float* const weights = logits_of(group);
-    in_strips<Rows>(v_dim, [&]<int Vectors>(index_t column) {
-      if (v.decoded)
-        add_values<f32, Rows, Vectors>(weights, v, offset, n, column, sums, next);
-      else
-        add_values<V, Rows, Vectors>(weights, v, offset, n, column, sums, next);
-    });
-  });
+  v.reader->add(logits, count, v.rows, offset, n, round_up(rows.v_head_dim, 16), to.from_row(row), next);
 }
 
 // The positions that a row sees between `first` and `last`.
@@ -110,9 +93,8 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
 }
 
 // See absorb_fn.
-template <kv_format K, kv_format V>
-void absorb(const segment& from, const query_rows& rows, const extent* extents, const running_states& to,
-            const tile_scratch& scratch) noexcept {
+inline void absorb(const segment& from, const query_rows& rows, const extent* extents, const running_states& to,
+                   const tile_scratch& scratch) noexcept {
   position_t lo = from.last, hi = from.first;
   for (index_t r = 0; r < rows.rows; ++r) {
     const position_span seen = seen_of(extents[r], from.first, from.last);
@@ -120,9 +102,6 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     lo = std::min(lo, seen.first);
     hi = std::max(hi, seen.last);
   }
-  using loaded_k = std::conditional_t<elementwise_format<K>, K, f32>;
-  using loaded_v = std::conditional_t<elementwise_format<V>, V, f32>;
-  const stored_rows keys{from.k, from.k_block, from.k_step}, values{from.v, from.v_block, from.v_step};
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const float* q = nullptr;
   index_t q_from = 0, q_rows = 0;  // which rows it is of: most often the same for every tile
@@ -132,16 +111,16 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
     const index_t offset = static_cast<index_t>(tile % tile_scratch::keys);
     const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
     if (rows.in_panels) {
-      const tile_rows k = decoded_rows<K>(keys, first_row, n, rows.head_dim, dim, scratch.k);
-      const tile_rows v = decoded_rows<V>(values, first_row, n, rows.v_head_dim, v_dim + 16, scratch.v);
+      const tile_rows k = decoded_rows(from.k, first_row, n, rows.head_dim, dim, scratch.k);
+      const tile_rows v = decoded_rows(from.v, first_row, n, rows.v_head_dim, v_dim + 16, scratch.v);
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
       continue;
     }
-    const tile_rows k = rows_of<K>(keys, first_row, n, rows.head_dim, scratch.k);
-    const tile_rows v = rows_of<V>(values, first_row, n, rows.v_head_dim, scratch.v);
-    tile_rows next = k.from_row(n);
-    if (end == hi && !k.decoded) next.data = from.next_keys != nullptr ? from.next_keys : k.data;
+    const loaded_rows k = rows_of(from.k, first_row, n, rows.head_dim, scratch.k);
+    const loaded_rows v = rows_of(from.v, first_row, n, rows.v_head_dim, scratch.v);
+    tile_rows next = k.rows.from_row(n);
+    if (end == hi && !k.decoded) next.data = from.next_keys != nullptr ? from.next_keys : k.rows.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
@@ -149,13 +128,12 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
         ++same;
       if (seen.size() == 0) continue;
       if (q_from != r || q_rows != same) {
-        const float* const run = rows.q + r * dim;
-        q = k.decoded ? packed_rows<f32>(run, same, dim, scratch.q) : packed_rows<loaded_k>(run, same, dim, scratch.q);
+        q = k.reader->pack(rows.q + r * dim, same, dim, scratch.q);
         q_from = r, q_rows = same;
       }
       const index_t skipped = static_cast<index_t>(seen.first - tile);
-      absorb_tile<loaded_k, loaded_v>(rows, r, same, q, extents, k.from_row(skipped), v.from_row(skipped),
-                                      offset + skipped, seen.first, seen.size(), next, to, scratch.logits);
+      absorb_tile(rows, r, same, q, extents, k.from_row(skipped), v.from_row(skipped), offset + skipped, seen.first,
+                  seen.size(), next, to, scratch.logits);
     }
   }
 }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "../attention_params.hpp"
+#include "absorb.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -103,7 +104,7 @@ struct query_block {
         segment next = source.segment_at(kv_head, lo, hi);
         if (!in_panels && next.last - lo >= 16)  // fewer leave no time to bring others in
           next.next_keys = keys_after(kv_head, token(row + count - 1), k, next.last);
-        next.absorb(next, rows, extents, scratch.state, scratch.tile);
+        detail::absorb(next, rows, extents, scratch.state, scratch.tile);
         lo = next.last;
       }
     }
@@ -139,7 +140,7 @@ struct query_block {
       last = visible[more ? k + 1 : k].first;
     }
     const segment at = source.segment_at(kv_head, last, last + 1);
-    return at.k + at.row * at.k_block;
+    return at.k.store + at.row * at.k.block;
   }
 
   // Copies query rows, turned to their position less the gap, and scaled.

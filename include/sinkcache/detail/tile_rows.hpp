@@ -11,31 +11,9 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Rows of a tile, `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements; `decoded`: of floats, else of
-// the format.
-struct tile_rows {
-  const std::byte* data;
-  index_t stride, bytes;
-  bool decoded;
-
-  const std::byte* row(index_t i) const { return data + i * stride; }
-  tile_rows from_row(index_t i) const { return {row(i), stride, bytes, decoded}; }
-};
-
-// Where the rows of one segment's keys, or values, lie.
-struct stored_rows {
-  const std::byte* store;
-  index_t block, step;  // see segment
-
-  // What a row takes of a cache near the processor: an engine's rows may lie far apart.
-  index_t row_bytes(index_t dim) const { return step == 0 ? block : dim * std::min(step, index_t{sizeof(float)}); }
-};
-
-// Decodes the rows [first, first + n) into floats [n, stride], zero behind `dim`.
+// The load of a kv_reader.
 template <kv_format F>
-tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
-  const index_t bytes = stride * index_t{sizeof(float)};
-  const tile_rows rows{reinterpret_cast<const std::byte*>(to), bytes, bytes, true};
+void load_rows(const stored_rows& from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
   for (index_t i = 0; i < n; ++i) std::fill(to + i * stride + dim, to + i * stride + round_up(dim, 16), 0.f);
   if constexpr (elementwise_format<F>) {
     if (from.step != 0 && from.step != F::element_bytes) {
@@ -54,21 +32,19 @@ tile_rows decoded_rows(stored_rows from, index_t first, index_t n, index_t dim, 
           F::decode(row, 0, dim, to + i * stride);
         }
       }
-      return rows;
+      return;
     }
   }
   for (index_t i = 0; i < n; ++i)
     F::decode(from.store + (first + i) / F::block_rows * from.block, (first + i) % F::block_rows, dim, to + i * stride);
-  return rows;
 }
 
-// The same rows where they lie, if vectors can be loaded there; else decoded.
-template <kv_format F>
-tile_rows rows_of(stored_rows from, index_t first, index_t n, index_t dim, float* scratch) noexcept {
-  if constexpr (elementwise_format<F>)
-    if (from.step == 0 || (from.step == F::element_bytes && dim % 16 == 0))
-      return {from.store + first * from.block, from.block, from.row_bytes(dim), false};
-  return decoded_rows<F>(from, first, n, dim, round_up(dim, 16), scratch);
+// Decodes the rows [first, first + n) into floats [n, stride], zero from `dim` on.
+inline tile_rows decoded_rows(const stored_rows& from, index_t first, index_t n, index_t dim, index_t stride,
+                              float* to) noexcept {
+  const index_t bytes = stride * index_t{sizeof(float)};
+  from.reader->load(from, first, n, dim, stride, to);
+  return {reinterpret_cast<const std::byte*>(to), bytes, bytes};
 }
 
 inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
