@@ -1,5 +1,5 @@
 // A format and policies as a user writes them, outside the library's namespace: the same suite as for the library's
-// own. The suite is compiled in attention_property_test.cpp; here are only the caches.
+// own. The suite is run_case.cpp; here are only the caches.
 
 #include <sinkcache/sinkcache.hpp>
 
