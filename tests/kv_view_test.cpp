@@ -19,6 +19,7 @@
 #include "catch.hpp"
 #include "effort.hpp"
 #include "oracle.hpp"
+#include "plain_format.hpp"
 
 using namespace sinkcache;
 
@@ -43,11 +44,7 @@ class buffer {
     std::memset(bytes_.get(), 0xff, as_size(elements * F::element_bytes + offset));
   }
 
-  void put(index_t at, float x) {
-    std::byte block[64];
-    F::encode(&x, 1, block);
-    std::memcpy(bytes_.get() + offset_ + at * F::element_bytes, block, as_size(F::element_bytes));
-  }
+  void put(index_t at, float x) { plain::put<F>(x, bytes_.get() + offset_, at); }
   const void* at(index_t i) const { return bytes_.get() + offset_ + i * F::element_bytes; }
 
  private:
@@ -57,10 +54,7 @@ class buffer {
 
 template <class F>
 float stored(float x) {
-  std::byte block[64];
-  F::encode(&x, 1, block);
-  F::decode(block, 0, 1, &x);
-  return x;
+  return static_cast<float>(plain::rounded<F>(x));
 }
 
 // A layer and its stream, as an engine would have it: keys and values as they are stored, keys turned.

@@ -170,7 +170,13 @@ proof::plain_policy plain(const bookmarks& p) {
                 list.push_back(i);
             return list;
           },
-          [=](position_t i) { return p.place(i).slot; }, p.capacity()};
+          [=](position_t i) {
+            if (i < p.pinned) return static_cast<index_t>(i);
+            if (i >= p.first_kept && i < p.first_kept + p.kept)
+              return p.pinned + static_cast<index_t>(i - p.first_kept);
+            return p.pinned + p.kept + static_cast<index_t>(i % (p.window + p.kept));
+          },
+          p.capacity()};
 }
 
 // The suite.
