@@ -31,9 +31,8 @@ void decode(benchmark::State& state, const effort& effort, const shape& of, inde
                       effort);
   suite::row row(state, rounds, 2);
   row.number("call_ns", 1e9 * rounds.seconds(2).median / calls);
-  row.percent("fma%", 0, 2);
-  row.percent("read%", 1, 2);
-  row.percent_of_limit({0, 1}, 2);
+  row.limits(0, 1, 2);
+  row.number("layer_bytes", static_cast<double>(layers.layer_bytes()));
   row.number("error", error_of(layers.cache(0), attention.params(), q.data(), out.data()));
 }
 
@@ -41,6 +40,7 @@ void decode(benchmark::State& state, const effort& effort, const shape& of, inde
 
 int main(int argc, char** argv) {
   suite::program program(argc, argv);
+  const std::size_t cold_bytes = cold().bytes;
   suite::for_each_format<sinkcache::f32, sinkcache::f16, sinkcache::bf16>([&](auto format, const std::string& name) {
     using F = decltype(format);
     for (const shape& of : shapes) {
