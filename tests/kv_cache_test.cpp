@@ -762,6 +762,13 @@ TEST_CASE("kv_cache: a try_ call that is refused says what would be thrown, and 
         "sinkcache: tokens seen and appended was 9223372036854775819, had to be at most 4611686018427387904");
   CHECK(any.try_append({floats, max_position, 8}, {floats, max_position, 6}).message() ==
         "sinkcache: tokens seen and appended was 4611686018427387916, had to be at most 4611686018427387904");
+  // A stream ends at 2^62: one token more than it has room for, after the 12 seen and from the start.
+  CHECK(any.try_append({floats, max_position - 11, 8}, {floats, max_position - 11, 6}).message() ==
+        "sinkcache: tokens seen and appended was 4611686018427387905, had to be at most 4611686018427387904");
+  CHECK(kv_cache<f32>(small_config())
+            .try_append({floats, (index_t{1} << 62) + 1, 8}, {floats, (index_t{1} << 62) + 1, 6})
+            .message() ==
+        "sinkcache: tokens seen and appended was 4611686018427387905, had to be at most 4611686018427387904");
   CHECK(any.try_append({nullptr, 0, 8}, {nullptr, 0, 6}).ok());
 
   CHECK(any.try_truncate(3).message() == "sinkcache: seen was 3, had to be at least 12: older tokens are overwritten");
