@@ -143,7 +143,6 @@ struct shape {
 inline constexpr shape shapes[] = {{"A", 32, 8, 128}, {"B", 64, 8, 64, true}, {"C", 9, 3, 64},
                                    {"D", 24, 3, 96},  {"E", 10, 2, 80},       {"F", 8, 1, 256}};
 inline constexpr index_t num_sink_tokens = 4;
-inline constexpr std::size_t cold_bytes = std::size_t{192} << 20;
 
 // Tokens of the short caches: of D to F a number that tiles do not divide.
 inline index_t short_visible(const shape& of) { return of.name[0] <= 'C' ? 1024 : num_sink_tokens + 1000; }
@@ -202,8 +201,8 @@ class visible_memory final : public std::pmr::memory_resource {
   std::size_t size_ = 0;
 };
 
-// The caches of as many layers as hold `bytes`, at least one: one stays in the last-level cache, those of cold_bytes
-// come from memory when they are walked in turn.
+// The caches of as many layers as hold `bytes`, at least one: one stays in the last-level cache, those of cold() come
+// from memory when they are walked in turn.
 template <class F>
 class layers {
  public:
@@ -221,6 +220,7 @@ class layers {
   }
 
   std::size_t size() const { return caches_.size(); }
+  std::size_t layer_bytes() const { return memory_[0].size(); }
   sinkcache::kv_cache<F>& cache(std::size_t i) { return caches_[i % size()]; }
   // Plainly, one of so many parts of a layer's bytes.
   void read(std::size_t i, std::size_t part = 0, std::size_t parts = 1) const {

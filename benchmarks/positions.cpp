@@ -117,7 +117,7 @@ void positions(benchmark::State& state, const effort& effort, const shape& of, a
                       effort);
   suite::row row(state, rounds, 3);
   row.ratio("other_over_ours", rounds.ratio(2, 3));
-  row.percent_of_limit({0, 1}, 3);
+  row.limits(0, 1, 3);
   row.number("error", error_of(ours.cache(0), attention.params(), q.data(), out.data()));
 }
 

@@ -23,14 +23,15 @@ void prefill(benchmark::State& state, const effort& effort, const shape& of, ind
   constexpr double part = 8;  // of the arithmetic is enough to know how fast the machine is
   const rounds rounds({
                           [&](std::size_t) { multiply_add(flops / part); },
+                          [&](std::size_t round) { layers.read(round); },
                           [&](std::size_t) {
                             if (!stream) cache.truncate(visible - tokens);
                             attention.prefill(q, k, v, cache, out, workspace);
                           },
                       },
                       effort);
-  suite::row row(state, rounds, 1);
-  row.ratio("fma%", rounds.of([&](const std::vector<double>& s) { return 100 * part * s[0] / s[1]; }));
+  suite::row row(state, rounds, 2);
+  row.limits(0, 1, 2, part);
   row.number("error", error_of(cache, attention.params(), q.row(tokens - 1).data(), out.row(tokens - 1).data()));
 }
 

@@ -37,7 +37,7 @@ void streaming(benchmark::State& state, const effort& effort, index_t visible) {
   suite::row row(state, rounds, 3);
   row.number("recomputed_us", 1e6 * rounds.seconds(2).median);
   row.ratio("speedup", rounds.ratio(2, 3));
-  row.percent_of_limit({0, 1}, 3);
+  row.limits(0, 1, 3);
   row.number("recomputed_fma%", 100 * rounds.ratio(0, 2).median * static_cast<double>(visible + 1) / 2);
   row.number("error", error_of(streamed, attention.params(), q.data(), out.data()));
   row.number("recomputed_error",

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "cold.hpp"
 #include "measure.hpp"
 
 namespace suite {
@@ -28,18 +29,22 @@ class row {
     number(name + "_p10", of.p10);
     number(name + "_p90", of.p90);
   }
-  // Time of `limit` over that of `contender`.
-  void percent(const std::string& name, std::size_t limit, std::size_t contender) {
-    number(name, 100 * rounds_.ratio(limit, contender).median);
+  // Time of another contender over that of `contender`.
+  void percent(const std::string& name, std::size_t other, std::size_t contender) {
+    number(name, 100 * rounds_.ratio(other, contender).median);
   }
-  // How much of `contender` the longest of several limits takes.
-  void percent_of_limit(const std::vector<std::size_t>& limits, std::size_t contender) {
-    const measure::spread of = rounds_.of([&](const std::vector<double>& seconds) {
-      double limit = 0;
-      for (std::size_t i : limits) limit = std::max(limit, seconds[i]);
-      return 100 * limit / seconds[contender];
-    });
-    ratio("limit%", of);
+  // The machine's limits as parts of `contender`'s time, and which of them binds, as the row's label. The contender of
+  // arithmetic does a `part`-th of it.
+  void limits(std::size_t arithmetic, std::size_t reading, std::size_t contender, double part = 1) {
+    const auto of_time = [&](std::size_t limit, double times) {
+      return rounds_.of(
+          [=](const std::vector<double>& seconds) { return 100 * times * seconds[limit] / seconds[contender]; });
+    };
+    const measure::spread fma = of_time(arithmetic, part), read = of_time(reading, 1);
+    number("fma%", fma.median);
+    number("read%", read.median);
+    ratio("limit%", read.median > fma.median ? read : fma);
+    state_.SetLabel(read.median > fma.median ? "bound by reading" : "bound by arithmetic");
   }
 
  private:
@@ -81,6 +86,7 @@ class program {
     benchmark::Initialize(&argc_, argv_);
     if (benchmark::ReportUnrecognizedArguments(argc_, argv_)) return 1;
     benchmark::AddCustomContext("isa", sinkcache::isa());
+    benchmark::AddCustomContext("cold", measure::cold().text);
     benchmark::RunSpecifiedBenchmarks();
     return 0;
   }

@@ -15,7 +15,7 @@ void two_threads(suite::row& row, const rounds& rounds) {
   row.number("read_speedup", rounds.ratio(4, 5).median);
   row.number("speedup", rounds.ratio(0, 1).median);
   row.ratio("of_fma_speedup", rounds.of([](const std::vector<double>& s) { return (s[0] / s[1]) / (s[2] / s[3]); }));
-  row.percent_of_limit({3, 5}, 1);
+  row.limits(3, 5, 1);
 }
 
 struct thread_pools {

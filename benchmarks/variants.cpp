@@ -26,7 +26,7 @@ void variant(benchmark::State& state, const effort& effort, const shape& of,
                       effort);
   suite::row row(state, rounds, 3);
   row.ratio("over_plain", rounds.ratio(3, 2));
-  row.percent_of_limit({0, 1}, 3);
+  row.limits(0, 1, 3);
   measured.decode(q, cache, out, workspace);
   row.number("error", error_of(cache, params, q.data(), out.data()));
 }

@@ -16,6 +16,7 @@
 #include "catch.hpp"
 #include "counting_resource.hpp"
 #include "effort.hpp"
+#include "oracle.hpp"
 
 using namespace sinkcache;
 
@@ -249,6 +250,71 @@ TEST_CASE("attention: in_cache turns the query, not the keys") {
   attention.decode(s.q.row(39), cache, a, scratch);
   attention.decode(s.q.row(39), dense, b, scratch);
   CHECK((a - b).cwiseAbs().maxCoeff() < 2e-6f);
+}
+
+TEST_CASE("attention: queries meet keys at their places, wherever the stream starts, with YaRN's factor on both") {
+  // What a query sees is said by the oracle on rows that nobody has turned: it knows neither first_position nor gaps.
+  constexpr index_t tokens = 30, dim = 7;
+  oracle::layer layer;
+  layer.num_qo_heads = 4;
+  layer.num_kv_heads = 2;
+  layer.head_dim = layer.v_head_dim = dim;
+  layer.inv_freq = {0.9f, 0.2f, 0.01f};
+  layer.k_turned = false;
+  layer.sm_scale = 1 / std::sqrt(static_cast<double>(dim));
+  for (const positions kept : {positions::in_cache, positions::absolute})
+    for (const inputs given : {inputs::raw, inputs::rotated})
+      for (const position_t first_position : {0, 1001})
+        for (const float factor : {1.f, 1.5f}) {
+          CAPTURE(kept == positions::in_cache, given == inputs::raw, first_position, factor);
+          effort::dice dice(17);
+          layer.in_cache = kept == positions::in_cache;
+          layer.attention_factor = factor;
+          const cache_config config{.num_kv_heads = 2,
+                                    .head_dim = dim,
+                                    .v_head_dim = dim,
+                                    .num_sink_tokens = 2,
+                                    .window = 6,
+                                    .positions = kept,
+                                    .inputs = given,
+                                    .rope = rope(layer.inv_freq, rope_pairing::half_split, factor),
+                                    .first_position = first_position,
+                                    .prefill_block = 12};
+          const stream raw(dice, tokens, config, 4);
+          stream s = raw;
+          if (given == inputs::rotated)
+            for (matrix* rows : {&s.q, &s.k})
+              for (index_t i = 0; i < tokens; ++i)
+                for (index_t first = 0; first < rows->cols(); first += dim) {
+                  std::vector<double> row(rows->row(i).data() + first, rows->row(i).data() + first + dim);
+                  for (std::size_t d = 0; d < 6; ++d) row[d] *= static_cast<double>(factor);
+                  oracle::turn(layer, first_position + i, row.data());
+                  for (index_t d = 0; d < dim; ++d)
+                    (*rows)(i, first + d) = static_cast<float>(row[static_cast<std::size_t>(d)]);
+                }
+          kv_cache<f32> decoded(config), prefilled(config);
+          const attention attention({.num_qo_heads = 4});
+          workspace scratch;
+          matrix all(tokens, 4 * dim), one(1, 4 * dim);
+          std::vector<float> all_lse(4 * tokens), lse(4);
+          attention.prefill(s.q, s.k, s.v, prefilled, all, scratch, all_lse.data());
+          for (index_t i = 0; i < tokens; ++i) {
+            CAPTURE(i);
+            decoded.append(s.k.row(i), s.v.row(i));
+            attention.decode(s.q.row(i), decoded, one, scratch, lse.data());
+            std::vector<oracle::position> visible;
+            for (index_t p = 0; p <= i; ++p)
+              if (p < 2 || p > i - 6) visible.push_back(p);
+            expected exact;
+            for (const oracle::answer& head :
+                 oracle::attend(layer, raw.q.row(i).data(), i, visible, raw.k.data(), raw.v.data())) {
+              exact.out.insert(exact.out.end(), head.out.begin(), head.out.end());
+              exact.lse.push_back(head.lse);
+            }
+            check_close(exact, one.data(), lse.data());
+            check_close(exact, all.row(i).data(), all_lse.data() + 4 * i);
+          }
+        }
 }
 
 TEST_CASE("attention: head_dim from 1 to 512, and more heads in a group than a block has rows") {

@@ -13,8 +13,10 @@
 
 #include "catch.hpp"
 #include "effort.hpp"
+#include "plain_format.hpp"
 
 using namespace sinkcache;
+using plain::ieee16, plain::rounded, plain::value_of;
 
 namespace {
 
@@ -24,43 +26,9 @@ static_assert(f32::block_bytes(1) == 64 && f32::block_bytes(16) == 64 && f32::bl
 static_assert(f16::block_bytes(1) == 64 && f16::block_bytes(32) == 64 && f16::block_bytes(33) == 128);
 static_assert(bf16::block_bytes(128) == 256 && f32::block_bytes(128) == 512 && f32::block_bytes(512) == 2048);
 
-// IEEE binary formats of 16 bits in arithmetic: `digits` bits of significand, the leading one included.
-template <class F>
-struct ieee16;
-template <>
-struct ieee16<f16> {
-  static constexpr int digits = 11, lowest_exponent = -14, exponent_bits = 5;
-};
-template <>
-struct ieee16<bf16> {
-  static constexpr int digits = 8, lowest_exponent = -126, exponent_bits = 8;
-};
-
-template <class F>
-double value_of(std::uint16_t pattern) {
-  constexpr int fraction_bits = ieee16<F>::digits - 1, exponent_mask = (1 << ieee16<F>::exponent_bits) - 1;
-  const int exponent = pattern >> fraction_bits & exponent_mask, fraction = pattern & ((1 << fraction_bits) - 1);
-  const double sign = pattern & 0x8000 ? -1 : 1;
-  if (exponent == exponent_mask)
-    return fraction == 0 ? sign * std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN();
-  if (exponent == 0) return sign * std::ldexp(fraction, ieee16<F>::lowest_exponent - fraction_bits);
-  return sign * std::ldexp(fraction + (1 << fraction_bits), ieee16<F>::lowest_exponent + exponent - 1 - fraction_bits);
-}
-
 template <class F>
 constexpr std::uint16_t infinity = static_cast<std::uint16_t>(((1 << ieee16<F>::exponent_bits) - 1)
                                                               << (ieee16<F>::digits - 1));
-
-// The nearest value of the format, ties to even: std::nearbyint on the multiples of the last place.
-template <class F>
-double rounded(float x) {
-  if (std::isnan(x) || std::isinf(x) || x == 0) return x;
-  const int exponent = std::max(std::ilogb(static_cast<double>(x)), ieee16<F>::lowest_exponent);
-  const int last_place = exponent - (ieee16<F>::digits - 1);
-  const double nearest = std::ldexp(std::nearbyint(std::ldexp(static_cast<double>(x), -last_place)), last_place);
-  const double limit = std::ldexp(1.0, -ieee16<F>::lowest_exponent + 2);  // one step above the largest
-  return std::abs(nearest) >= limit ? std::copysign(std::numeric_limits<double>::infinity(), x) : nearest;
-}
 
 bool same(double a, double b) {
   return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
@@ -104,6 +72,13 @@ std::uint16_t half_at(const std::byte* from, std::size_t i) {
   std::uint16_t half;
   std::memcpy(&half, from + 2 * i, 2);
   return half;
+}
+
+TEMPLATE_TEST_CASE("16-bit formats: the reference takes every value back to its pattern", "", f16, bf16) {
+  for (std::uint32_t pattern = 0; pattern < 65536; ++pattern) {
+    const double value = value_of<TestType>(static_cast<std::uint16_t>(pattern));
+    if (std::isfinite(value) && plain::pattern_of<TestType>(value) != pattern) FAIL(pattern << ": " << value);
+  }
 }
 
 TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to themselves", "", f16, bf16) {

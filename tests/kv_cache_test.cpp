@@ -4,6 +4,7 @@
 #include <sinkcache/kv_cache.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -18,6 +19,8 @@
 #include "catch.hpp"
 #include "counting_resource.hpp"
 #include "effort.hpp"
+#include "oracle.hpp"
+#include "plain_format.hpp"
 
 using namespace sinkcache;
 
@@ -200,7 +203,7 @@ TEST_CASE("kv_cache: required_bytes is what the resource is asked for, once, and
     const index_t rows = config.num_kv_heads * (config.num_sink_tokens + config.window + config.rollback);
     const index_t v_dim = config.v_head_dim == 0 ? config.head_dim : config.v_head_dim;
     CHECK(kv_cache<bf16, f32>::required_bytes(config) ==
-          static_cast<std::size_t>(rows * (bf16::block_bytes(config.head_dim) + f32::block_bytes(v_dim))));
+          static_cast<std::size_t>(rows * (plain::row_bytes<bf16>(config.head_dim) + plain::row_bytes<f32>(v_dim))));
   }
 }
 
@@ -247,37 +250,54 @@ std::pair<const std::byte*, const std::byte*> row_of(const Cache& cache, index_t
   return {at.k.store + at.row * at.k.block, at.v.store + at.row * at.v.block};
 }
 
+// What a stored row lacks of these numbers in the format, padding with zeros included: rounded to the format, and off
+// by no more than `allowed` before that. Empty if nothing.
+template <class F>
+std::string not_stored(const std::byte* row, const std::vector<double>& numbers, double allowed) {
+  const auto dim = static_cast<index_t>(numbers.size());
+  const double half_ulp = std::is_same_v<F, f32> ? 0 : std::is_same_v<F, f16> ? 0x1p-11 : 0x1p-8;
+  for (index_t i = 0; i < dim; ++i) {
+    const double exact = numbers[static_cast<std::size_t>(i)], found = plain::element<F>(row, i);
+    const bool right = allowed == 0 ? found == plain::rounded<F>(static_cast<float>(exact))
+                                    : std::abs(found - exact) <= half_ulp * std::abs(exact) + allowed;
+    if (!right) return std::to_string(found) + " instead of " + std::to_string(exact);
+  }
+  for (index_t byte = dim * plain::element_bytes<F>; byte < plain::row_bytes<F>(dim); ++byte)
+    if (row[byte] != std::byte{0}) return "padding that is not zero";
+  return "";
+}
+
 TEMPLATE_TEST_CASE("kv_cache: stores keys turned to their position and values as they are, in the format", "",
                    (std::pair<f32, f32>), (std::pair<bf16, f16>), (std::pair<f16, f32>)) {
   using K = typename TestType::first_type;
   using V = typename TestType::second_type;
-  for (const bool raw : {true, false}) {
-    cache_config config = small_config();
-    config.head_dim = 21;
-    config.v_head_dim = 37;
-    config.rope = rope::plain(20, 1000.0);
-    config.inputs = raw ? inputs::raw : inputs::rotated;
-    config.first_position = 1'000'000'007;
-    kv_cache<K, V> cache(config);
-    const token_rows rows = rows_of(config, numbers(0, 19));
-    cache.append(rows.k.topRows(12), rows.v.topRows(12));
-    cache.append(rows.k.bottomRows(7), rows.v.bottomRows(7));
-    for (const position_span& span : cache.visible(19))
-      for (position_t p = span.first; p < span.last; ++p)
-        for (index_t head = 0; head < 2; ++head) {
-          std::vector<float> key(rows.k.row(p).data() + head * 21, rows.k.row(p).data() + (head + 1) * 21);
-          rope::angles angles;
-          config.rope->angles_at(config.first_position + p, true, angles);
-          if (raw) config.rope->turn(angles, key.data(), 21, key.data());
-          std::vector<std::byte> k(static_cast<std::size_t>(K::block_bytes(21))),
-              v(static_cast<std::size_t>(V::block_bytes(37)));
-          K::encode(key.data(), 21, k.data());
-          V::encode(rows.v.row(p).data() + head * 37, 37, v.data());
-          const auto [k_row, v_row] = row_of(cache, head, p);
-          REQUIRE(std::memcmp(k_row, k.data(), k.size()) == 0);
-          REQUIRE(std::memcmp(v_row, v.data(), v.size()) == 0);
-        }
-  }
+  oracle::layer layer;
+  layer.head_dim = 21;
+  for (int i = 0; i < 10; ++i) layer.inv_freq.push_back(static_cast<float>(std::pow(1000., -i / 10.)));
+  for (const bool raw : {true, false})
+    for (const position_t first_position : {position_t{0}, position_t{1'000'000'007}}) {
+      cache_config config = small_config();
+      config.head_dim = 21;
+      config.v_head_dim = 37;
+      config.rope = rope(layer.inv_freq);
+      config.inputs = raw ? inputs::raw : inputs::rotated;
+      config.first_position = first_position;
+      kv_cache<K, V> cache(config);
+      const token_rows rows = rows_of(config, numbers(0, 19));
+      cache.append(rows.k.topRows(12), rows.v.topRows(12));
+      cache.append(rows.k.bottomRows(7), rows.v.bottomRows(7));
+      for (const position_span& span : cache.visible(19))
+        for (position_t p = span.first; p < span.last; ++p)
+          for (index_t head = 0; head < 2; ++head) {
+            std::vector<double> key(rows.k.row(p).data() + head * 21, rows.k.row(p).data() + (head + 1) * 21);
+            const std::vector<double> value(rows.v.row(p).data() + head * 37, rows.v.row(p).data() + (head + 1) * 37);
+            if (raw) oracle::turn(layer, first_position + p, key.data());
+            const auto [k_row, v_row] = row_of(cache, head, p);
+            // A sine, a cosine and their products, of numbers below 1.
+            REQUIRE(not_stored<K>(k_row, key, raw ? 8 * 0x1p-24 : 0) == "");
+            REQUIRE(not_stored<V>(v_row, value, 0) == "");
+          }
+    }
 }
 
 TEST_CASE("kv_cache: many tokens at once are as many one by one") {
@@ -742,6 +762,13 @@ TEST_CASE("kv_cache: a try_ call that is refused says what would be thrown, and 
         "sinkcache: tokens seen and appended was 9223372036854775819, had to be at most 4611686018427387904");
   CHECK(any.try_append({floats, max_position, 8}, {floats, max_position, 6}).message() ==
         "sinkcache: tokens seen and appended was 4611686018427387916, had to be at most 4611686018427387904");
+  // A stream ends at 2^62: one token more than it has room for, after the 12 seen and from the start.
+  CHECK(any.try_append({floats, max_position - 11, 8}, {floats, max_position - 11, 6}).message() ==
+        "sinkcache: tokens seen and appended was 4611686018427387905, had to be at most 4611686018427387904");
+  CHECK(kv_cache<f32>(small_config())
+            .try_append({floats, (index_t{1} << 62) + 1, 8}, {floats, (index_t{1} << 62) + 1, 6})
+            .message() ==
+        "sinkcache: tokens seen and appended was 4611686018427387905, had to be at most 4611686018427387904");
   CHECK(any.try_append({nullptr, 0, 8}, {nullptr, 0, 6}).ok());
 
   CHECK(any.try_truncate(3).message() == "sinkcache: seen was 3, had to be at least 12: older tokens are overwritten");

@@ -19,6 +19,7 @@
 #include "catch.hpp"
 #include "effort.hpp"
 #include "oracle.hpp"
+#include "plain_format.hpp"
 
 using namespace sinkcache;
 
@@ -43,11 +44,7 @@ class buffer {
     std::memset(bytes_.get(), 0xff, as_size(elements * F::element_bytes + offset));
   }
 
-  void put(index_t at, float x) {
-    std::byte block[64];
-    F::encode(&x, 1, block);
-    std::memcpy(bytes_.get() + offset_ + at * F::element_bytes, block, as_size(F::element_bytes));
-  }
+  void put(index_t at, float x) { plain::put<F>(x, bytes_.get() + offset_, at); }
   const void* at(index_t i) const { return bytes_.get() + offset_ + i * F::element_bytes; }
 
  private:
@@ -57,10 +54,7 @@ class buffer {
 
 template <class F>
 float stored(float x) {
-  std::byte block[64];
-  F::encode(&x, 1, block);
-  F::decode(block, 0, 1, &x);
-  return x;
+  return static_cast<float>(plain::rounded<F>(x));
 }
 
 // A layer and its stream, as an engine would have it: keys and values as they are stored, keys turned.
@@ -646,6 +640,99 @@ TEST_CASE("kv_view: random layouts, pieces, windows, formats") {
     CAPTURE(seed);
     REQUIRE(wrong == "");
   }
+}
+
+TEST_CASE("kv_view: how far back chunks may reach, with a hole on either side of the window's first token") {
+  // Tokens 0 to 39 and a window of 20: the newest sees 20 to 39. Held are [first, hole) and [after, 40).
+  constexpr index_t dim = 16, tokens = 40, window = 20;
+  struct hole_at {
+    index_t sinks, first, hole, after;
+    position_t min_truncate;
+  };
+  const hole_at cases[] = {
+      {0, 10, 21, 25, 30},  // 20 is held, as are those before it
+      {0, 10, 20, 25, 30},  // the hole begins at the window: 19 and those before it are held still
+      {0, 10, 19, 25, 40},  // 19 left the window, and is held no longer
+      {0, 10, 15, 20, 40},  // the hole ends at the window
+      {0, 10, 15, 19, 39},  // one token more is held
+      {4, 10, 20, 25, 30}, {4, 5, 20, 25, 25}, {4, 4, 20, 25, 0},  // all that was ever evicted is held
+      {0, 0, 20, 25, 0},
+  };
+  for (const hole_at& c : cases) {
+    CAPTURE(c.sinks, c.first, c.hole, c.after);
+    cache_config config = engine_rotated(1, dim);
+    config.num_sink_tokens = c.sinks;
+    config.window = window;
+    host<f32> engine(config, {.num_qo_heads = 1}, tokens);
+    for (index_t t = 0; t < tokens; ++t) engine.held[as_size(t)] = (t >= c.first && t < c.hole) || t >= c.after;
+    buffer<f32> k(tokens * dim), v(tokens * dim);
+    const auto at = [](index_t t, index_t, index_t d) { return t * dim + d; };
+    engine.put_keys(k, at);
+    engine.put_values(v, at);
+    const auto piece = [&](index_t first, index_t last) {
+      return kv_piece{first, last - first, k.at(first * dim), v.at(first * dim)};
+    };
+    const kv_piece pieces[] = {piece(c.first, c.hole), piece(c.after, tokens)};
+    const kv_view<f32> view(config, {{.token = dim}, {.token = dim}}, pieces, tokens);
+    CHECK(view.min_truncate() == c.min_truncate);
+    const auto rows = std::min<index_t>(tokens, static_cast<index_t>(tokens - c.min_truncate) + 1);
+    CHECK(engine.check(view, rows) == "");
+    if (rows == tokens) continue;
+    matrix q = matrix::Ones(rows + 1, dim), out(rows + 1, dim);
+    workspace scratch;
+    CHECK(attention(engine.params).try_attend(q, view, out, scratch).message() ==
+          fmt::format("sinkcache: q.rows() was {}, had to be at most {}: what older tokens saw is overwritten",
+                      rows + 1, rows));
+  }
+}
+
+TEST_CASE("kv_view: a stream ends at 2^62") {
+  constexpr position_t end = position_t{1} << 62;
+  static_assert(max_position == end);
+  constexpr index_t dim = 4, tokens = 10, rows = 3;
+  cache_config config = engine_rotated(1, dim);
+  config.window = 7;
+  host<f32> engine(config, {.num_qo_heads = 1}, tokens);
+  buffer<f32> k(tokens * dim), v(tokens * dim);
+  const auto at = [](index_t t, index_t, index_t d) { return t * dim + d; };
+  engine.put_keys(k, at);
+  engine.put_values(v, at);
+  const kv_layout layout{{.token = dim}, {.token = dim}};
+  const std::int32_t table[] = {0, 1};
+  const auto piece = [&](position_t first) { return kv_piece{first, tokens, k.at(0), v.at(0)}; };
+  const auto pages = [&](position_t first) { return kv_pages{k.at(0), v.at(0), 5 * dim, 5 * dim, 2, 5, table, first}; };
+  // The last tokens that there can be: as at the start, for without positions nothing depends on where.
+  for (const kv_memory& last : {kv_memory(piece(end - tokens)), kv_memory(pages(end - tokens))}) {
+    const kv_view<f32> view(config, layout, last, end);
+    const matrix q = matrix::Ones(rows, dim);
+    matrix out(rows, dim);
+    std::vector<float> lse(rows);
+    workspace scratch;
+    attention(engine.params).attend(q, view, out, scratch, lse.data());
+    for (index_t row = 0; row < rows; ++row) {
+      const position_t query = tokens - rows + row;
+      CHECK(host<f32>::far_from(oracle::attend(engine.layer, q.row(row).data(), query, engine.visible(query),
+                                               engine.keys.data(), engine.values.data()),
+                                out.row(row).data(), &lse[as_size(row)]) == "");
+    }
+  }
+
+  kv_view<f32> view(config, layout);
+  const auto words = [&](const kv_memory& bad, position_t seen) {
+    const status found = view.try_assign(bad, seen);
+    CHECK((view.seen() == 0 && view.size() == 0));
+    return std::string(found.message());
+  };
+  CHECK(words(piece(end - tokens), end + 1) ==
+        "sinkcache: seen was 4611686018427387905, had to be from 0 to 4611686018427387904");
+  CHECK(view.try_set_seen(end + 1).message() ==
+        "sinkcache: seen was 4611686018427387905, had to be from 0 to 4611686018427387904");
+  CHECK(words(piece(end - tokens + 1), end) == "sinkcache: a piece's tokens was 10, had to be at most 9");
+  CHECK(words(kv_piece{end + 1, 0, k.at(0), v.at(0)}, end) ==
+        "sinkcache: a piece's first position was 4611686018427387905, had to be at most 4611686018427387904");
+  CHECK(words(pages(end - tokens + 1), end) == "sinkcache: positions of the table was 10, had to be at most 9");
+  CHECK(words(pages(end + 1), end) ==
+        "sinkcache: the pages' first position was 4611686018427387905, had to be from 0 to 4611686018427387904");
 }
 
 TEST_CASE("kv_view: NaN in a row reaches those that see it, and only those") {

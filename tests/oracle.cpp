@@ -1,6 +1,7 @@
 #include "oracle.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -9,22 +10,36 @@ namespace {
 
 constexpr double two_pi = 6.283185307179586477, none = -std::numeric_limits<double>::infinity();
 
-// Phases of far positions are whole numbers of 2^-64 turns, floor(inv_freq * 2^64 / 2 pi) a position, by the library's
-// definition: only so is it said what "position 2^62" means, where a float inv_freq has no digits left.
-double far_angle(position by, float inv_freq) {
-  __extension__ typedef unsigned __int128 wide;
-  int exponent = 0;
-  const auto mantissa = static_cast<std::uint64_t>(std::ldexp(std::frexp(inv_freq, &exponent), 24));
-  const wide low = wide{0x7f09d5f47d4d3770u} * mantissa;  // 1 / 2 pi = 0.28be60db9391054a 7f09d5f47d4d3770
-  const wide high = wide{0x28be60db9391054au} * mantissa + (low >> 64);
-  const auto turns = static_cast<std::uint64_t>(high >> (24 - exponent));  // inv_freq < 2^24, > 2^-80
-  const auto phase = static_cast<std::int64_t>(static_cast<std::uint64_t>(by) * turns);
-  return static_cast<double>(phase) * (two_pi / 0x1p64);
+// 2 pi, and angles below it: digits of 32 bits, the first in front of the point.
+using radians = std::array<std::uint32_t, 8>;
+constexpr radians full_turn = {6, 0x487ed511, 0x0b4611a6, 0x2633145c, 0x06e0e689, 0x48127044, 0x533e63a0, 0x105df531};
+
+radians doubled(radians x) {
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = x[i] << 1 | (i + 1 < x.size() ? x[i + 1] >> 31 : 0);
+  return x;
 }
 
-double angle(position by, float inv_freq) {
-  const bool near = by > -(1 << 27) && by < (1 << 27);
-  return near || inv_freq == 0 ? static_cast<double>(by) * static_cast<double>(inv_freq) : far_angle(by, inv_freq);
+radians without_full_turn(radians x) {
+  std::int64_t borrow = 0;
+  for (std::size_t i = x.size(); i-- > 0;) {
+    const std::int64_t digit = std::int64_t{x[i]} - full_turn[i] + borrow;
+    x[i] = static_cast<std::uint32_t>(digit);
+    borrow = digit < 0 ? -1 : 0;
+  }
+  return x;
+}
+
+std::vector<std::uint64_t> turns_of_pairs(const layer& layer) {
+  std::vector<std::uint64_t> turns;
+  for (float inv_freq : layer.inv_freq) turns.push_back(turns_per_position(inv_freq));
+  return turns;
+}
+
+// Exact where a double holds the product; further away by whole numbers of 2^-64 turns.
+double angle(position by, float inv_freq, std::uint64_t turns) {
+  if (by > -(1 << 27) && by < (1 << 27)) return static_cast<double>(by) * static_cast<double>(inv_freq);
+  const auto phase = static_cast<std::int64_t>(static_cast<std::uint64_t>(by) * turns);
+  return static_cast<double>(phase) * (two_pi / 0x1p64);
 }
 
 void turn_pairs(const layer& layer, const std::vector<double>& cos, const std::vector<double>& sin, double* row) {
@@ -39,11 +54,12 @@ void turn_pairs(const layer& layer, const std::vector<double>& cos, const std::v
 }
 
 // Rows of `heads` heads as doubles, turned by so many positions, times `factor` where they turn.
-std::vector<double> turned(const layer& layer, const float* row, std::size_t heads, position by, double factor) {
+std::vector<double> turned(const layer& layer, const std::vector<std::uint64_t>& turns, const float* row,
+                           std::size_t heads, position by, double factor) {
   std::vector<double> cos, sin, result(row, row + heads * layer.head_dim);
-  for (float inv_freq : layer.inv_freq) {
-    cos.push_back(factor * std::cos(angle(by, inv_freq)));
-    sin.push_back(factor * std::sin(angle(by, inv_freq)));
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    cos.push_back(factor * std::cos(angle(by, layer.inv_freq[i], turns[i])));
+    sin.push_back(factor * std::sin(angle(by, layer.inv_freq[i], turns[i])));
   }
   for (std::size_t head = 0; head < heads; ++head) turn_pairs(layer, cos, sin, result.data() + head * layer.head_dim);
   return result;
@@ -71,22 +87,44 @@ turned_rows turn_all(const layer& layer, const float* q, position query, const s
     return place(layer, at, index) - (turned_before ? layer.first_position + at : 0);
   };
   const double factor = static_cast<double>(layer.attention_factor);
+  const std::vector<std::uint64_t> turns = turns_of_pairs(layer);
   turned_rows rows;
-  rows.q = turned(layer, q, layer.num_qo_heads, by(query, visible.empty() ? 0 : visible.size() - 1, layer.q_turned),
-                  layer.q_turned ? 1 : factor);
-  for (std::size_t i = 0; i < visible.size(); ++i)
-    rows.k.push_back(turned(layer, keys + static_cast<std::size_t>(visible[i]) * layer.num_kv_heads * layer.head_dim,
-                            layer.num_kv_heads, by(visible[i], i, layer.k_turned), layer.k_turned ? 1 : factor));
+  rows.q = turned(layer, turns, q, layer.num_qo_heads,
+                  by(query, visible.empty() ? 0 : visible.size() - 1, layer.q_turned), layer.q_turned ? 1 : factor);
+  for (std::size_t i = 0; i < visible.size(); ++i) {
+    const float* const key = keys + static_cast<std::size_t>(visible[i]) * layer.num_kv_heads * layer.head_dim;
+    rows.k.push_back(
+        turned(layer, turns, key, layer.num_kv_heads, by(visible[i], i, layer.k_turned), layer.k_turned ? 1 : factor));
+  }
   return rows;
 }
 
 }  // namespace
 
+std::uint64_t turns_per_position(float inv_freq) {
+  // Long division by 2 pi, as at school. An angle of at most 1 is doubled 64 times, and as often as inv_freq says; each
+  // full turn that this makes is a digit of the quotient. What leaves the 64 digits are whole turns.
+  int doublings = 0;
+  const float fraction = std::frexp(inv_freq, &doublings);  // below 1
+  radians rest{0, static_cast<std::uint32_t>(std::ldexp(fraction, 32))};
+  std::uint64_t turns = 0;
+  for (doublings += 64; doublings > 0; --doublings) {
+    rest = doubled(rest);
+    turns <<= 1;
+    if (rest >= full_turn) {
+      rest = without_full_turn(rest);
+      ++turns;
+    }
+  }
+  return turns;
+}
+
 void turn(const layer& layer, position by, double* row) {
+  const std::vector<std::uint64_t> turns = turns_of_pairs(layer);
   std::vector<double> cos, sin;
-  for (float inv_freq : layer.inv_freq) {
-    cos.push_back(std::cos(angle(by, inv_freq)));
-    sin.push_back(std::sin(angle(by, inv_freq)));
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    cos.push_back(std::cos(angle(by, layer.inv_freq[i], turns[i])));
+    sin.push_back(std::sin(angle(by, layer.inv_freq[i], turns[i])));
   }
   turn_pairs(layer, cos, sin, row);
 }

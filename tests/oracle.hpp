@@ -34,6 +34,10 @@ struct answer {
   std::vector<double> weights;  // of the visible tokens
 };
 
+// How far one position turns, in 2^-64 of a full turn: floor(inv_freq * 2^64 / 2 pi) modulo 2^64. Only so is it said
+// what "position 2^62" means, where a float inv_freq has no digits left.
+std::uint64_t turns_per_position(float inv_freq);
+
 // Turns `dim` doubles by so many positions.
 void turn(const layer& layer, position by, double* row);
 

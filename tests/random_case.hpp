@@ -1,7 +1,7 @@
 #pragma once
 
-// Random layers, streams and caches, drawn from a seed, and the suite that every format and policy has to pass. The
-// suite itself is compiled once, in attention_property_test.cpp.
+// Random layers, streams and caches, drawn from a seed (random_case.cpp), and the suite that every format and policy
+// has to pass (run_case.cpp).
 
 #include <sinkcache/sinkcache.hpp>
 
@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
+#include <limits>
 #include <memory>
 #include <memory_resource>
 #include <span>
@@ -21,6 +23,18 @@
 namespace proof {
 
 using namespace sinkcache;
+
+inline constexpr double u = 0x1p-24;
+inline constexpr float infinity = std::numeric_limits<float>::infinity();
+
+inline std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
+
+double normal(effort::dice&);
+
+template <class T>
+T one_of(effort::dice& dice, std::initializer_list<T> list) {
+  return list.begin()[dice.from_to(0, static_cast<std::int64_t>(list.size()) - 1)];
+}
 
 // Caches that can be looked into.
 
@@ -147,6 +161,9 @@ struct tokens {
   matrix q, k, v, raw_q, raw_k;
 };
 
+// Every so many tokens a query meets keys whose logits tie at the top.
+inline constexpr int tie_period = 37;
+
 // `count` tokens from position `first` of the stream on.
 tokens draw_tokens(const random_case&, effort::dice&, position_t first, index_t count);
 
@@ -167,5 +184,8 @@ std::string far_from(const std::vector<oracle::answer>& expected, const float* o
 // though they were overwritten, or cannot though they were not. Empty if nothing is.
 std::string run_case(const random_case&, const cache_maker&, const plain_policy&, storage_error k = {},
                      storage_error v = {}, nearness* near = nullptr);
+
+// The same for the library's own formats and policy.
+std::string run_library_case(const random_case&, nearness* near = nullptr);
 
 }  // namespace proof

@@ -18,6 +18,7 @@
 
 #include "catch.hpp"
 #include "effort.hpp"
+#include "oracle.hpp"
 
 using namespace sinkcache;
 
@@ -113,6 +114,19 @@ position_t random_position(effort::dice& dice) {
 }
 
 // Phases.
+
+TEST_CASE("rope: the oracle's division by 2 pi gives what the multiplication by 1 / 2 pi here does") {
+  effort::dice dice(16);
+  for (float f : {0.f, 1.f, 0.5f, 1e-4f, 0x1p32f, 0x1p-61f, 0x1.921fb4p-62f, 0x1.921fb6p-62f, 0x1p-149f})
+    CHECK(oracle::turns_per_position(f) == exact_turns(f));
+  for (int i = effort::cases(5000); i > 0; --i) {
+    const float f = random_inv_freq(dice);
+    if (oracle::turns_per_position(f) != exact_turns(f)) {
+      CAPTURE(f, oracle::turns_per_position(f), exact_turns(f));
+      FAIL();
+    }
+  }
+}
 
 TEST_CASE("rope: turns per position are exact for every inv_freq") {
   effort::dice dice(1);
@@ -330,9 +344,12 @@ TEST_CASE("rope: plain is theta^(-2i / head_dim), in double, rounded once") {
     for (index_t i = 0; i < dim / 2; ++i)
       inv_freq.push_back(
           static_cast<float>(1.0 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(dim))));
+    const rope plain = rope::plain(dim, theta);
     const std::vector<float> row = random_row(dice, dim);
-    CHECK(rope::plain(dim, theta).width() == dim);
-    CHECK(turned(rope::plain(dim, theta), row, 4'000'000'000) == turned(rope(inv_freq), row, 4'000'000'000));
+    CHECK(turned(plain, row, 4'000'000'000) == turned(rope(inv_freq), row, 4'000'000'000));
+    const std::vector<std::uint64_t> turns = turns_of(plain);
+    REQUIRE(turns.size() == inv_freq.size());
+    for (std::size_t i = 0; i < turns.size(); ++i) CHECK(turns[i] == exact_turns(inv_freq[i]));
   }
 }
 
@@ -453,6 +470,7 @@ struct random_rope {
   std::string text;
   rope got = rope::none();
   std::vector<double> inv_freq, allowed;  // and how far off each may be
+  float attention_factor = 1;
 };
 
 random_rope draw_rope(effort::dice& dice, rope_pairing pairing, index_t max_width = 512) {
@@ -495,7 +513,9 @@ random_rope draw_rope(effort::dice& dice, rope_pairing pairing, index_t max_widt
     r.allowed.push_back(plain * (ulp + allowed));
   }
   std::vector<float> inv_freq(r.inv_freq.begin(), r.inv_freq.end());
-  if (kind == 0) r.got = rope(inv_freq, pairing, 0.5f + static_cast<float>(dice.uniform()));
+  if (kind == 0) r.attention_factor = 0.5f + static_cast<float>(dice.uniform());
+  if (kind == 4) r.attention_factor = static_cast<float>(0.1 * log_factor + 1);
+  if (kind == 0) r.got = rope(inv_freq, pairing, r.attention_factor);
   if (kind == 1) r.got = rope::plain(width, theta, pairing);
   if (kind == 2) r.got = rope::linear(width, theta, factor, pairing);
   if (kind == 3) r.got = rope::llama3(width, theta, {factor, low, high, original}, pairing);
@@ -529,7 +549,9 @@ TEST_CASE("rope: whatever the scaling, rows turn exactly up to 2^62 and products
     const rope_pairing pairing = dice.one_in(2) ? rope_pairing::half_split : rope_pairing::interleaved;
     const random_rope r = draw_rope(dice, pairing);
     const auto dim = std::min<index_t>(512, r.got.width() + static_cast<index_t>(dice.from_to(0, 9)));
-    const double factor = static_cast<double>(attention_factor_of(r.got));
+    CHECK(attention_factor_of(r.got) == r.attention_factor);
+    const double factor = static_cast<double>(r.attention_factor);
+    // The test above says what they have to be; this one, that a position's phase is so many times theirs.
     const std::vector<std::uint64_t> turns = turns_of(r.got);
     const std::vector<float> k = random_row(dice, dim), q = random_row(dice, dim);
     const position_t p = random_position(dice) / 2, distance = random_position(dice) >> dice.from_to(0, 61);
@@ -771,14 +793,14 @@ TEST_CASE("rope: raw rows and rows that the engine turned give the same within t
 TEST_CASE("rope: a gap taken off a float32 angle leaves that angle's own rounding") {
   // An engine at position p turns by fl(p f); the library takes the gap off exactly; the engine itself, at the place in
   // the cache, would have turned by fl((p - gap) f). What stays is the rounding at p, at most u p f.
-  const rope rope = rope::plain(64, 10000);
-  const std::vector<std::uint64_t> turns = turns_of(rope);
-  effort::dice dice(15);
+  std::vector<float> inv_freq;
+  for (int i = 0; i < 32; ++i) inv_freq.push_back(static_cast<float>(std::pow(10000., -i / 32.)));
+  const rope rope(inv_freq);
   for (const position_t p : {1000, 100'000, 4'000'000}) {
     const position_t place = 63, gap = p - place;
     double worst = 0;
-    for (std::size_t i = 0; i < turns.size(); ++i) {
-      const auto f = static_cast<float>(inv_freq_of(turns[i]));
+    for (std::size_t i = 0; i < inv_freq.size(); ++i) {
+      const float f = inv_freq[i];
       std::vector<float> row(64);
       row[i] = 1;
       volatile float angle = static_cast<float>(p) * f;

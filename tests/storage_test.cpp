@@ -10,6 +10,7 @@
 
 #include "catch.hpp"
 #include "counting_resource.hpp"
+#include "plain_format.hpp"
 
 using namespace sinkcache;
 
@@ -55,7 +56,7 @@ TEST_CASE("storage: one allocation of exactly the bytes it needs, 64-byte aligne
           {
             const both storage(heads, rows, k_dim, v_dim, &resource);
             const auto expected =
-                static_cast<std::size_t>(heads * rows * (f32::block_bytes(k_dim) + bf16::block_bytes(v_dim)));
+                static_cast<std::size_t>(heads * rows * (plain::row_bytes<f32>(k_dim) + plain::row_bytes<bf16>(v_dim)));
             REQUIRE(storage.nbytes() == expected);
             REQUIRE(both::required_bytes(heads, rows, k_dim, v_dim) == expected);
             REQUIRE((resource.last_bytes == expected && resource.last_alignment == 64));

@@ -1,5 +1,5 @@
 // A format and policies as a user writes them, outside the library's namespace: the same suite as for the library's
-// own. The suite is compiled in attention_property_test.cpp; here are only the caches.
+// own. The suite is run_case.cpp; here are only the caches.
 
 #include <sinkcache/sinkcache.hpp>
 
@@ -170,7 +170,13 @@ proof::plain_policy plain(const bookmarks& p) {
                 list.push_back(i);
             return list;
           },
-          [=](position_t i) { return p.place(i).slot; }, p.capacity()};
+          [=](position_t i) {
+            if (i < p.pinned) return static_cast<index_t>(i);
+            if (i >= p.first_kept && i < p.first_kept + p.kept)
+              return p.pinned + static_cast<index_t>(i - p.first_kept);
+            return p.pinned + p.kept + static_cast<index_t>(i % (p.window + p.kept));
+          },
+          p.capacity()};
 }
 
 // The suite.

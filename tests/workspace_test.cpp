@@ -279,6 +279,31 @@ TEST_CASE("workspace: workspace_bytes is what calls need") {
   }
 }
 
+TEST_CASE("workspace: workspace_bytes counts the partial states of a decode in slices") {
+  // 300 heads of 512 in 8 slices of 512 tokens: more than a workspace begins with.
+  constexpr index_t heads = 300, dim = 512, tokens = 4096;
+  kv_cache<bf16> cache({.num_kv_heads = 1, .head_dim = 1, .v_head_dim = dim, .window = tokens, .rope = rope::none()});
+  const matrix k = matrix::Zero(tokens / 8, 1), v = matrix::Ones(tokens / 8, dim);
+  for (int i = 0; i < 8; ++i) cache.append(k, v);
+  const attention attention({.num_qo_heads = heads});
+  const matrix q = matrix::Ones(1, heads);
+  matrix out(1, heads * dim);
+  for (index_t workers : {1, 3}) {
+    CAPTURE(workers);
+    recording executor{workers};
+    workspace scratch(executor);
+    const index_t bytes = attention.workspace_bytes(cache, 1, workers);
+    REQUIRE(bytes > scratch.nbytes());
+    CHECK(attention.workspace_bytes(static_cast<const kv_source&>(cache), 1, workers) >= bytes - 64);
+    scratch.reserve(bytes);
+    attention.decode(q, cache, out, scratch);
+    CHECK(executor.runs == std::vector<index_t>{8});
+    // A batch of one takes 64 bytes that are not counted.
+    CHECK(scratch.nbytes() <= bytes + 64);
+    CHECK(out == matrix::Ones(1, heads * dim));
+  }
+}
+
 TEST_CASE("workspace: decode never allocates, batches and prefill not after as large a one, append never") {
   if (!COUNTS_ALLOCATIONS) return;
   layer layer;
