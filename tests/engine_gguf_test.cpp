@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "engine/gguf.hpp"
 #include "engine/model.hpp"
 #include "gguf_writer.hpp"
+#include "loaders/gguf.hpp"
 #include "plain_model.hpp"
 
 namespace {
@@ -133,7 +133,7 @@ std::string quantised(plain_model& m, const std::vector<std::uint32_t>& types) {
     file.add(llama_name(name), dims_of(t), type, random_blocks(type, t.values.size(), rms, dice));
   }
   const std::string bytes = file.bytes();
-  const engine::gguf read = engine::gguf::parse(std::as_bytes(std::span(bytes)), "quantised");
+  const loaders::gguf read = loaders::gguf::parse(std::as_bytes(std::span(bytes)), "quantised");
   for (auto& [name, t] : m.tensors) t.values = read.read(llama_name(name)).values;
   m.interleaved = true;
   return bytes;
@@ -142,7 +142,7 @@ std::string quantised(plain_model& m, const std::vector<std::uint32_t>& types) {
 double worst_of(const engine::model& model, const plain_model& m, index_t tokens, index_t num_sink_tokens = 2,
                 index_t window = 9) {
   plain_session expected(m, num_sink_tokens, window);
-  engine::session session(model, {.num_sink_tokens = num_sink_tokens, .window = window});
+  engine::session session(model, compare::sink_window(num_sink_tokens, window));
   double worst = 0;
   for (const int token : random_tokens(tokens, m.size("vocab_size"), 8))
     worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
@@ -184,8 +184,8 @@ TEST_CASE("a GGUF file and a safetensors file of the same weights are one model"
   const temporary_file safetensors_file;
   m.write(safetensors_file.path);
   const engine::model from_safetensors(safetensors_file.path);
-  engine::session a(from_gguf, {.num_sink_tokens = 1, .window = 10});
-  engine::session b(from_safetensors, {.num_sink_tokens = 1, .window = 10});
+  engine::session a(from_gguf, compare::sink_window(1, 10));
+  engine::session b(from_safetensors, compare::sink_window(1, 10));
   const std::vector<int> tokens = random_tokens(30, 50, 1);
   const auto close = [](std::span<const float> x, std::span<const float> y) {
     return worst_difference(x, doubles(y.begin(), y.end())) < 1e-4;
@@ -200,10 +200,10 @@ TEST_CASE("a session's logits are the same bits for any number of threads") {
   write(file.path, quantised(m, {w::Q4_1, w::F32, w::Q6_K}));
   const engine::model model(file.path);
   const std::vector<int> tokens = random_tokens(300, 300, 1);
-  engine::session alone(model, {.num_sink_tokens = 1, .window = 40});
+  engine::session alone(model, compare::sink_window(1, 40));
   for (const index_t threads : {2, 3, 7}) {
     alone.clear();
-    engine::session shared(model, {.num_sink_tokens = 1, .window = 40, .threads = threads});
+    engine::session shared(model, compare::sink_window(1, 40), {.threads = threads});
     CHECK(std::ranges::equal(alone.prefill(tokens), shared.prefill(tokens)));
     for (int token = 0; token < 50; ++token) CHECK(std::ranges::equal(alone.decode(token), shared.decode(token)));
   }

@@ -39,14 +39,14 @@ TEST_CASE("trained models repeat the losses that were computed elsewhere") {
     const auto ids = reference.at("first_ids").get<std::vector<int>>();
     const engine::model model(models_dir + name.substr(0, name.size() - 9) + ".safetensors");
 
-    engine::session causal(model, {.window = 16});
+    engine::session causal(model, compare::sink_window(0, 16));
     const auto logits = reference.at("logits_at_15_full_causal").get<doubles>();
     INFO(name);
     CHECK(worst_difference(causal.prefill(std::span(ids).first(16)), logits) < 1e-4);
 
     for (const nlohmann::json& run : reference.at("runs")) {
       const auto expected = run.at("nll_bits_first_512").get<doubles>();
-      engine::session session(model, {.num_sink_tokens = run.at("sinks"), .window = run.at("window")});
+      engine::session session(model, compare::sink_window(run.at("sinks"), run.at("window")));
       double worst = 0;
       for (std::size_t i = 0; i < expected.size(); ++i)
         worst = std::max(worst, std::abs(engine::loss_bits(session.decode(ids[i]), ids[i + 1]) - expected[i]));
@@ -74,7 +74,7 @@ TEST_CASE("random models of odd sizes compute what plain loops in double compute
     for (const auto& [num_sink_tokens, window] : caches) {
       INFO("model " << seed << ", sinks " << num_sink_tokens << ", window " << window);
       plain_session expected(plain, num_sink_tokens, window);
-      engine::session session(model, {.num_sink_tokens = num_sink_tokens, .window = window});
+      engine::session session(model, compare::sink_window(num_sink_tokens, window));
       double worst = 0;
       for (const int token : tokens)
         worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
@@ -86,12 +86,12 @@ TEST_CASE("random models of odd sizes compute what plain loops in double compute
 TEST_CASE("prefill in any chunks is decode") {
   const engine::model model(models_dir + "nano-sink.safetensors");
   const std::vector<int> tokens = random_tokens(700, 256, 1);
-  engine::session decoded(model, {.num_sink_tokens = 2, .window = 50});
+  engine::session decoded(model, compare::sink_window(2, 50));
   std::span<const float> logits;
   for (const int token : tokens) logits = decoded.decode(token);
   const doubles expected(logits.begin(), logits.end());
 
-  engine::session session(model, {.num_sink_tokens = 2, .window = 50});
+  engine::session session(model, compare::sink_window(2, 50));
   for (const std::size_t chunk : {1u, 3u, 64u, 255u, 300u, 700u}) {
     session.clear();
     for (std::size_t first = 0; first < tokens.size(); first += chunk)
@@ -109,7 +109,7 @@ TEST_CASE("a session can leave out the model's own sink logits") {
   const temporary_file file;
   with.write(file.path);
   const engine::model model(file.path);
-  engine::session session(model, {.window = 10, .softmax = sinkcache::softmax_variant::standard()});
+  engine::session session(model, compare::sink_window(0, 10), {.softmax = sinkcache::softmax_variant::standard()});
   plain_session expected(without, 0, 10);
   for (const int token : random_tokens(20, s.vocab, 2))
     CHECK(worst_difference(session.decode(token), expected.decode(token)) < 2e-4);
@@ -206,7 +206,7 @@ TEST_CASE("rope_scaling and rope_parameters, as config.json has them, are what p
             cases[n].scaled(pair, std::pow(cases[n].theta, -2 * pair / static_cast<double>(cases[n].width))));
       }
       plain_session expected(plain, 2, 40);
-      engine::session session(model, {.num_sink_tokens = 2, .window = 40});
+      engine::session session(model, compare::sink_window(2, 40));
       double worst = 0;
       for (const int token : random_tokens(60, 50, n))
         worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));

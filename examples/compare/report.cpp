@@ -34,11 +34,11 @@ std::string cost_text(const comparison& c, std::size_t i) {
 
 const char* remedy(const engine::model& model) {
   switch (model.config().attention) {
-    case engine::attention_kind::softmax1:
+    case loaders::attention_kind::softmax1:
       return "softmax1";
-    case engine::attention_kind::sink:
+    case loaders::attention_kind::sink:
       return "sink logits";
-    case engine::attention_kind::softmax:
+    case loaders::attention_kind::softmax:
       break;
   }
   return "softmax";

@@ -14,6 +14,8 @@
 namespace engine {
 namespace {
 
+using loaders::attention_kind, loaders::coded_tensor, loaders::fail, loaders::listed, loaders::weights;
+
 constexpr index_t prefill_rows = 256;  // bounds the activations, whatever the prompt
 constexpr index_t logits_rows = 64;    // and the logits, of which a vocabulary makes a row as large as a layer
 
@@ -153,18 +155,14 @@ model::model(const std::string& path) {
   num_parameters_ = tensors.num_parameters();
 }
 
-session::session(const model& m, const session_config& config)
+session::session(const model& m, const cache_factory& make_cache, const session_config& config)
     : model_(&m), pool_(config.threads > 1 ? std::make_unique<threads::thread_pool>(config.threads) : nullptr) {
   if (pool_) workspace_ = sinkcache::workspace(*pool_);
   const model_config& c = m.config_;
   layers_.reserve(m.layers_.size());
   for (const model::layer& layer : m.layers_) {
     layers_.push_back(
-        {sinkcache::kv_cache<sinkcache::f32>({.num_kv_heads = c.num_key_value_heads,
-                                              .head_dim = c.head_dim,
-                                              .num_sink_tokens = config.num_sink_tokens,
-                                              .window = config.window,
-                                              .rope = m.rope_}),
+        {make_cache({.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = m.rope_}),
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
                                .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)}),
          {}});
@@ -260,10 +258,10 @@ void session::attend(layer_state& layer, index_t rows, float* lse) {
   const const_rows_view v = qkv_.block(0, q_size + kv_size, rows, kv_size);
   rows_view out = attended_.topRows(rows);
   if (rows == 1) {
-    layer.cache.append(k, v);
-    layer.attention.decode(q, layer.cache, out, workspace_, lse);
+    layer.cache->append(k, v);
+    layer.attention.decode(q, *layer.cache, out, workspace_, lse);
   } else {
-    layer.attention.prefill(q, k, v, layer.cache, out, workspace_, lse);
+    layer.attention.prefill(q, k, v, *layer.cache, out, workspace_, lse);
   }
 }
 
@@ -272,18 +270,18 @@ void session::watch_sinks(std::size_t i) {
   layer_state& layer = layers_[i];
   matrix lse(2, pinned_shares_.cols()), ignored(1, attended_.cols());
   attend(layer, 1, lse.row(0).data());
-  layer.without_pinned->decode(qkv_.block(0, 0, 1, attended_.cols()), layer.cache, ignored, workspace_,
+  layer.without_pinned->decode(qkv_.block(0, 0, 1, attended_.cols()), *layer.cache, ignored, workspace_,
                                lse.row(1).data());
   pinned_shares_.row(static_cast<index_t>(i)) = (1 - (lse.row(1) - lse.row(0)).array().exp()).max(0);
 }
 
 void session::clear() {
-  for (layer_state& layer : layers_) layer.cache.clear();
+  for (layer_state& layer : layers_) layer.cache->clear();
 }
 
 std::size_t session::cache_bytes() const {
   std::size_t bytes = 0;
-  for (const layer_state& layer : layers_) bytes += layer.cache.nbytes();
+  for (const layer_state& layer : layers_) bytes += layer.cache->nbytes();
   return bytes;
 }
 

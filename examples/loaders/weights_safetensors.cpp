@@ -12,7 +12,7 @@
 #include "safetensors.hpp"
 #include "weights.hpp"
 
-namespace engine {
+namespace loaders {
 namespace {
 
 std::string joined(const std::vector<std::string>& parts, const char* between) {
@@ -312,4 +312,4 @@ std::unique_ptr<weights> open_safetensors_weights(const std::string& path) {
   return std::make_unique<safetensors_weights>(path);
 }
 
-}  // namespace engine
+}  // namespace loaders

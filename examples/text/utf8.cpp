@@ -2,7 +2,7 @@
 
 #include <utility>
 
-namespace engine {
+namespace text {
 
 decoded first_character(std::string_view text) {
   const auto byte = [text](std::size_t i) { return static_cast<unsigned char>(text[i]); };
@@ -48,4 +48,4 @@ std::string valid_utf8(std::string_view bytes) {
   return out += stream.finish();
 }
 
-}  // namespace engine
+}  // namespace text

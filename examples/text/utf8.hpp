@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-namespace engine {
+namespace text {
 
 // What bytes that are no UTF-8 become: as many of them at once as began a character (the maximal subpart of the Unicode
 // standard, section 3.9), as in Python's errors="replace", Rust's from_utf8_lossy and web browsers.
@@ -32,4 +32,4 @@ class utf8_stream {
 // `bytes`, if they are UTF-8.
 std::string valid_utf8(std::string_view bytes);
 
-}  // namespace engine
+}  // namespace text

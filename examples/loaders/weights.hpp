@@ -11,7 +11,7 @@
 
 #include "file.hpp"
 
-namespace engine {
+namespace loaders {
 
 using sinkcache::index_t;
 
@@ -55,4 +55,4 @@ class weights {
 std::unique_ptr<weights> open_safetensors_weights(const std::string& path);
 std::unique_ptr<weights> open_gguf_weights(const std::string& path);
 
-}  // namespace engine
+}  // namespace loaders
