@@ -1,5 +1,7 @@
 // Models of the llama architecture from GGUF files.
 
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -364,7 +366,7 @@ TEST_CASE("a GGUF file that asks for what the decoder does not do is refused by 
        "tensor rope_freqs.weight holds 0, had to hold numbers from 0.001 to 1e6"},
       {with_tensor("rope_freqs.weight", 2, NAN), "tensor rope_freqs.weight holds nan, had to hold numbers"},
       // tensors
-      {with_tensor("blk.0.attn_q.bias", 8), "tensor blk.0.attn_q.bias is unexpected: no part of such a model"},
+      {with_tensor("blk.0.attn_q.bias", 8), "tensor 'blk.0.attn_q.bias' is unexpected: no part of such a model"},
       {with({w::metadata("llama.block_count", 2u)}), "tensor blk.1.attn_norm.weight is missing, had to be [8]"},
       {with({w::metadata("llama.feed_forward_length", 1u << 20)}),
        "tensor blk.0.ffn_gate.weight is [6, 8], had to be [1048576, 8]"},
@@ -372,7 +374,9 @@ TEST_CASE("a GGUF file that asks for what the decoder does not do is refused by 
   };
   for (const auto& [error, message] : cases) CHECK_THAT(error, Catch::Contains(message));
 
-  w::file unnormed = good;
-  unnormed.data.replace(0, 4, w::f32(NAN));
-  CHECK_THAT(refusal(unnormed.bytes()), Catch::Contains("holds nan"));
+  for (const float bad : {NAN, -INFINITY}) {
+    w::file unnormed = good;
+    unnormed.data.replace(0, 4, w::f32(bad));
+    CHECK_THAT(refusal(unnormed.bytes()), Catch::Contains(fmt::format("holds {}, had to hold finite", bad)));
+  }
 }

@@ -32,4 +32,8 @@ class utf8_stream {
 // `bytes`, if they are UTF-8.
 std::string valid_utf8(std::string_view bytes);
 
+// Valid UTF-8 less what would control a terminal, whoever wrote it: C0 but for newline and tab, DEL, C1, and what
+// changes the direction of the text that follows.
+std::string without_controls(std::string_view valid);
+
 }  // namespace text
