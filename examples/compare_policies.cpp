@@ -28,7 +28,7 @@ std::vector<subject> subjects_of(const options& o, std::vector<loaded_model>& mo
     subject s = models.emplace_back(file).subject(o.bos);
     subjects.push_back(s);
     s.remedy_removed = true;
-    if (o.remedies && s.model->config().attention != engine::attention_kind::softmax) subjects.push_back(s);
+    if (o.remedies && s.model->config().attention != loaders::attention_kind::softmax) subjects.push_back(s);
   }
   return subjects;
 }

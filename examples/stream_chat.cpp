@@ -15,25 +15,26 @@
 #include "chat/options.hpp"
 #include "chat/sampler.hpp"
 #include "chat/terminal.hpp"
+#include "compare/caches.hpp"
 #include "compare/known_models.hpp"
 #include "compare/options.hpp"
-#include "engine/gguf.hpp"
 #include "engine/model.hpp"
-#include "engine/tokenizer.hpp"
-#include "engine/utf8.hpp"
+#include "loaders/gguf.hpp"
+#include "text/tokenizer.hpp"
+#include "text/utf8.hpp"
 
 namespace {
 
 using chat::options, compare::usage_error;
-using engine::index_t;
-using engine::tokenizer;
+using sinkcache::index_t;
+using text::tokenizer;
 
 // A model, and how its tokens stand for text: by the tokenizer of a GGUF file, or a byte a token.
 class text_model {
  public:
   explicit text_model(const std::string& file) : model_(file) {
-    if (!engine::gguf::is_gguf(file)) return;
-    const engine::gguf metadata = engine::gguf::load(file);
+    if (!loaders::gguf::is_gguf(file)) return;
+    const loaders::gguf metadata = loaders::gguf::load(file);
     tokenizer_.emplace(metadata);
     if (tokenizer_->size() != model_.config().vocab_size)
       metadata.fail(fmt::format("tokenizer.ggml.tokens has {} tokens, the model {}", tokenizer_->size(),
@@ -87,8 +88,8 @@ class stream {
         capacity_(o.cache.value_or(o.policy == "full"
                                        ? text.model().config().max_position_embeddings.value_or(chat::default_cache)
                                        : chat::default_cache)),
-        session_(text.model(),
-                 {.num_sink_tokens = o.num_sink_tokens, .window = capacity_ - o.num_sink_tokens, .threads = o.threads}),
+        session_(text.model(), compare::sink_window(o.num_sink_tokens, capacity_ - o.num_sink_tokens),
+                 {.threads = o.threads}),
         sampler_(o.sampling),
         tokens_left_(o.tokens) {}
 
@@ -101,7 +102,7 @@ class stream {
   // Up to a special token, or for ever where these are `banned`.
   bool write(const std::vector<bool>& banned) {
     start_clock();
-    engine::utf8_stream characters;
+    text::utf8_stream characters;
     while (!tokens_left_ || (*tokens_left_)-- > 0) {
       const int token = sampler_.draw(logits_, banned);
       if (text_.is_special(token)) return terminal_.write(characters.finish());
@@ -175,7 +176,7 @@ void write_on(stream& s, const text_model& text, const std::string& prompt, chat
   std::vector<int> tokens = text.encode(prompt);
   if (const auto bos = text.model().config().bos_token_id) tokens.insert(tokens.begin(), *bos);
   if (tokens.empty()) throw usage_error("--write has none of the model's tokens");
-  if (terminal.write(engine::valid_utf8(prompt)) && s.read(tokens)) s.write(special_tokens(text));
+  if (terminal.write(text::valid_utf8(prompt)) && s.read(tokens)) s.write(special_tokens(text));
 }
 
 void talk(stream& s, const text_model& text, const std::string& system_turn, chat::terminal& terminal) {

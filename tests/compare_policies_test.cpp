@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "catch.hpp"
+#include "compare/caches.hpp"
 #include "compare/evaluate.hpp"
 #include "compare/files.hpp"
 #include "compare/known_models.hpp"
@@ -123,7 +124,7 @@ std::string small_vocabulary() {
 
 TEST_CASE("bits are counted per byte, however many a token stands for") {
   const std::string bytes = small_vocabulary();
-  const engine::tokenizer tokenizer(engine::gguf::parse(std::as_bytes(std::span(bytes)), "vocabulary"));
+  const text::tokenizer tokenizer(loaders::gguf::parse(std::as_bytes(std::span(bytes)), "vocabulary"));
   // Its own vocabulary is smaller by a token or two, which this text does not need.
   const subject by_token{&nano("softmax"), "nano-softmax", false, &tokenizer};
   const std::string text = "the lathe, then the other";
@@ -227,7 +228,7 @@ TEST_CASE("recompute is a fresh pass over the first token and the newest") {
   for (std::size_t i = static_cast<std::size_t>(cache); i < runs[1].loss_bits.size(); ++i) {
     if (std::isnan(runs[1].loss_bits[i])) continue;
     if (++sampled % 50 != 0) continue;
-    engine::session session(nano("softmax"), {.window = 100});
+    engine::session session(nano("softmax"), compare::sink_window(0, 100));
     std::span<const float> logits = session.decode(ids[0]);
     for (std::size_t j = i - static_cast<std::size_t>(cache) + 2; j <= i; ++j) logits = session.decode(ids[j]);
     CHECK(std::abs(engine::loss_bits(logits, ids[i + 1]) - runs[1].loss_bits[i]) < 2e-4);

@@ -1,5 +1,7 @@
 // Models of the llama architecture from GGUF files.
 
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -11,9 +13,9 @@
 #include <vector>
 
 #include "catch.hpp"
-#include "engine/gguf.hpp"
 #include "engine/model.hpp"
 #include "gguf_writer.hpp"
+#include "loaders/gguf.hpp"
 #include "plain_model.hpp"
 
 namespace {
@@ -133,7 +135,7 @@ std::string quantised(plain_model& m, const std::vector<std::uint32_t>& types) {
     file.add(llama_name(name), dims_of(t), type, random_blocks(type, t.values.size(), rms, dice));
   }
   const std::string bytes = file.bytes();
-  const engine::gguf read = engine::gguf::parse(std::as_bytes(std::span(bytes)), "quantised");
+  const loaders::gguf read = loaders::gguf::parse(std::as_bytes(std::span(bytes)), "quantised");
   for (auto& [name, t] : m.tensors) t.values = read.read(llama_name(name)).values;
   m.interleaved = true;
   return bytes;
@@ -142,7 +144,7 @@ std::string quantised(plain_model& m, const std::vector<std::uint32_t>& types) {
 double worst_of(const engine::model& model, const plain_model& m, index_t tokens, index_t num_sink_tokens = 2,
                 index_t window = 9) {
   plain_session expected(m, num_sink_tokens, window);
-  engine::session session(model, {.num_sink_tokens = num_sink_tokens, .window = window});
+  engine::session session(model, compare::sink_window(num_sink_tokens, window));
   double worst = 0;
   for (const int token : random_tokens(tokens, m.size("vocab_size"), 8))
     worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
@@ -184,8 +186,8 @@ TEST_CASE("a GGUF file and a safetensors file of the same weights are one model"
   const temporary_file safetensors_file;
   m.write(safetensors_file.path);
   const engine::model from_safetensors(safetensors_file.path);
-  engine::session a(from_gguf, {.num_sink_tokens = 1, .window = 10});
-  engine::session b(from_safetensors, {.num_sink_tokens = 1, .window = 10});
+  engine::session a(from_gguf, compare::sink_window(1, 10));
+  engine::session b(from_safetensors, compare::sink_window(1, 10));
   const std::vector<int> tokens = random_tokens(30, 50, 1);
   const auto close = [](std::span<const float> x, std::span<const float> y) {
     return worst_difference(x, doubles(y.begin(), y.end())) < 1e-4;
@@ -200,10 +202,10 @@ TEST_CASE("a session's logits are the same bits for any number of threads") {
   write(file.path, quantised(m, {w::Q4_1, w::F32, w::Q6_K}));
   const engine::model model(file.path);
   const std::vector<int> tokens = random_tokens(300, 300, 1);
-  engine::session alone(model, {.num_sink_tokens = 1, .window = 40});
+  engine::session alone(model, compare::sink_window(1, 40));
   for (const index_t threads : {2, 3, 7}) {
     alone.clear();
-    engine::session shared(model, {.num_sink_tokens = 1, .window = 40, .threads = threads});
+    engine::session shared(model, compare::sink_window(1, 40), {.threads = threads});
     CHECK(std::ranges::equal(alone.prefill(tokens), shared.prefill(tokens)));
     for (int token = 0; token < 50; ++token) CHECK(std::ranges::equal(alone.decode(token), shared.decode(token)));
   }
@@ -364,7 +366,7 @@ TEST_CASE("a GGUF file that asks for what the decoder does not do is refused by 
        "tensor rope_freqs.weight holds 0, had to hold numbers from 0.001 to 1e6"},
       {with_tensor("rope_freqs.weight", 2, NAN), "tensor rope_freqs.weight holds nan, had to hold numbers"},
       // tensors
-      {with_tensor("blk.0.attn_q.bias", 8), "tensor blk.0.attn_q.bias is unexpected: no part of such a model"},
+      {with_tensor("blk.0.attn_q.bias", 8), "tensor 'blk.0.attn_q.bias' is unexpected: no part of such a model"},
       {with({w::metadata("llama.block_count", 2u)}), "tensor blk.1.attn_norm.weight is missing, had to be [8]"},
       {with({w::metadata("llama.feed_forward_length", 1u << 20)}),
        "tensor blk.0.ffn_gate.weight is [6, 8], had to be [1048576, 8]"},
@@ -372,7 +374,9 @@ TEST_CASE("a GGUF file that asks for what the decoder does not do is refused by 
   };
   for (const auto& [error, message] : cases) CHECK_THAT(error, Catch::Contains(message));
 
-  w::file unnormed = good;
-  unnormed.data.replace(0, 4, w::f32(NAN));
-  CHECK_THAT(refusal(unnormed.bytes()), Catch::Contains("holds nan"));
+  for (const float bad : {NAN, -INFINITY}) {
+    w::file unnormed = good;
+    unnormed.data.replace(0, 4, w::f32(bad));
+    CHECK_THAT(refusal(unnormed.bytes()), Catch::Contains(fmt::format("holds {}, had to hold finite", bad)));
+  }
 }

@@ -39,14 +39,14 @@ TEST_CASE("trained models repeat the losses that were computed elsewhere") {
     const auto ids = reference.at("first_ids").get<std::vector<int>>();
     const engine::model model(models_dir + name.substr(0, name.size() - 9) + ".safetensors");
 
-    engine::session causal(model, {.window = 16});
+    engine::session causal(model, compare::sink_window(0, 16));
     const auto logits = reference.at("logits_at_15_full_causal").get<doubles>();
     INFO(name);
     CHECK(worst_difference(causal.prefill(std::span(ids).first(16)), logits) < 1e-4);
 
     for (const nlohmann::json& run : reference.at("runs")) {
       const auto expected = run.at("nll_bits_first_512").get<doubles>();
-      engine::session session(model, {.num_sink_tokens = run.at("sinks"), .window = run.at("window")});
+      engine::session session(model, compare::sink_window(run.at("sinks"), run.at("window")));
       double worst = 0;
       for (std::size_t i = 0; i < expected.size(); ++i)
         worst = std::max(worst, std::abs(engine::loss_bits(session.decode(ids[i]), ids[i + 1]) - expected[i]));
@@ -74,7 +74,7 @@ TEST_CASE("random models of odd sizes compute what plain loops in double compute
     for (const auto& [num_sink_tokens, window] : caches) {
       INFO("model " << seed << ", sinks " << num_sink_tokens << ", window " << window);
       plain_session expected(plain, num_sink_tokens, window);
-      engine::session session(model, {.num_sink_tokens = num_sink_tokens, .window = window});
+      engine::session session(model, compare::sink_window(num_sink_tokens, window));
       double worst = 0;
       for (const int token : tokens)
         worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
@@ -86,12 +86,12 @@ TEST_CASE("random models of odd sizes compute what plain loops in double compute
 TEST_CASE("prefill in any chunks is decode") {
   const engine::model model(models_dir + "nano-sink.safetensors");
   const std::vector<int> tokens = random_tokens(700, 256, 1);
-  engine::session decoded(model, {.num_sink_tokens = 2, .window = 50});
+  engine::session decoded(model, compare::sink_window(2, 50));
   std::span<const float> logits;
   for (const int token : tokens) logits = decoded.decode(token);
   const doubles expected(logits.begin(), logits.end());
 
-  engine::session session(model, {.num_sink_tokens = 2, .window = 50});
+  engine::session session(model, compare::sink_window(2, 50));
   for (const std::size_t chunk : {1u, 3u, 64u, 255u, 300u, 700u}) {
     session.clear();
     for (std::size_t first = 0; first < tokens.size(); first += chunk)
@@ -109,7 +109,7 @@ TEST_CASE("a session can leave out the model's own sink logits") {
   const temporary_file file;
   with.write(file.path);
   const engine::model model(file.path);
-  engine::session session(model, {.window = 10, .softmax = sinkcache::softmax_variant::standard()});
+  engine::session session(model, compare::sink_window(0, 10), {.softmax = sinkcache::softmax_variant::standard()});
   plain_session expected(without, 0, 10);
   for (const int token : random_tokens(20, s.vocab, 2))
     CHECK(worst_difference(session.decode(token), expected.decode(token)) < 2e-4);
@@ -206,7 +206,7 @@ TEST_CASE("rope_scaling and rope_parameters, as config.json has them, are what p
             cases[n].scaled(pair, std::pow(cases[n].theta, -2 * pair / static_cast<double>(cases[n].width))));
       }
       plain_session expected(plain, 2, 40);
-      engine::session session(model, {.num_sink_tokens = 2, .window = 40});
+      engine::session session(model, compare::sink_window(2, 40));
       double worst = 0;
       for (const int token : random_tokens(60, 50, n))
         worst = std::max(worst, worst_difference(session.decode(token), expected.decode(token)));
@@ -274,6 +274,37 @@ TEST_CASE("ropes that frequencies cannot tell are refused by name, bad ones with
   }
 }
 
+TEST_CASE("a sink logit of -inf means that a head has no sink, any other that is not finite is refused") {
+  plain_model m = random_model({1, 8, 2, 1, 4, 6, 20, false, "sink"}, 9);
+  std::vector<float>& sinks = m.tensors.at("model.layers.0.self_attn.sinks").values;
+  sinks = {-INFINITY, 1};
+  CHECK(refusal(m) == "accepted");
+  for (const float bad : {NAN, INFINITY}) {
+    sinks[1] = bad;
+    CHECK_THAT(refusal(m), Catch::Contains("tensor model.layers.0.self_attn.sinks holds"));
+  }
+}
+
+TEST_CASE("nested metadata are refused however deep they are, and keys that are there twice") {
+  const plain_model good = random_model({1, 8, 2, 1, 4, 6, 20, false, "softmax"}, 9);
+  const auto refused = [&](const std::string& key, const std::string& value) {
+    plain_model bad = good;
+    bad.metadata[key] = value;
+    return refusal(bad);
+  };
+  for (const char* key : {"rope_scaling", "rope_parameters"})
+    for (const std::string open : {"[", "{\"a\":"})
+      for (const std::string& value : {open, "{\"factor\": " + open}) {
+        std::string deep = value;
+        for (int i = 0; i < 100000; ++i) deep += open;
+        CHECK_THAT(refused(key, deep), Catch::Contains("had to be null or a JSON object, is nested more than 8 deep"));
+      }
+  CHECK_THAT(refused("rope_scaling", R"({"type": "linear", "factor": 2, "factor": 4})"),
+             Catch::Contains("is an object that has 'factor' twice"));
+  CHECK_THAT(refused("rope_scaling", R"({"type": "linear", "factor": 2, "type": "linear"})"),
+             Catch::Contains("is an object that has 'type' twice"));
+}
+
 TEST_CASE("a file that is not such a model is refused, and says why") {
   const plain_model good = random_model({1, 8, 2, 1, 4, 6, 20, false, "softmax"}, 9);
   CHECK(refusal(good) == "accepted");
@@ -323,20 +354,32 @@ TEST_CASE("a file that is not such a model is refused, and says why") {
       {set("tokenizer", "bpe"), "metadata: tokenizer is 'bpe', had to be byte"},
       {set("bos_token_id", "20"), "metadata: bos_token_id is '20', had to be a whole number from 0 to 19"},
       {set("tie_word_embeddings", "maybe"), "metadata: tie_word_embeddings"},
-      {set("tie_word_embeddings", "true"), "tensor lm_head.weight is unexpected"},
+      {set("tie_word_embeddings", "true"), "tensor 'lm_head.weight' is unexpected"},
       // Bounded memory: refused before anything of such a size is asked for.
       {set("intermediate_size", "1048576"),
        "tensor model.layers.0.mlp.gate_proj.weight is [6, 8], had to be [1048576, 8]"},
       {set("num_hidden_layers", "2"), "tensor model.layers.1.input_layernorm.weight is missing"},
       {tensor("model.layers.0.self_attn.q_proj.bias", {8}),
-       "tensor model.layers.0.self_attn.q_proj.bias is unexpected"},
-      {tensor("model.layers.0.self_attn.sinks", {2}), "tensor model.layers.0.self_attn.sinks is unexpected"},
+       "tensor 'model.layers.0.self_attn.q_proj.bias' is unexpected"},
+      {tensor("model.layers.0.self_attn.sinks", {2}), "tensor 'model.layers.0.self_attn.sinks' is unexpected"},
       {tensor("model.layers.0.self_attn.k_proj.weight", {8, 8}),
        "tensor model.layers.0.self_attn.k_proj.weight is [8, 8], had to be [4, 8]"},
       {tensor("model.layers.0.mlp.down_proj.weight", {6, 8}), "is [6, 8], had to be [8, 6]"},
       {tensor("model.norm.weight", {8, 1}), "tensor model.norm.weight is [8, 1], had to be [8]"},
       {[](plain_model& m) { m.tensors.erase("model.norm.weight"); }, "tensor model.norm.weight is missing"},
-      {[](plain_model& m) { m.tensors.at("lm_head.weight").values[7] = NAN; }, "tensor lm_head.weight holds nan"},
+      {[](plain_model& m) { m.tensors.at("lm_head.weight").values[7] = NAN; },
+       "tensor lm_head.weight holds nan, had to hold finite numbers only"},
+      {[](plain_model& m) { m.tensors.at("model.norm.weight").values[7] = -INFINITY; },
+       "tensor model.norm.weight holds -inf, had to hold finite numbers only"},
+      {[](plain_model& m) { m.tensors.at("model.layers.0.mlp.up_proj.weight").values[1] = -INFINITY; },
+       "tensor model.layers.0.mlp.up_proj.weight holds -inf"},
+      // C1 controls and those of direction: what a terminal would obey.
+      {tensor("\u009b2J", {2}), "tensor '\\xc2\\x9b2J' is unexpected"},
+      {tensor("\u202eabc", {2}), "tensor '\\xe2\\x80\\xaeabc' is unexpected"},
+      {set("attention", "\u009b2J"), "metadata: attention is '\\xc2\\x9b2J'"},
+      {set("rope_scaling", "{\"\u009b2J\": 1}"), "metadata: a key of rope_scaling is '\\xc2\\x9b2J'"},
+      {set("rope_theta", "0x10"), "metadata: rope_theta is '0x10', had to be a number"},
+      {set("rope_theta", "1e400"), "metadata: rope_theta is '1e400', had to be a number"},
   };
   for (const auto& [apply, message] : cases) {
     plain_model bad = good;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "catch.hpp"
+#include "compare/caches.hpp"
 #include "compare/files.hpp"
 #include "evidence/bootstrap.hpp"
 #include "evidence/jobs.hpp"
@@ -40,19 +41,25 @@ const progress silent = [](index_t) {};
 
 TEST_CASE("prefill in chunks costs every token what decoding costs it") {
   const compare::token_stream text = held_out();
-  const auto ids = std::span(text.ids).first(601);
+  const compare::subject subject = subject_of();
   index_t seen = 0;
   const std::vector<double> window =
-      loss_by_prefill(nano(), {.window = 40}, ids, [&](index_t tokens) { seen += tokens; });
+      compare::evaluator(subject, compare::sink_window(0, 40), text.ids).by_prefill(600, [&](index_t tokens) {
+        seen += tokens;
+      });
   CHECK(seen == 600);
   for (const index_t sinks : {0, 3}) {
-    const engine::session_config config{.num_sink_tokens = sinks, .window = 40 - sinks};
-    const std::vector<double> prefilled = loss_by_prefill(nano(), config, ids, silent),
-                              decoded = loss_by_decode(nano(), config, ids, silent);
+    const engine::cache_factory caches = compare::sink_window(sinks, 40 - sinks);
+    const std::vector<double> prefilled = compare::evaluator(subject, caches, text.ids).by_prefill(600, silent),
+                              decoded = compare::evaluator(subject, caches, text.ids).by_decode(600, silent);
     REQUIRE(prefilled.size() == 600);
     REQUIRE(decoded.size() == 600);
     for (std::size_t i = 0; i < 600; ++i) CHECK(std::abs(prefilled[i] - decoded[i]) < 1e-4);
     CHECK((std::abs(prefilled.back() - window.back()) > 1e-3) == (sinks > 0));
+    // One after the other goes on where the first left off.
+    compare::evaluator both(subject, caches, text.ids);
+    both.by_prefill(300, silent);
+    CHECK(std::abs(both.by_decode(300, silent).back() - decoded.back()) < 1e-4);
   }
 }
 
@@ -60,18 +67,21 @@ TEST_CASE("recomputed tokens are evenly spaced, and see the first token and the 
   CHECK(targets(10, 50, 4) == std::vector<index_t>{15, 25, 35, 45});
   CHECK(targets(10, 13, 3) == std::vector<index_t>{10, 11, 12});
   const compare::token_stream text = held_out();
-  const std::vector<double> bits = loss_recomputed(nano(), 12, text.ids, std::vector<index_t>{12, 500}, silent);
-  REQUIRE(bits.size() == 2);
-  engine::session session(nano(), {.window = 100});
+  const compare::subject subject = subject_of();
+  compare::evaluator evaluator(subject, compare::sink_window(0, 12), text.ids);
+  evaluator.recomputed(12, 12);
+  const double bits = evaluator.recomputed(500, 12);
+  engine::session session(nano(), compare::sink_window(0, 100));
   std::span<const float> logits = session.decode(text.ids[0]);
   for (std::size_t i = 490; i <= 500; ++i) logits = session.decode(text.ids[i]);
-  CHECK(std::abs(engine::loss_bits(logits, text.ids[501]) - bits[1]) < 2e-4);
+  CHECK(std::abs(engine::loss_bits(logits, text.ids[501]) - bits) < 2e-4);
 }
 
 TEST_CASE("the share of the first token is what PyTorch found for this model") {
   const engine::model model(source_dir + "/examples/models/tiny-softmax.safetensors");
   const compare::token_stream text = held_out();
-  const engine::matrix shares = pinned_shares(model, {.num_sink_tokens = 1, .window = 127}, text.ids, 512, silent);
+  engine::session fresh(model, compare::sink_window(1, 127), {.watches_sinks = true});
+  const engine::matrix shares = pinned_shares(fresh, 128, text.ids, 512, silent);
   // When the model was trained: means over other texts, of queries from 64 on, without eviction.
   const engine::matrix found{
       {.43f, .38f, .45f, .33f}, {.32f, .23f, .05f, .16f}, {0, .01f, .18f, .56f}, {.54f, .47f, 0, 0}};
@@ -79,7 +89,7 @@ TEST_CASE("the share of the first token is what PyTorch found for this model") {
   CHECK((shares - found).cwiseAbs().maxCoeff() < 0.2f);
   CHECK((shares - found).cwiseAbs().mean() < 0.05f);
   for (const index_t pinned : {0, 40}) {
-    engine::session session(model, {.num_sink_tokens = pinned, .window = 40, .watches_sinks = true});
+    engine::session session(model, compare::sink_window(pinned, 40), {.watches_sinks = true});
     for (std::size_t i = 0; i < 30; ++i) session.decode(text.ids[i]);
     CHECK((session.pinned_shares().array() - (pinned > 0 ? 1.f : 0.f)).abs().maxCoeff() < 1e-6f);
   }
@@ -124,9 +134,9 @@ TEST_CASE("facts are asked for so many tokens later, in the same words") {
     CHECK(later <= f.distance + 100);
   }
   // Taking the likeliest digit, by decoding.
-  const engine::session_config config{.num_sink_tokens = 1, .window = 99};
+  const engine::cache_factory caches = compare::sink_window(1, 99);
   std::vector<int> right(stream.facts.size());
-  engine::session session(nano(), config);
+  engine::session session(nano(), caches);
   for (std::size_t i = 0; i < stream.ids.size(); ++i) {
     const std::span<const float> logits = session.decode(stream.ids[i]);
     const auto best = std::max_element(logits.begin() + '0', logits.begin() + '9' + 1) - logits.begin();
@@ -135,7 +145,7 @@ TEST_CASE("facts are asked for so many tokens later, in the same words") {
       if (at >= stream.facts[j].asked_first && at <= stream.facts[j].asked_last) right[j] += best == stream.ids[i + 1];
     }
   }
-  CHECK(recalled(nano(), config, stream, silent) == right);
+  CHECK(recalled(subject_of(), caches, stream, silent) == right);
   CHECK_THROWS_WITH(plant(subject_of(), std::span(text.ids).first(150), 100, {{40}, 5}),
                     Catch::Contains("too short to plant 5 facts"));
 }

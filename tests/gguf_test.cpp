@@ -1,4 +1,4 @@
-#include "engine/gguf.hpp"
+#include "loaders/gguf.hpp"
 
 #include <bit>
 #include <cmath>
@@ -16,8 +16,8 @@
 
 namespace {
 
-using engine::file_error;
-using engine::gguf;
+using loaders::file_error;
+using loaders::gguf;
 namespace w = gguf_writer;
 
 constexpr auto file_name = "hostile.gguf";
@@ -368,7 +368,7 @@ TEST_CASE("gguf: every type is dequantised to the floats that the reference make
   for (const std::string type : {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"}) {
     INFO(type);
     CHECK(file.type(type) == type);
-    const engine::tensor ours = file.read(type), expected = file.read(type + ".expected");
+    const loaders::tensor ours = file.read(type), expected = file.read(type + ".expected");
     CHECK(ours.shape == std::vector<std::int64_t>{3, 512});
     CHECK(ours.values == expected.values);
     CHECK(file.is_coded(type) == type.starts_with("Q"));

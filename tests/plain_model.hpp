@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "catch.hpp"
+#include "compare/caches.hpp"
 #include "effort.hpp"
 #include "engine/model.hpp"
 
@@ -74,7 +75,7 @@ struct temporary_file {
 inline std::string refusal(const temporary_file& file) {
   try {
     const engine::model model(file.path);
-  } catch (const engine::file_error& error) {
+  } catch (const loaders::file_error& error) {
     return error.what();
   }
   return "accepted";

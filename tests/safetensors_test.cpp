@@ -1,4 +1,4 @@
-#include "../examples/engine/safetensors.hpp"
+#include "../examples/loaders/safetensors.hpp"
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -17,8 +17,8 @@
 
 namespace {
 
-using engine::file_error;
-using engine::safetensors;
+using loaders::file_error;
+using loaders::safetensors;
 
 constexpr auto file_name = "hostile.safetensors";
 

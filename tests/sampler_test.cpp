@@ -66,3 +66,11 @@ TEST_CASE("logits of any size are drawn from, but not those that are no numbers"
   for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
     CHECK_THROWS_AS(s.draw(std::vector<float>{0, bad, 0}, {false, false, false}), std::runtime_error);
 }
+
+TEST_CASE("where no token may be drawn, that is said") {
+  const std::vector<bool> all(logits.size(), true);
+  for (const double temperature : {0., 1.}) {
+    sampler s({.temperature = temperature, .top_k = 2, .seed = 1});
+    CHECK_THROWS_WITH(s.draw(logits, all), Catch::Contains("no token may be drawn"));
+  }
+}

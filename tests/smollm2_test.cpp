@@ -8,9 +8,10 @@
 #include <vector>
 
 #include "catch.hpp"
+#include "compare/caches.hpp"
 #include "effort.hpp"
-#include "engine/gguf.hpp"
 #include "engine/model.hpp"
+#include "loaders/gguf.hpp"
 
 namespace {
 
@@ -38,7 +39,7 @@ std::string model_path() {
 // What tools/golden/smollm2.py wrote.
 struct golden {
   explicit golden(const std::string& reference)
-      : file(engine::gguf::load(SINKCACHE_SOURCE_DIR "/tests/golden/smollm2-" + reference + ".gguf")),
+      : file(loaders::gguf::load(SINKCACHE_SOURCE_DIR "/tests/golden/smollm2-" + reference + ".gguf")),
         most_likely(static_cast<std::size_t>(file.integer("most_likely", 1, 1000).value())),
         drawn(static_cast<std::size_t>(file.integer("drawn", 1, 1000).value())),
         ids(file.integers("kept_ids").value()),
@@ -50,7 +51,7 @@ struct golden {
     REQUIRE(log_p.size() == ids.size());
   }
 
-  engine::gguf file;
+  loaders::gguf file;
   std::size_t most_likely, drawn;
   std::vector<int> tokens;
   std::vector<std::int64_t> ids;
@@ -101,7 +102,7 @@ TEST_CASE("SmolLM2 predicts what others compute of the same file") {
   const golden numpy("numpy"), llama_cpp("llama_cpp");
   REQUIRE(numpy.tokens == llama_cpp.tokens);
   const engine::model model(path);
-  engine::session session(model, {.window = 512, .threads = 2});
+  engine::session session(model, compare::sink_window(0, 512), {.threads = 2});
   agreement with_numpy, with_llama_cpp;
   for (std::size_t i = 0; i < numpy.tokens.size(); ++i) {
     const std::span<const float> logits = session.decode(numpy.tokens[i]);

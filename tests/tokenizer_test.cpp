@@ -1,4 +1,4 @@
-#include "engine/tokenizer.hpp"
+#include "text/tokenizer.hpp"
 
 #include <algorithm>
 #include <cstdint>
@@ -17,12 +17,12 @@
 
 namespace {
 
-using engine::tokenizer;
+using text::tokenizer;
 
 const std::string data_dir = SINKCACHE_SOURCE_DIR "/tests/data/";
 
 const tokenizer& smollm2() {
-  static const tokenizer t(engine::gguf::load(data_dir + "smollm2-vocab.gguf"));
+  static const tokenizer t(loaders::gguf::load(data_dir + "smollm2-vocab.gguf"));
   return t;
 }
 
@@ -61,11 +61,11 @@ std::string line(const std::string& key, const std::vector<std::int32_t>& values
   return gguf_writer::metadata("tokenizer.ggml." + key, gguf_writer::array, bytes);
 }
 
-engine::gguf parsed(const std::vector<std::string>& lines) {
+loaders::gguf parsed(const std::vector<std::string>& lines) {
   gguf_writer::file file;
   file.metadata = lines;
   const std::string bytes = file.bytes();
-  return engine::gguf::parse(std::as_bytes(std::span(bytes)), "test.gguf");
+  return loaders::gguf::parse(std::as_bytes(std::span(bytes)), "test.gguf");
 }
 
 // Each test changes what it is about.
@@ -77,7 +77,7 @@ struct vocabulary {
   std::uint32_t bos = 0, eos = 0;
   bool adds_bos = false, adds_space = false;
 
-  engine::gguf file() const {
+  loaders::gguf file() const {
     return parsed({line("model", model), line("pre", pre), line("tokens", tokens), line("token_type", types),
                    line("merges", merges), line("bos_token_id", bos), line("eos_token_id", eos),
                    line("add_bos_token", adds_bos), line("add_space_prefix", adds_space)});
@@ -85,10 +85,10 @@ struct vocabulary {
   tokenizer build() const { return tokenizer(file()); }
 };
 
-std::string refusal(const engine::gguf& file) {
+std::string refusal(const loaders::gguf& file) {
   try {
     const tokenizer t(file);
-  } catch (const engine::file_error& error) {
+  } catch (const loaders::file_error& error) {
     return error.what();
   }
   return "accepted";
@@ -155,14 +155,14 @@ TEST_CASE("what the reference encoded is decoded, whole and token by token") {
     });
     if (has_tokens) {
       ++round_trips;
-      CHECK(smollm2().decode(g.ids) == engine::valid_utf8(g.bytes));
-      CHECK(smollm2().decode(g.parsed) == engine::valid_utf8(g.bytes));
+      CHECK(smollm2().decode(g.ids) == text::valid_utf8(g.bytes));
+      CHECK(smollm2().decode(g.parsed) == text::valid_utf8(g.bytes));
     }
-    engine::utf8_stream stream;
+    text::utf8_stream stream;
     std::string streamed;
     for (const int id : g.ids) {
       const std::string piece = stream.push(smollm2().bytes(id));
-      CHECK(engine::valid_utf8(piece) == piece);
+      CHECK(text::valid_utf8(piece) == piece);
       streamed += piece;
     }
     streamed += stream.finish();
@@ -192,11 +192,11 @@ TEST_CASE("random valid text comes back exactly, any bytes as the same bytes mad
   for (int i = 0; i < effort::cases(2000); ++i) {
     std::string text;
     for (std::int64_t n = dice.from_to(0, 40); n > 0; --n) text += utf8(random_code_point(dice));
-    CHECK(engine::valid_utf8(text) == text);
+    CHECK(text::valid_utf8(text) == text);
     CHECK(smollm2().decode(smollm2().encode(text)) == text);
 
-    const std::string bytes = random_bytes(dice), valid = engine::valid_utf8(bytes);
-    CHECK(engine::valid_utf8(valid) == valid);
+    const std::string bytes = random_bytes(dice), valid = text::valid_utf8(bytes);
+    CHECK(text::valid_utf8(valid) == valid);
     CHECK(smollm2().encode(bytes) == smollm2().encode(valid));
   }
 }
@@ -205,26 +205,26 @@ TEST_CASE("bytes in any pieces become the same whole characters") {
   effort::dice dice(2);
   for (int i = 0; i < effort::cases(2000); ++i) {
     const std::string bytes = random_bytes(dice);
-    engine::utf8_stream stream;
+    text::utf8_stream stream;
     std::string streamed;
     for (std::size_t first = 0; first < bytes.size();) {
       const auto size = static_cast<std::size_t>(dice.from_to(0, 5));
       const std::string piece = stream.push(std::string_view(bytes).substr(first, size));
-      CHECK(engine::valid_utf8(piece) == piece);
+      CHECK(text::valid_utf8(piece) == piece);
       streamed += piece;
       first += size;
     }
-    CHECK(streamed + stream.finish() == engine::valid_utf8(bytes));
+    CHECK(streamed + stream.finish() == text::valid_utf8(bytes));
     CHECK(stream.finish().empty());
   }
-  engine::utf8_stream stream;
+  text::utf8_stream stream;
   CHECK(stream.push("\xf0\x9f").empty());
   CHECK(stream.push("\x98").empty());
   CHECK(stream.push("\x80!") == "\U0001f600!");
   CHECK(stream.push("\xe2\x82").empty());
   CHECK(stream.push("x") == "\ufffdx");
-  CHECK(engine::valid_utf8("\xed\xa0\x80") == "\ufffd\ufffd\ufffd");
-  CHECK(engine::valid_utf8("\xf0\x9f\x98") == "\ufffd");
+  CHECK(text::valid_utf8("\xed\xa0\x80") == "\ufffd\ufffd\ufffd");
+  CHECK(text::valid_utf8("\xf0\x9f\x98") == "\ufffd");
 }
 
 // The time is not judged; quadratic work on a million would take minutes.
@@ -233,7 +233,7 @@ TEST_CASE("long words and long texts") {
     std::string text;
     while (text.size() < bytes) text += unit;
     const std::vector<int> ids = smollm2().encode(text, mode);
-    CHECK(smollm2().decode(ids) == engine::valid_utf8(text));
+    CHECK(smollm2().decode(ids) == text::valid_utf8(text));
     return ids.size();
   };
   const auto long_word = static_cast<std::size_t>(effort::cases(10)) * 100'000;
@@ -359,9 +359,9 @@ TEST_CASE("random damage to a vocabulary is refused or harmless") {
         for (const auto mode : {tokenizer::special::as_text, tokenizer::special::parsed}) {
           const std::vector<int> ids = t.encode(bits[dice.bits() % bits.size()] + "abcab" + random_bytes(dice), mode);
           CHECK(std::all_of(ids.begin(), ids.end(), [&t](int id) { return id >= 0 && id < t.size(); }));
-          CHECK(t.decode(ids) == engine::valid_utf8(t.decode(ids)));
+          CHECK(t.decode(ids) == text::valid_utf8(t.decode(ids)));
         }
-    } catch (const engine::file_error&) {
+    } catch (const loaders::file_error&) {
     }
   }
   CHECK(accepted > 0);

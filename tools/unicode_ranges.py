@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes examples/engine/unicode_ranges.hpp, by which the tokenizer tells letters, numbers and spaces apart.
+"""Writes examples/text/unicode_ranges.hpp, by which the tokenizer tells letters, numbers and spaces apart.
 
     python3 -m venv build/venv && build/venv/bin/pip install unicodedata2==16.0.0
-    build/venv/bin/python tools/unicode_ranges.py > examples/engine/unicode_ranges.hpp
+    build/venv/bin/python tools/unicode_ranges.py > examples/text/unicode_ranges.hpp
 
 The reference is Hugging Face's tokenizers 0.23.3, asked for the class of every code point. Its letters and spaces are
 those of Unicode 16.0 (Oniguruma's \\p{L} and \\s); its numbers are those of Unicode 17.0 (Rust's char::is_numeric), which
@@ -57,7 +57,7 @@ print("""#pragma once
 
 // clang-format off
 
-namespace engine::unicode {
+namespace text::unicode {
 
 struct code_point_range {
   char32_t first, last;
@@ -66,4 +66,4 @@ struct code_point_range {
 array("letters", r"\p{L}", ranges(lambda c: category(c)[0] == "L"))
 array("numbers", r"\p{N} of Unicode 17.0", ranges(lambda c: category(c)[0] == "N" or c in NUMBERS_OF_UNICODE_17))
 array("spaces", r"\s", ranges(lambda c: category(c)[0] == "Z" or c == 0x85 or 0x9 <= c <= 0xD))
-print("}  // namespace engine::unicode")
+print("}  // namespace text::unicode")

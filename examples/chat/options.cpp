@@ -2,8 +2,7 @@
 
 #include <fmt/core.h>
 
-#include <charconv>
-#include <cmath>
+#include <limits>
 
 #include "../compare/command_line.hpp"
 #include "../compare/known_models.hpp"
@@ -15,14 +14,12 @@ using compare::usage_error;
 
 index_t parse_sinks(const std::string& policy, index_t cache) {
   if (policy == "window" || policy == "full") return 0;
-  index_t sinks = 0;
-  const char* const end = policy.data() + policy.size();
-  const bool is_sinks = policy.starts_with("sinks:");
-  const auto [last, error] = std::from_chars(policy.data() + (is_sinks ? 6 : 0), end, sinks);
-  if (!is_sinks || error != std::errc() || last != end || sinks < 1 || sinks >= cache)
+  const std::optional<index_t> sinks =
+      policy.starts_with("sinks:") ? loaders::whole_number<index_t>(policy.substr(6), 1, cache - 1) : std::nullopt;
+  if (!sinks)
     throw usage_error(
         fmt::format("--policy is '{}', had to be window, sinks:N with N from 1 to {}, or full", policy, cache - 1));
-  return sinks;
+  return *sinks;
 }
 
 }  // namespace
@@ -43,31 +40,32 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                  "sinks:N: keep the first N tokens for ever, and the newest (default: sinks:4)\n"
                  "full: keep all, and end when the cache is full")
       ->type_name("POLICY");
-  app.add_option("--cache", o.cache,
-                 "tokens that the cache holds, pinned ones included (default: 512; under full, the\n"
-                 "context that the model was made for)")
-      ->check(CLI::Range(2, 1 << 20))
-      ->type_name("N");
-  app.add_option("--temperature", temperature,
-                 "0 takes the likeliest token (default: 1 with --write, which repeats itself with less;\n"
-                 "0.6 in a chat)")
-      ->check(CLI::Range(0.0, 100.0))
+  compare::add_count<index_t>(app, "--cache", 2, index_t{1} << 20,
+                              "tokens that the cache holds, pinned ones included (default: 512; under full, the\n"
+                              "context that the model was made for)",
+                              [&o](index_t n) { o.cache = n; });
+  app.add_option_function<std::string>(
+         "--temperature",
+         [&temperature](const std::string& text) {
+           temperature = loaders::decimal_number(text, 0, 100);
+           if (!temperature)
+             throw usage_error(fmt::format("--temperature is '{}', had to be a number from 0 to 100", text));
+         },
+         "0 takes the likeliest token (default: 1 with --write, which repeats itself with less;\n"
+         "0.6 in a chat)")
       ->type_name("T");
-  app.add_option("--top-k", o.sampling.top_k, "draw among the K likeliest tokens, 0 for all (default: 40)")
-      ->check(CLI::Range(0, 1 << 22))
-      ->type_name("K");
-  app.add_option("--seed", o.sampling.seed, "the same seed draws the same text (default: 0)")
-      ->check(CLI::NonNegativeNumber)
-      ->type_name("N");
-  app.add_option("--tokens", o.tokens, "end after so many tokens were written")
-      ->check(CLI::Range(index_t{1}, index_t{1} << 60))
-      ->type_name("N");
-  app.add_option("--threads", o.threads, "the text does not depend on them (default: one a core)")
-      ->check(CLI::Range(1, 1024))
-      ->type_name("N");
+  compare::add_count<std::size_t>(
+      app, "--top-k", 0, std::size_t{1} << 22, "draw among the K likeliest tokens, 0 for all (default: 40)",
+      [&o](std::size_t n) { o.sampling.top_k = n; }, "K");
+  compare::add_count<std::uint64_t>(app, "--seed", 0, std::numeric_limits<std::uint64_t>::max(),
+                                    "the same seed draws the same text (default: 0)",
+                                    [&o](std::uint64_t n) { o.sampling.seed = n; });
+  compare::add_count<index_t>(app, "--tokens", 1, index_t{1} << 60, "end after so many tokens were written",
+                              [&o](index_t n) { o.tokens = n; });
+  compare::add_count<index_t>(app, "--threads", 1, 1024, "the text does not depend on them (default: one a core)",
+                              [&o](index_t n) { o.threads = n; });
   if (!compare::parse(app, argc, argv)) return {};
   if (o.prompt && o.prompt->empty()) throw usage_error("--write is empty, had to be the beginning of a text");
-  if (temperature && std::isnan(*temperature)) throw usage_error("--temperature is nan, had to be a number");
   o.num_sink_tokens = parse_sinks(o.policy, o.cache.value_or(default_cache));
   o.model = compare::model_file(o.model);
   o.sampling.temperature = temperature.value_or(o.prompt ? 1 : 0.6);

@@ -13,6 +13,8 @@ int sampler::draw(std::span<const float> logits, const std::vector<bool>& banned
     if (!std::isfinite(logits[i])) throw std::runtime_error("the model's logits are not finite");
     if (!banned[i]) candidates_.push_back(static_cast<int>(i));
   }
+  if (candidates_.empty())
+    throw std::runtime_error("no token may be drawn: all that the model has are special or unused");
   // Equal logits by their number, so that no sort decides between them.
   const auto likelier = [&](int a, int b) { return logit(a) != logit(b) ? logit(a) > logit(b) : a < b; };
   if (config_.temperature == 0) return *std::min_element(candidates_.begin(), candidates_.end(), likelier);

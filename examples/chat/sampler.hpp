@@ -19,8 +19,7 @@ class sampler {
  public:
   explicit sampler(const sampler_config& config) : config_(config), random_(config.seed) {}
 
-  // Of the tokens that are not `banned`, one flag a token; at least one must be left. Throws where logits are NaN or
-  // inf.
+  // Of the tokens that are not `banned`, one flag a token. Throws where none is left, and where logits are NaN or inf.
   int draw(std::span<const float> logits, const std::vector<bool>& banned);
 
  private:

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "../text/utf8.hpp"
+
 namespace chat {
 namespace {
 
@@ -53,18 +55,6 @@ std::runtime_error failure(const char* what) {
 // Whatever was asked meanwhile.
 void write_now(int fd, std::string_view text) {
   [[maybe_unused]] const auto written = ::write(fd, text.data(), text.size());
-}
-
-// What a model writes must not control the terminal.
-std::string without_controls(std::string_view text) {
-  std::string out;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const auto c = static_cast<unsigned char>(text[i]);
-    const bool is_c1 = c == 0xc2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xa0;
-    if (is_c1) ++i;
-    if (!is_c1 && (c >= 0x20 || c == '\n' || c == '\t') && c != 0x7f) out += text[i];
-  }
-  return out;
 }
 
 }  // namespace
@@ -131,7 +121,7 @@ bool terminal::put(int fd, std::string_view text) {
 
 bool terminal::write(std::string_view text) {
   if (!output_is_terminal_) return put(1, text);
-  const std::string shown = without_controls(text);
+  const std::string shown = text::without_controls(text);
   for (const char c : shown) {
     if (c == '\n')
       column_ = 0;

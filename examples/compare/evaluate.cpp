@@ -1,18 +1,14 @@
 #include "evaluate.hpp"
 
-#include <fmt/core.h>
-
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 
+#include "caches.hpp"
 #include "parallel.hpp"
 
 namespace compare {
 namespace {
-
-using clock = std::chrono::steady_clock;
 
 constexpr double not_scored = std::numeric_limits<double>::quiet_NaN();
 
@@ -21,82 +17,37 @@ constexpr index_t wanted_samples = 512;
 
 index_t sample_stride(index_t cache, index_t tokens) { return std::max<index_t>(1, (tokens - cache) / wanted_samples); }
 
-struct stopwatch {
-  clock::duration total{};
-  index_t tokens = 0;
-
-  template <class F>
-  auto time(F&& f) {
-    const clock::time_point start = clock::now();
-    const auto result = f();
-    total += clock::now() - start;
-    ++tokens;
-    return result;
-  }
-  double us_per_token() const {
-    return std::chrono::duration<double, std::micro>(total).count() / static_cast<double>(std::max<index_t>(tokens, 1));
-  }
-};
-
-double checked_loss(const subject& s, std::span<const float> logits, int target, index_t i) {
-  const double loss = engine::loss_bits(logits, target);
-  if (!std::isfinite(loss))
-    throw std::runtime_error(fmt::format("{}: the logits after token {} are not finite", s.name, i));
-  return loss;
-}
-
-void decode_all(run& r, engine::session& session, std::span<const int> ids, const std::function<void()>& on_token) {
-  stopwatch watch;
-  for (std::size_t i = 0; i < r.loss_bits.size(); ++i) {
-    const std::span<const float> logits = watch.time([&] { return session.decode(ids[i]); });
-    r.loss_bits[i] = checked_loss(*r.subject, logits, ids[i + 1], static_cast<index_t>(i));
-    on_token();
-  }
-  r.us_per_token = watch.us_per_token();
-}
-
 // Until the cache is full, recomputing is decoding. After that, a fresh pass over the first token and the newest ones.
-void recompute_samples(run& r, engine::session& session, std::span<const int> ids, index_t cache,
-                       const std::function<void()>& on_token) {
+void recompute_samples(run& r, evaluator& e, index_t cache, const std::function<void()>& on_token) {
   const index_t tokens = static_cast<index_t>(r.loss_bits.size());
-  std::vector<int> context(static_cast<std::size_t>(cache));
-  stopwatch decoding, recomputing;
-  const auto score = [&](std::size_t i, std::span<const float> logits) {
-    r.loss_bits[i] = checked_loss(*r.subject, logits, ids[i + 1], static_cast<index_t>(i));
-    on_token();
-  };
-  for (std::size_t i = 0; i < static_cast<std::size_t>(std::min(cache, tokens)); ++i)
-    score(i, decoding.time([&] { return session.decode(ids[i]); }));
+  const std::vector<double> decoded =
+      e.by_decode(static_cast<std::size_t>(std::min(cache, tokens)), [&](index_t) { on_token(); });
+  std::copy(decoded.begin(), decoded.end(), r.loss_bits.begin());
+  r.us_per_token = e.us_per_token();
+  double total = 0;
+  index_t samples = 0;
   for (index_t i = cache; i < tokens; i += sample_stride(cache, tokens)) {
-    const auto newest = ids.subspan(static_cast<std::size_t>(i - cache + 2), static_cast<std::size_t>(cache - 1));
-    context.front() = ids.front();
-    std::copy(newest.begin(), newest.end(), context.begin() + 1);
-    score(static_cast<std::size_t>(i), recomputing.time([&] {
-      session.clear();
-      return session.prefill(context);
-    }));
+    r.loss_bits[static_cast<std::size_t>(i)] = e.recomputed(static_cast<std::size_t>(i), cache);
+    total += e.us_per_token();
+    r.us_per_token = total / static_cast<double>(++samples);
+    on_token();
   }
-  r.us_per_token = (recomputing.tokens > 0 ? recomputing : decoding).us_per_token();
 }
 
 run evaluate_one(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t tokens,
                  index_t threads, const std::function<void()>& on_token) {
   const auto ids = std::span(stream.ids).first(static_cast<std::size_t>(tokens) + 1);
-  const bool recompute = p.is == policy::kind::recompute;
   run r{&s, p, p.is == policy::kind::full ? tokens : cache - p.num_sink_tokens, {}, 0, 0};
   r.token_bytes.assign(stream.bytes.begin() + 1, stream.bytes.begin() + 1 + tokens);
   r.loss_bits.assign(static_cast<std::size_t>(tokens), not_scored);
-
-  // Recomputing pins nothing: its first token is simply the first of every pass.
-  engine::session_config config{
-      .num_sink_tokens = recompute ? 0 : p.num_sink_tokens, .window = recompute ? cache : r.window, .threads = threads};
-  if (s.remedy_removed) config.softmax = sinkcache::softmax_variant::standard();
-  engine::session session(*s.model, config);
-  r.cache_bytes = session.cache_bytes();
-  if (recompute)
-    recompute_samples(r, session, ids, cache, on_token);
-  else
-    decode_all(r, session, ids, on_token);
+  evaluator e(s, caches_of(p, p.is == policy::kind::full ? tokens : cache), ids, {.threads = threads});
+  r.cache_bytes = e.session().cache_bytes();
+  if (p.is == policy::kind::recompute) {
+    recompute_samples(r, e, cache, on_token);
+  } else {
+    r.loss_bits = e.by_decode(static_cast<std::size_t>(tokens), [&](index_t) { on_token(); });
+    r.us_per_token = e.us_per_token();
+  }
   return r;
 }
 
@@ -128,29 +79,6 @@ total total_loss(const run& r, index_t first, index_t last, const run* like = nu
 }
 
 }  // namespace
-
-token_stream read_by(const subject& s, const std::string& text) {
-  const engine::model_config& config = s.model->config();
-  token_stream stream;
-  if (const std::optional<int> first = config.bos_token_id ? config.bos_token_id : s.first_token)
-    stream = {{*first}, {0}};
-  if (s.tokenizer) {
-    for (const int id : s.tokenizer->encode(text)) {
-      stream.ids.push_back(id);
-      stream.bytes.push_back(static_cast<int>(s.tokenizer->bytes(id).size()));
-    }
-    return stream;
-  }
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const int byte = static_cast<unsigned char>(text[i]);
-    if (byte >= config.vocab_size)
-      throw std::runtime_error(
-          fmt::format("byte {} of the text is {}, the model's vocabulary ends at {}", i, byte, config.vocab_size - 1));
-    stream.ids.push_back(byte);
-    stream.bytes.push_back(1);
-  }
-  return stream;
-}
 
 index_t work(std::span<const subject> subjects, std::span<const policy> policies, index_t cache, index_t tokens) {
   index_t total = 0;

@@ -9,20 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "../engine/model.hpp"
-#include "../engine/tokenizer.hpp"
+#include "evaluator.hpp"
 #include "options.hpp"
 
 namespace compare {
-
-// A model as it is evaluated: with its own softmax, or with its remedy removed.
-struct subject {
-  const engine::model* model;
-  std::string name;
-  bool remedy_removed = false;                    // plain softmax in place of softmax1 or of the sink logits
-  const engine::tokenizer* tokenizer = nullptr;   // null: a token is a byte
-  std::optional<int> first_token = std::nullopt;  // before the text, where the model has no BOS of its own
-};
 
 // One policy on one subject.
 struct run {
@@ -48,12 +38,6 @@ struct segment_loss {
   index_t first_token, tokens, tokens_scored;
   double loss_bits;
 };
-
-// What a subject reads: BOS, if it begins with one, and the text.
-struct token_stream {
-  std::vector<int> ids, bytes;  // bytes: of the text, that each stands for
-};
-token_stream read_by(const subject&, const std::string& text);
 
 // All policies on all subjects, subject by subject, `threads` at a time, over the first `tokens` that each subject's
 // stream has to predict. `on_token` is called from any of them.

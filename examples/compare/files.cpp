@@ -6,16 +6,18 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <random>
 #include <stdexcept>
 #include <string_view>
 #include <system_error>
+#include <vector>
 
 namespace compare {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr std::size_t largest_text = std::size_t{1} << 30;
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) {
   throw std::runtime_error(fmt::format("{}: {}", path, what));
@@ -44,8 +46,14 @@ std::string read_file(const std::string& path) {
   if (!fs::exists(path, error)) fail(path, "no such file");
   if (fs::is_directory(path, error)) fail(path, "is a directory");
   std::ifstream file(path, std::ios::binary);
-  std::string content{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file) fail(path, "cannot be read");
+  std::string content;
+  std::vector<char> block(std::size_t{1} << 20);
+  while (file.read(block.data(), static_cast<std::streamsize>(block.size())), file.gcount() > 0) {
+    content.append(block.data(), static_cast<std::size_t>(file.gcount()));
+    if (content.size() > largest_text)
+      fail(path, fmt::format("has more than {} bytes, the most it may have", largest_text));
+  }
+  if (!file.eof()) fail(path, "cannot be read");
   return content;
 }
 

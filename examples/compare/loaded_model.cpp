@@ -12,8 +12,8 @@ namespace compare {
 loaded_model::loaded_model(const std::string& file) : name_(std::filesystem::path(file).stem().string()) {
   offer_missing_model(file);
   model_ = std::make_unique<engine::model>(file);
-  if (!engine::gguf::is_gguf(file)) return;
-  tokenizer_ = std::make_unique<engine::tokenizer>(engine::gguf::load(file));
+  if (!loaders::gguf::is_gguf(file)) return;
+  tokenizer_ = std::make_unique<text::tokenizer>(loaders::gguf::load(file));
   if (tokenizer_->size() > model_->config().vocab_size)
     throw std::runtime_error(fmt::format("{}: has {} tokens, had to have at most the {} rows of its embedding", file,
                                          tokenizer_->size(), model_->config().vocab_size));

@@ -19,7 +19,7 @@ class loaded_model {
  private:
   std::string name_;
   std::unique_ptr<engine::model> model_;
-  std::unique_ptr<engine::tokenizer> tokenizer_;
+  std::unique_ptr<text::tokenizer> tokenizer_;
 };
 
 }  // namespace compare

@@ -3,7 +3,6 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <charconv>
 #include <set>
 
 #include "command_line.hpp"
@@ -12,12 +11,20 @@
 namespace compare {
 namespace {
 
-std::optional<index_t> parse_count(const std::string& text, index_t min, index_t max) {
-  index_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < min || value > max) return {};
-  return value;
+policy parse_policy(const std::string& name, index_t cache) {
+  if (name == "full") return {policy::kind::full, 0, name};
+  if (name == "window") return {policy::kind::window, 0, name};
+  if (name == "recompute") return {policy::kind::recompute, 1, name};
+  if (!name.starts_with("sinks:"))
+    throw usage_error(fmt::format("--policies: '{}' had to be full, window, sinks:N or recompute", name));
+  const std::optional<index_t> sinks = loaders::whole_number<index_t>(name.substr(6), 1, cache - 1);
+  if (!sinks)
+    throw usage_error(
+        fmt::format("--policies: '{}' had to be sinks:N with N from 1 to {}, below --cache", name, cache - 1));
+  return {policy::kind::sinks, *sinks, fmt::format("sinks:{}", *sinks)};
 }
+
+}  // namespace
 
 std::vector<std::string> split(const char* option, const std::string& list) {
   std::vector<std::string> parts;
@@ -28,21 +35,6 @@ std::vector<std::string> split(const char* option, const std::string& list) {
   }
   return parts;
 }
-
-policy parse_policy(const std::string& name, index_t cache) {
-  if (name == "full") return {policy::kind::full, 0, name};
-  if (name == "window") return {policy::kind::window, 0, name};
-  if (name == "recompute") return {policy::kind::recompute, 1, name};
-  if (!name.starts_with("sinks:"))
-    throw usage_error(fmt::format("--policies: '{}' had to be full, window, sinks:N or recompute", name));
-  const std::optional<index_t> sinks = parse_count(name.substr(6), 1, cache - 1);
-  if (!sinks)
-    throw usage_error(
-        fmt::format("--policies: '{}' had to be sinks:N with N from 1 to {}, below --cache", name, cache - 1));
-  return {policy::kind::sinks, *sinks, fmt::format("sinks:{}", *sinks)};
-}
-
-}  // namespace
 
 const char* const usage =
     "usage: compare_policies [--model FILE | --models LIST] [--text FILE] [--bos] [--cache N] [--policies LIST]\n"
@@ -68,16 +60,6 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
 
   app.get_formatter()->column_width(18);
 
-  const auto count = [&app](const std::string& name, index_t min, index_t max, const std::string& description,
-                            const std::function<void(index_t)>& use) {
-    const auto parse = [=](const std::string& text) {
-      const std::optional<index_t> value = parse_count(text, min, max);
-      if (!value)
-        throw usage_error(fmt::format("{} is '{}', had to be a whole number from {} to {}", name, text, min, max));
-      use(*value);
-    };
-    app.add_option_function<std::string>(name, parse, description)->type_name("N");
-  };
   const auto text = [&app](const std::string& name, std::string& to, const std::string& type,
                            const std::string& description) {
     const auto not_empty = [](const std::string& value) { return value.empty() ? "is empty" : std::string(); };
@@ -94,21 +76,22 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                               "each also with its own remedy removed");
   text("--text", o.text, "FILE", "what to predict (default: examples/data/sotu-heldout.txt)");
   app.add_flag("--bos", o.bos, "begin with the model's BOS token where it is not used to one, as SmolLM2 is not");
-  count("--cache", 2, index_t{1} << 20, "tokens that a cache holds, pinned ones included (default: 128)",
-        [&o](index_t n) { o.cache = n; });
+  add_count<index_t>(app, "--cache", 2, index_t{1} << 20,
+                     "tokens that a cache holds, pinned ones included (default: 128)",
+                     [&o](index_t n) { o.cache = n; });
   text("--policies", policies, "LIST",
        "comma separated (default: full,window,sinks:1,sinks:4,recompute)\n"
        "full: nothing is evicted\n"
        "window: the newest tokens\n"
        "sinks:N: the first N tokens for ever, and the newest\n"
        "recompute: a fresh pass over the first token and the newest, at sampled tokens");
-  count("--tokens", 2, index_t{1} << 30,
-        "tokens to predict (default: 20480 bytes, 4096 where a token is more, or all of\na shorter text)",
-        [&o](index_t n) { o.tokens = n; });
-  count("--threads", 1, 1024,
-        "policies evaluated at a time, which changes no result (default: one a core)\n"
-        "times per token are undisturbed with 1 only: runs share memory bandwidth",
-        [&o](index_t n) { o.threads = static_cast<std::size_t>(n); });
+  add_count<index_t>(app, "--tokens", 2, index_t{1} << 30,
+                     "tokens to predict (default: 20480 bytes, 4096 where a token is more, or all of\na shorter text)",
+                     [&o](index_t n) { o.tokens = n; });
+  add_count<index_t>(app, "--threads", 1, 1024,
+                     "policies evaluated at a time, which changes no result (default: one a core)\n"
+                     "times per token are undisturbed with 1 only: runs share memory bandwidth",
+                     [&o](index_t n) { o.threads = static_cast<std::size_t>(n); });
   text("--json", o.json, "FILE", "write all results there");
   CLI::Option* svg = text("--svg", o.svg, "FILE", "draw the loss along the stream there");
   several->excludes(one)->excludes(svg);

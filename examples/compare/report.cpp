@@ -8,6 +8,7 @@
 #include <numeric>
 #include <sinkcache/version.hpp>
 
+#include "../loaders/json.hpp"
 #include "machine.hpp"
 
 namespace compare {
@@ -34,11 +35,11 @@ std::string cost_text(const comparison& c, std::size_t i) {
 
 const char* remedy(const engine::model& model) {
   switch (model.config().attention) {
-    case engine::attention_kind::softmax1:
+    case loaders::attention_kind::softmax1:
       return "softmax1";
-    case engine::attention_kind::sink:
+    case loaders::attention_kind::sink:
       return "sink logits";
-    case engine::attention_kind::softmax:
+    case loaders::attention_kind::softmax:
       break;
   }
   return "softmax";
@@ -48,9 +49,13 @@ const char* remedy(const engine::model& model) {
 double seeding(const engine::model& model) {
   const auto it = model.metadata().find("train_args");
   if (it == model.metadata().end()) return 0;
-  const nlohmann::json args = nlohmann::json::parse(it->second, nullptr, false);
-  const auto aux = args.is_object() ? args.find("aux") : args.end();
-  return aux != args.end() && aux->is_number() ? aux->get<double>() : 0;
+  try {
+    const nlohmann::json args = loaders::parse_json(it->second);
+    const auto aux = args.is_object() ? args.find("aux") : args.end();
+    return aux != args.end() && aux->is_number() ? aux->get<double>() : 0;
+  } catch (const std::runtime_error&) {
+    return 0;
+  }
 }
 
 }  // namespace

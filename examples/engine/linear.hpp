@@ -4,11 +4,12 @@
 #include <sinkcache/matrix.hpp>
 #include <vector>
 
+#include "../loaders/file.hpp"
 #include "../threads/thread_pool.hpp"
-#include "file.hpp"
 
 namespace engine {
 
+using loaders::coded_tensor;
 using sinkcache::index_t;
 using sinkcache::matrix;
 using rows_view = Eigen::Ref<matrix, 0, Eigen::OuterStride<>>;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -14,18 +15,39 @@
 namespace engine {
 namespace {
 
+using loaders::attention_kind, loaders::coded_tensor, loaders::fail, loaders::listed, loaders::quote, loaders::weights;
+
 constexpr index_t prefill_rows = 256;  // bounds the activations, whatever the prompt
 constexpr index_t logits_rows = 64;    // and the logits, of which a vocabulary makes a row as large as a layer
 
 // Hands out the tensors of a file, only in the shape asked for.
 class tensor_reader {
+  template <class F>
+  auto with_memory(const std::string& own_name, const F& read) const {
+    try {
+      return read();
+    } catch (const std::bad_alloc&) {
+      fail(path_, fmt::format("tensor {} takes more memory than there is", own_name));
+    }
+  }
+
  public:
   tensor_reader(const std::string& path, const weights& file) : path_(path), file_(file) {}
 
   std::vector<float> read(const std::string& name, const std::vector<std::int64_t>& shape) {
     const std::string own_name = taken(name, shape);
-    std::vector<float> values = file_.read(own_name).values;
+    std::vector<float> values = values_of(own_name);
     check_values(own_name, values);
+    return values;
+  }
+
+  // A logit of -inf means that a head has no sink.
+  std::vector<float> sinks(const std::string& name, index_t heads) {
+    const std::string own_name = taken(name, {heads});
+    std::vector<float> values = values_of(own_name);
+    std::vector<float> others = values;
+    std::erase(others, -std::numeric_limits<float>::infinity());
+    check_values(own_name, others);
     return values;
   }
 
@@ -40,12 +62,12 @@ class tensor_reader {
     linear all;
     for (std::size_t i = 0; i < names.size(); ++i) {
       const std::string own_name = taken(names[i], {rows[i], cols});
-      if (std::optional<coded_tensor> coded = file_.read_coded(own_name)) {
+      if (std::optional<coded_tensor> coded = with_memory(own_name, [&] { return file_.read_coded(own_name); })) {
         check_values(own_name, coded->scales);
         check_values(own_name, coded->offsets);
         all.append(std::move(*coded));
       } else {
-        const std::vector<float> values = file_.read(own_name).values;
+        const std::vector<float> values = values_of(own_name);
         check_values(own_name, values);
         all.append(matrix(Eigen::Map<const matrix>(values.data(), rows[i], cols)));
       }
@@ -59,7 +81,7 @@ class tensor_reader {
   void refuse_others() const {
     for (const std::string& name : file_.own_names())
       if (!names_.contains(name))
-        fail(path_, fmt::format("tensor {:.100} is unexpected: no part of such a model", name));
+        fail(path_, fmt::format("tensor {} is unexpected: no part of such a model", quote(name)));
   }
 
   index_t num_parameters() const { return num_parameters_; }
@@ -74,10 +96,14 @@ class tensor_reader {
     return own_name;
   }
 
+  std::vector<float> values_of(const std::string& own_name) const {
+    return with_memory(own_name, [&] { return file_.read(own_name).values; });
+  }
+
   void check_values(const std::string& own_name, const std::vector<float>& values) const {
     for (const float value : values)
-      if (std::isnan(value) || value == std::numeric_limits<float>::infinity())  // a sink logit of -inf means none
-        fail(path_, fmt::format("tensor {} holds {}", own_name, value));
+      if (!std::isfinite(value))
+        fail(path_, fmt::format("tensor {} holds {}, had to hold finite numbers only", own_name, value));
   }
 
   void check_shape(const std::string& name, const std::vector<std::int64_t>& shape) const {
@@ -146,25 +172,20 @@ model::model(const std::string& path) {
     l.gate_up = tensors.stacked({prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"},
                                 {c.intermediate_size, c.intermediate_size}, c.hidden_size);
     l.down = tensors.whole(prefix + "mlp.down_proj.weight", c.hidden_size, c.intermediate_size);
-    if (c.attention == attention_kind::sink)
-      l.sinks = tensors.read(prefix + "self_attn.sinks", {c.num_attention_heads});
+    if (c.attention == attention_kind::sink) l.sinks = tensors.sinks(prefix + "self_attn.sinks", c.num_attention_heads);
   }
   tensors.refuse_others();
   num_parameters_ = tensors.num_parameters();
 }
 
-session::session(const model& m, const session_config& config)
+session::session(const model& m, const cache_factory& make_cache, const session_config& config)
     : model_(&m), pool_(config.threads > 1 ? std::make_unique<threads::thread_pool>(config.threads) : nullptr) {
   if (pool_) workspace_ = sinkcache::workspace(*pool_);
   const model_config& c = m.config_;
   layers_.reserve(m.layers_.size());
   for (const model::layer& layer : m.layers_) {
     layers_.push_back(
-        {sinkcache::kv_cache<sinkcache::f32>({.num_kv_heads = c.num_key_value_heads,
-                                              .head_dim = c.head_dim,
-                                              .num_sink_tokens = config.num_sink_tokens,
-                                              .window = config.window,
-                                              .rope = m.rope_}),
+        {make_cache({.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = m.rope_}),
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
                                .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)}),
          {}});
@@ -260,10 +281,10 @@ void session::attend(layer_state& layer, index_t rows, float* lse) {
   const const_rows_view v = qkv_.block(0, q_size + kv_size, rows, kv_size);
   rows_view out = attended_.topRows(rows);
   if (rows == 1) {
-    layer.cache.append(k, v);
-    layer.attention.decode(q, layer.cache, out, workspace_, lse);
+    layer.cache->append(k, v);
+    layer.attention.decode(q, *layer.cache, out, workspace_, lse);
   } else {
-    layer.attention.prefill(q, k, v, layer.cache, out, workspace_, lse);
+    layer.attention.prefill(q, k, v, *layer.cache, out, workspace_, lse);
   }
 }
 
@@ -272,18 +293,18 @@ void session::watch_sinks(std::size_t i) {
   layer_state& layer = layers_[i];
   matrix lse(2, pinned_shares_.cols()), ignored(1, attended_.cols());
   attend(layer, 1, lse.row(0).data());
-  layer.without_pinned->decode(qkv_.block(0, 0, 1, attended_.cols()), layer.cache, ignored, workspace_,
+  layer.without_pinned->decode(qkv_.block(0, 0, 1, attended_.cols()), *layer.cache, ignored, workspace_,
                                lse.row(1).data());
   pinned_shares_.row(static_cast<index_t>(i)) = (1 - (lse.row(1) - lse.row(0)).array().exp()).max(0);
 }
 
 void session::clear() {
-  for (layer_state& layer : layers_) layer.cache.clear();
+  for (layer_state& layer : layers_) layer.cache->clear();
 }
 
 std::size_t session::cache_bytes() const {
   std::size_t bytes = 0;
-  for (const layer_state& layer : layers_) bytes += layer.cache.nbytes();
+  for (const layer_state& layer : layers_) bytes += layer.cache->nbytes();
   return bytes;
 }
 

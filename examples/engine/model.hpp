@@ -13,11 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "../loaders/weights.hpp"
 #include "../threads/thread_pool.hpp"
 #include "linear.hpp"
-#include "weights.hpp"
 
 namespace engine {
+
+using loaders::model_config;
 
 class model {
  public:
@@ -52,8 +54,11 @@ class model {
   std::vector<layer> layers_;
 };
 
+// Makes the cache of one layer, given what the model says of it: its heads and its rope. What is kept is the factory's
+// choice.
+using cache_factory = std::function<std::unique_ptr<sinkcache::any_kv_cache>(const sinkcache::cache_config& layer)>;
+
 struct session_config {
-  index_t num_sink_tokens = 0, window = 0;
   std::optional<sinkcache::softmax_variant> softmax = {};  // instead of the model's own
   index_t threads = 1;                                     // with the caller's; no result depends on it
   bool watches_sinks = false;                              // see session::pinned_shares
@@ -62,7 +67,7 @@ struct session_config {
 // One sequence: its caches, one a layer, and its activations. The model must outlive it.
 class session {
  public:
-  session(const model&, const session_config&);
+  session(const model&, const cache_factory&, const session_config& = {});
 
   // The logits of the next token, valid until the next call. decode allocates nothing.
   std::span<const float> decode(int token);
@@ -79,7 +84,7 @@ class session {
 
  private:
   struct layer_state {
-    sinkcache::kv_cache<sinkcache::f32> cache;
+    std::unique_ptr<sinkcache::any_kv_cache> cache;
     sinkcache::attention attention;
     std::optional<sinkcache::attention> without_pinned;
   };

@@ -9,6 +9,7 @@
 #include <sinkcache/version.hpp>
 #include <stdexcept>
 
+#include "../compare/caches.hpp"
 #include "../compare/files.hpp"
 #include "../compare/machine.hpp"
 #include "recall.hpp"
@@ -39,10 +40,7 @@ const char* kind_name(job::kind kind) {
 
 recall_setting recall_of(const options& o) { return {{32, 128, 512, 2048}, o.facts}; }
 
-engine::session_config config_of(const job& j, index_t threads) {
-  return {
-      .num_sink_tokens = j.policy.num_sink_tokens, .window = j.cache - j.policy.num_sink_tokens, .threads = threads};
-}
+engine::cache_factory caches_of(const job& j) { return compare::caches_of(j.policy, j.cache); }
 
 std::string today() {
   const std::time_t now = std::time(nullptr);
@@ -79,7 +77,7 @@ json inputs(const job& j, const setting& s) {
 
 json measure_recall(const job& j, const setting& s, const progress& on_tokens) {
   const recall_stream stream = plant(s.subject, s.stream.ids, j.cache, recall_of(s.options));
-  const std::vector<int> right = recalled(*s.subject.model, config_of(j, 1), stream, on_tokens);
+  const std::vector<int> right = recalled(s.subject, caches_of(j), stream, on_tokens);
   json facts = json::array();
   for (std::size_t i = 0; i < right.size(); ++i) {
     const fact& f = stream.facts[i];
@@ -151,28 +149,37 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   const engine::model& model = *s.subject.model;
   const options& o = s.options;
   const std::span<const int> all = s.stream.ids;
-  const auto ids = all.first(static_cast<std::size_t>(o.tokens) + 1);
+  const auto predicted = static_cast<std::size_t>(o.tokens);
+  const auto ids = all.first(predicted + 1);
   const progress on_decoded = [&](index_t tokens) { on_tokens(decode_work * tokens); };
   switch (j.is) {
     case job::kind::loss:
-      return {{"loss_bits", rounded(loss_by_prefill(model, config_of(j, 1), ids, on_tokens))}};
+      return {
+          {"loss_bits", rounded(compare::evaluator(s.subject, caches_of(j), ids).by_prefill(predicted, on_tokens))}};
     case job::kind::recompute: {
       const std::vector<index_t> chosen = targets(j.cache, o.tokens, o.targets);
-      return {{"targets", chosen}, {"loss_bits", rounded(loss_recomputed(model, j.cache, ids, chosen, on_tokens))}};
+      compare::evaluator evaluator(s.subject, caches_of(j), ids);
+      std::vector<double> bits;
+      for (const index_t target : chosen) {
+        bits.push_back(evaluator.recomputed(static_cast<std::size_t>(target), j.cache));
+        on_tokens(j.cache);
+      }
+      return {{"targets", chosen}, {"loss_bits", rounded(bits)}};
     }
     case job::kind::recall:
       return measure_recall(j, s, on_tokens);
     case job::kind::shares: {
-      const engine::matrix shares = pinned_shares(model, config_of(j, 1), all, decoded_tokens, on_decoded);
+      engine::session session(model, caches_of(j), {.watches_sinks = true});
+      const engine::matrix shares = pinned_shares(session, j.cache, all, decoded_tokens, on_decoded);
       json layers = json::array();
       for (index_t layer = 0; layer < shares.rows(); ++layer)
         layers.push_back(rounded({shares.row(layer).begin(), shares.row(layer).end()}));
       return {{"shares", std::move(layers)}};
     }
     case job::kind::check: {
-      const auto few = ids.first(static_cast<std::size_t>(o.check) + 1);
-      const std::vector<double> prefilled = loss_by_prefill(model, config_of(j, 1), few, on_tokens),
-                                decoded = loss_by_decode(model, config_of(j, 1), few, on_decoded);
+      const auto few = static_cast<std::size_t>(o.check);
+      const std::vector<double> prefilled = compare::evaluator(s.subject, caches_of(j), ids).by_prefill(few, on_tokens),
+                                decoded = compare::evaluator(s.subject, caches_of(j), ids).by_decode(few, on_decoded);
       double worst = 0;
       for (std::size_t i = 0; i < decoded.size(); ++i) worst = std::max(worst, std::abs(prefilled[i] - decoded[i]));
       return {{"largest_difference_bits", worst}};
@@ -180,12 +187,11 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
     case job::kind::decode:
       break;
   }
-  if (j.policy.is == compare::policy::kind::recompute)
-    return {{"ms_per_token",
-             ms_per_pass(model, {.window = j.cache, .threads = o.threads}, ids, recomputed_passes, on_tokens)},
-            {"cache_bytes", cache_bytes(model, {.window = j.cache})}};
-  return {{"ms_per_token", ms_per_token(model, config_of(j, o.threads), all, decoded_tokens, on_decoded)},
-          {"cache_bytes", cache_bytes(model, config_of(j, 1))}};
+  engine::session session(model, caches_of(j), {.threads = o.threads});
+  const double ms = j.policy.is == compare::policy::kind::recompute
+                        ? ms_per_pass(session, j.cache, ids, recomputed_passes, on_tokens)
+                        : ms_per_token(session, j.cache, all, decoded_tokens, on_decoded);
+  return {{"ms_per_token", ms}, {"cache_bytes", session.cache_bytes()}};
 }
 
 json kept(const std::string& path, const job& j, const setting& s) {

@@ -24,27 +24,26 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   app.add_option("--model", o.model, "a model as of compare_policies (default: smollm2)")->type_name("FILE");
   app.add_option("--text", o.text, "what to predict (default: examples/data/sotu-heldout.txt)")->type_name("FILE");
   app.add_flag("--bos", o.bos, "begin with the model's BOS token where it is not used to one, as SmolLM2 is not");
-  app.add_option("--caches", o.caches, "tokens that the caches hold, pinned ones included (default: 256,1024)")
-      ->delimiter(',')
-      ->check(CLI::Range(16, 1 << 20))
+  const auto count = [&app](const std::string& name, index_t min, index_t max, index_t& to,
+                            const std::string& description) {
+    compare::add_count<index_t>(app, name, min, max, description, [&to](index_t n) { to = n; });
+  };
+  app.add_option_function<std::string>(
+         "--caches",
+         [&o](const std::string& list) {
+           o.caches.clear();
+           for (const std::string& each : compare::split("--caches", list))
+             o.caches.push_back(compare::parse_count<index_t>("--caches", each, 16, 1 << 20));
+         },
+         "tokens that the caches hold, pinned ones included (default: 256,1024)")
       ->type_name("LIST");
-  app.add_option("--tokens", o.tokens, "tokens to predict (default: 65536)")
-      ->check(CLI::Range(32, 1 << 30))
-      ->type_name("N");
-  app.add_option("--targets", o.targets, "of them, how many to recompute (default: 128)")
-      ->check(CLI::Range(1, 1 << 20))
-      ->type_name("N");
-  app.add_option("--facts", o.facts, "facts to plant for each distance (default: 64)")
-      ->check(CLI::Range(1, 1 << 20))
-      ->type_name("N");
-  app.add_option("--check", o.check,
-                 "tokens on which prefill in chunks is compared with decoding token by token\n"
-                 "(default: 4096; 0: none)")
-      ->check(CLI::Range(0, 1 << 30))
-      ->type_name("N");
-  app.add_option("--threads", o.threads, "runs at a time, and threads of the timed runs (default: one a core)")
-      ->check(CLI::Range(1, 1024))
-      ->type_name("N");
+  count("--tokens", 32, 1 << 30, o.tokens, "tokens to predict (default: 65536)");
+  count("--targets", 1, 1 << 20, o.targets, "of them, how many to recompute (default: 128)");
+  count("--facts", 1, 1 << 20, o.facts, "facts to plant for each distance (default: 64)");
+  count("--check", 0, 1 << 30, o.check,
+        "tokens on which prefill in chunks is compared with decoding token by token\n"
+        "(default: 4096; 0: none)");
+  count("--threads", 1, 1024, o.threads, "runs at a time, and threads of the timed runs (default: one a core)");
   app.add_option("--folder", o.folder, "where the runs are kept (default: build/evidence)")->type_name("DIR");
   app.add_option("--markdown", o.markdown,
                  "write the tables there, between its lines <!-- evidence --> and <!-- end --> if it has them\n"

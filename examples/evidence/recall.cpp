@@ -95,8 +95,8 @@ recall_stream plant(const compare::subject& s, std::span<const int> text, index_
   return stream;
 }
 
-std::vector<int> recalled(const engine::model& model, const engine::session_config& config, const recall_stream& stream,
-                          const progress& on_tokens) {
+std::vector<int> recalled(const compare::subject& subject, const engine::cache_factory& caches,
+                          const recall_stream& stream, const progress& on_tokens) {
   std::vector<const fact*> order;
   for (const fact& f : stream.facts) order.push_back(&f);
   std::sort(order.begin(), order.end(), [](const fact* a, const fact* b) { return a->asked_first < b->asked_first; });
@@ -116,7 +116,7 @@ std::vector<int> recalled(const engine::model& model, const engine::session_conf
     for (int digit = 0; digit < 10; ++digit) likeliest &= digit == truth || logit(digit) < logit(truth);
     right[static_cast<std::size_t>(*next - stream.facts.data())] += likeliest;
   };
-  read(model, config, stream.ids, each, on_tokens);
+  compare::evaluator(subject, caches, stream.ids).prefill(stream.ids.size(), each, on_tokens);
   return right;
 }
 

@@ -33,7 +33,7 @@ struct recall_stream {
 recall_stream plant(const compare::subject&, std::span<const int> text, index_t lead, const recall_setting&);
 
 // For each fact how many of its digits were the likeliest of the ten, each after the true ones before it.
-std::vector<int> recalled(const engine::model&, const engine::session_config&, const recall_stream&, const progress&);
+std::vector<int> recalled(const compare::subject&, const engine::cache_factory&, const recall_stream&, const progress&);
 
 inline constexpr index_t digits_of_a_fact = 4;
 

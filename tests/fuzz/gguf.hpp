@@ -4,7 +4,7 @@
 #include <span>
 #include <stdexcept>
 
-#include "engine/gguf.hpp"
+#include "loaders/gguf.hpp"
 
 namespace fuzz {
 
@@ -14,13 +14,13 @@ inline void read_gguf(std::span<const std::byte> bytes) {
     const auto try_one = [](const auto& read) {
       try {
         read();
-      } catch (const engine::file_error&) {
+      } catch (const loaders::file_error&) {
       }
     };
     (try_one(reads), ...);
   };
   try {
-    const engine::gguf file = engine::gguf::parse(bytes, "fuzzed");
+    const loaders::gguf file = loaders::gguf::parse(bytes, "fuzzed");
     for (const std::string& key : file.keys())
       try_all([&] { file.string(key); }, [&] { file.integer(key, -5, 5); }, [&] { file.number(key, -5, 5); },
               [&] { file.flag(key); }, [&] { file.strings(key); }, [&] { file.integers(key); },
@@ -31,7 +31,7 @@ inline void read_gguf(std::span<const std::byte> bytes) {
       if (file.read(name).values.size() != static_cast<std::size_t>(values))
         throw std::logic_error("the values of a tensor do not fill its shape");
     }
-  } catch (const engine::file_error&) {
+  } catch (const loaders::file_error&) {
   }
 }
 

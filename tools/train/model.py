@@ -152,7 +152,7 @@ def bits_per_byte(model, contexts, record=None):
 
 
 def export(model, settings, path):
-    """As examples/engine reads it: bf16, Hugging Face's names, the configuration and the settings in the metadata."""
+    """As examples/loaders reads it: bf16, Hugging Face's names, the configuration and the settings in the metadata."""
     config = dict(model.config, vocab_size=VOCAB, bos_token_id=BOS, rope_theta=ROPE_THETA, rope_style="neox",
                   rms_norm_eps=NORM_EPS, hidden_act="silu", tie_word_embeddings="true",
                   max_position_embeddings=settings["context"], tokenizer="byte")

@@ -4,7 +4,7 @@
 
 // clang-format off
 
-namespace engine::unicode {
+namespace text::unicode {
 
 struct code_point_range {
   char32_t first, last;
@@ -170,4 +170,4 @@ inline constexpr code_point_range spaces[] = {
   {0x202f, 0x202f}, {0x205f, 0x205f}, {0x3000, 0x3000},
 };
 
-}  // namespace engine::unicode
+}  // namespace text::unicode

@@ -11,7 +11,7 @@
 
 #include "file.hpp"
 
-namespace engine {
+namespace loaders {
 
 using sinkcache::index_t;
 
@@ -32,8 +32,8 @@ struct model_config {
 // Tensors are asked for by Hugging Face's names for a Llama; `own_name` is what the file calls them.
 class weights {
  public:
-  // By the first bytes of the file. Throws file_error where the metadata lack a size, give one out of bounds, or ask
-  // for what this decoder does not do.
+  // By the first bytes of the file. Throws file_error where it is neither format, saying what it is where that is
+  // known, and where the metadata lack a size, give one out of bounds, or ask for what this decoder does not do.
   static std::unique_ptr<weights> open(const std::string& path);
 
   virtual ~weights() = default;
@@ -55,4 +55,4 @@ class weights {
 std::unique_ptr<weights> open_safetensors_weights(const std::string& path);
 std::unique_ptr<weights> open_gguf_weights(const std::string& path);
 
-}  // namespace engine
+}  // namespace loaders

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <vector>
 
-namespace engine {
+namespace loaders {
 
 // The message starts with the file's name; names taken from the file are made printable and cut short in it.
 struct file_error : std::runtime_error {
@@ -59,4 +59,4 @@ Unsigned little_endian(const std::byte* from) {
 float f32_from_f16(std::uint16_t);
 float f32_from_bf16(std::uint16_t);
 
-}  // namespace engine
+}  // namespace loaders

@@ -7,10 +7,10 @@
 #include <string_view>
 #include <vector>
 
-#include "gguf.hpp"
+#include "../loaders/gguf.hpp"
 #include "utf8.hpp"
 
-namespace engine {
+namespace text {
 
 // Byte pair encoding of bytes as SmolLM and SmolLM2 use it ("gpt2" with the pre-tokenizer "smollm" in a GGUF file): the
 // ids of Hugging Face's tokenizers, for any input. Bytes that are no UTF-8 are read as U+FFFD, see utf8.hpp. A byte for
@@ -21,7 +21,7 @@ class tokenizer {
   static constexpr std::size_t max_tokens = std::size_t{1} << 20, max_token_bytes = 1024;
 
   // Throws file_error unless the metadata are a whole and consistent vocabulary of this kind.
-  explicit tokenizer(const gguf& file);
+  explicit tokenizer(const loaders::gguf& file);
 
   // What the text of a special token is read as, "<|im_end|>" say. Only a program's own text may be parsed: in text
   // from elsewhere it would let a stranger end the turn.
@@ -46,8 +46,8 @@ class tokenizer {
   };
   class word_merger;
 
-  void read_tokens(const gguf& file);
-  void read_merges(const gguf& file);
+  void read_tokens(const loaders::gguf& file);
+  void read_merges(const loaders::gguf& file);
   void encode_text(std::string_view valid, word_merger&) const;
   // The longest special token that the text starts with.
   std::optional<int> special_at(std::string_view text) const;
@@ -62,4 +62,4 @@ class tokenizer {
   bool adds_bos_ = false;
 };
 
-}  // namespace engine
+}  // namespace text

@@ -10,7 +10,7 @@
 #include "gguf.hpp"
 #include "weights.hpp"
 
-namespace engine {
+namespace loaders {
 namespace {
 
 constexpr double any = std::numeric_limits<double>::max();
@@ -212,8 +212,4 @@ class gguf_weights final : public weights {
 
 std::unique_ptr<weights> open_gguf_weights(const std::string& path) { return std::make_unique<gguf_weights>(path); }
 
-std::unique_ptr<weights> weights::open(const std::string& path) {
-  return gguf::is_gguf(path) ? open_gguf_weights(path) : open_safetensors_weights(path);
-}
-
-}  // namespace engine
+}  // namespace loaders

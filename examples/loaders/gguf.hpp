@@ -10,7 +10,7 @@
 
 #include "file.hpp"
 
-namespace engine {
+namespace loaders {
 
 // A .gguf file of version 3 from anybody. The whole layout is checked before anything is handed out: afterwards every
 // value of the metadata lies inside the header, and every tensor inside the file, in the order and with the padding
@@ -55,7 +55,7 @@ class gguf {
 
   // "FILE: metadata: KEY is VALUE, had to be ..."; and "FILE: what".
   [[noreturn]] void refuse(const std::string& key, const std::string& had_to_be) const;
-  [[noreturn]] void fail(const std::string& what) const { engine::fail(file_, what); }
+  [[noreturn]] void fail(const std::string& what) const { loaders::fail(file_, what); }
 
  private:
   enum class kind : std::uint32_t { u8, i8, u16, i16, u32, i32, f32, boolean, string, array, u64, i64, f64 };
@@ -99,4 +99,4 @@ class gguf {
   std::map<std::string, entry> tensors_;
 };
 
-}  // namespace engine
+}  // namespace loaders

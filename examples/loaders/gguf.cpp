@@ -7,7 +7,7 @@
 #include <bit>
 #include <utility>
 
-namespace engine {
+namespace loaders {
 namespace {
 
 std::uint8_t byte_of(std::byte b) { return std::to_integer<std::uint8_t>(b); }
@@ -483,4 +483,4 @@ const gguf::entry& gguf::find(const std::string& name) const {
   return found->second;
 }
 
-}  // namespace engine
+}  // namespace loaders

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-namespace engine {
+namespace text {
 
 decoded first_character(std::string_view text) {
   const auto byte = [text](std::size_t i) { return static_cast<unsigned char>(text[i]); };
@@ -48,4 +48,17 @@ std::string valid_utf8(std::string_view bytes) {
   return out += stream.finish();
 }
 
-}  // namespace engine
+std::string without_controls(std::string_view valid) {
+  std::string out;
+  while (!valid.empty()) {
+    const decoded c = first_character(valid);
+    const char32_t u = c.code_point;
+    const bool is_c0 = u < 0x20 && u != '\n' && u != '\t', is_c1 = u >= 0x7f && u < 0xa0;
+    const bool is_bidi = (u >= 0x202a && u <= 0x202e) || (u >= 0x2066 && u <= 0x2069);
+    if (!is_c0 && !is_c1 && !is_bidi) out += valid.substr(0, c.bytes);
+    valid.remove_prefix(c.bytes);
+  }
+  return out;
+}
+
+}  // namespace text

@@ -12,8 +12,10 @@
 
 #include "unicode_ranges.hpp"
 
-namespace engine {
+namespace text {
 namespace {
+
+using loaders::gguf, loaders::quote;
 
 constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
 
@@ -384,4 +386,4 @@ std::string tokenizer::decode(std::span<const int> tokens) const {
   return valid_utf8(all);
 }
 
-}  // namespace engine
+}  // namespace text

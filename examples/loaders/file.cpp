@@ -11,7 +11,7 @@
 #include <memory>
 #include <system_error>
 
-namespace engine {
+namespace loaders {
 namespace {
 
 struct open_file {
@@ -99,4 +99,4 @@ byte_source memory_source(std::span<const std::byte> bytes) {
           }};
 }
 
-}  // namespace engine
+}  // namespace loaders

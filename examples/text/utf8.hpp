@@ -4,7 +4,7 @@
 #include <string>
 #include <string_view>
 
-namespace engine {
+namespace text {
 
 // What bytes that are no UTF-8 become: as many of them at once as began a character (the maximal subpart of the Unicode
 // standard, section 3.9), as in Python's errors="replace", Rust's from_utf8_lossy and web browsers.
@@ -32,4 +32,8 @@ class utf8_stream {
 // `bytes`, if they are UTF-8.
 std::string valid_utf8(std::string_view bytes);
 
-}  // namespace engine
+// Valid UTF-8 less what would control a terminal, whoever wrote it: C0 but for newline and tab, DEL, C1, and what
+// changes the direction of the text that follows.
+std::string without_controls(std::string_view valid);
+
+}  // namespace text

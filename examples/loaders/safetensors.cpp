@@ -9,7 +9,7 @@
 #include <string_view>
 #include <utility>
 
-namespace engine {
+namespace loaders {
 namespace {
 
 // Bits per value of every dtype of the format, so that one that is merely not read here is told from nonsense.
@@ -158,7 +158,7 @@ class safetensors::header_reader final : public nlohmann::json_sax<nlohmann::jso
  private:
   enum class place { start, top, metadata, tensor, shape, offsets };
 
-  [[noreturn]] void fail(const std::string& what) const { engine::fail(to_.file_, what); }
+  [[noreturn]] void fail(const std::string& what) const { loaders::fail(to_.file_, what); }
 
   [[noreturn]] void refuse(const std::string& found) const {
     const std::string in_tensor = " of tensor " + quote(key_);
@@ -314,4 +314,4 @@ const safetensors::entry& safetensors::find(const std::string& name) const {
   return found->second;
 }
 
-}  // namespace engine
+}  // namespace loaders

@@ -1,18 +1,17 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <charconv>
-#include <cmath>
-#include <cstdlib>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
+#include "json.hpp"
+#include "numbers.hpp"
 #include "safetensors.hpp"
 #include "weights.hpp"
 
-namespace engine {
+namespace loaders {
 namespace {
 
 std::string joined(const std::vector<std::string>& parts, const char* between) {
@@ -37,10 +36,8 @@ class metadata_reader {
   std::optional<index_t> optional_size(const std::string& key, index_t min, index_t max) const {
     const std::string* text = find(key);
     if (!text) return {};
-    index_t value = 0;
-    const auto [end, error] = std::from_chars(text->data(), text->data() + text->size(), value);
-    if (error != std::errc() || end != text->data() + text->size() || value < min || value > max)
-      refuse(key, *text, fmt::format("a whole number from {} to {}", min, max));
+    const std::optional<index_t> value = whole_number(*text, min, max);
+    if (!value) refuse(key, *text, fmt::format("a whole number from {} to {}", min, max));
     return value;
   }
 
@@ -51,12 +48,9 @@ class metadata_reader {
 
   double number(const std::string& key, double min, double max) const {
     const std::string& text = required(key);
-    char* end = nullptr;
-    const double value = std::strtod(text.c_str(), &end);
-    const bool digit_first = !text.empty() && text.front() >= '0' && text.front() <= '9';  // strtod takes " +nan" too
-    if (!digit_first || end != text.data() + text.size() || !(value >= min && value <= max))
-      refuse(key, text, fmt::format("a number from {} to {}", min, max));
-    return value;
+    const std::optional<double> value = decimal_number(text, min, max);
+    if (!value) refuse(key, text, fmt::format("a number from {} to {}", min, max));
+    return *value;
   }
 
   // The place of the value among `allowed`; 0 where the key is missing.
@@ -68,16 +62,14 @@ class metadata_reader {
     return static_cast<std::size_t>(it - allowed.begin());
   }
 
-  [[noreturn]] void refuse(const std::string& key, std::string text, const std::string& had_to_be) const {
-    std::replace_if(
-        text.begin(), text.end(), [](unsigned char c) { return c < ' ' || c > '~'; }, '?');
-    throw file_error(fmt::format("{}: metadata: {} is '{:.40}', had to be {}", path_, key, text, had_to_be));
+  [[noreturn]] void refuse(const std::string& key, std::string_view text, const std::string& had_to_be) const {
+    fail(path_, fmt::format("metadata: {} is {}, had to be {}", printable(key), quote(text), had_to_be));
   }
 
  private:
   const std::string& required(const std::string& key) const {
     const std::string* text = find(key);
-    if (!text) throw file_error(fmt::format("{}: metadata: {} is missing", path_, key));
+    if (!text) fail(path_, fmt::format("metadata: {} is missing", key));
     return *text;
   }
 
@@ -112,7 +104,11 @@ class rope_reader {
       if (!text || *text == "null" || *text == "None") continue;
       if (!object_.empty()) metadata.refuse(key, *text, fmt::format("null beside {}", key_));
       key_ = key;
-      object_ = nlohmann::json::parse(*text, nullptr, false);
+      try {
+        object_ = parse_json(*text);
+      } catch (const std::runtime_error& error) {
+        metadata.refuse(key, *text, fmt::format("null or a JSON object, is {}", error.what()));
+      }
       if (!object_.is_object()) metadata.refuse(key, *text, "null or a JSON object");
     }
   }
@@ -129,7 +125,7 @@ class rope_reader {
 
   double required(const std::string& name) {
     const std::optional<double> value = number(name);
-    if (!value) throw file_error(fmt::format("{}: metadata: {}.{} is missing", metadata_.path(), key_, name));
+    if (!value) fail(metadata_.path(), fmt::format("metadata: {}.{} is missing", key_, name));
     return *value;
   }
 
@@ -247,7 +243,7 @@ sinkcache::rope read_rope(const metadata_reader& metadata, const model_config& c
     from.refuse_others();
     return r;
   } catch (const std::invalid_argument& error) {
-    throw file_error(fmt::format("{}: metadata: {}: {}", metadata.path(), from.key(), error.what()));
+    fail(metadata.path(), fmt::format("metadata: {}: {}", from.key(), error.what()));
   }
 }
 
@@ -312,4 +308,4 @@ std::unique_ptr<weights> open_safetensors_weights(const std::string& path) {
   return std::make_unique<safetensors_weights>(path);
 }
 
-}  // namespace engine
+}  // namespace loaders

@@ -9,7 +9,7 @@
 
 #include "file.hpp"
 
-namespace engine {
+namespace loaders {
 
 // A .safetensors file from anybody. The whole layout is checked before anything is handed out: afterwards every tensor
 // lies inside the file, its shape and dtype give exactly its bytes, and no byte belongs to two tensors or to none.
@@ -52,4 +52,4 @@ class safetensors {
   std::map<std::string, entry> entries_;
 };
 
-}  // namespace engine
+}  // namespace loaders

@@ -1,0 +1,66 @@
+#pragma once
+
+// Runs one stream of tokens through a model, and says what each token cost.
+
+#include <cstddef>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../engine/model.hpp"
+#include "../text/tokenizer.hpp"
+
+namespace compare {
+
+using sinkcache::index_t;
+
+// A model as it is evaluated: with its own softmax, or with its remedy removed.
+struct subject {
+  const engine::model* model;
+  std::string name;
+  bool remedy_removed = false;                    // plain softmax in place of softmax1 or of the sink logits
+  const text::tokenizer* tokenizer = nullptr;     // null: a token is a byte
+  std::optional<int> first_token = std::nullopt;  // before the text, where the model has no BOS of its own
+};
+
+// What a subject reads: BOS, if it begins with one, and the text.
+struct token_stream {
+  std::vector<int> ids, bytes;  // bytes: of the text, that each stands for
+};
+token_stream read_by(const subject&, const std::string& text);
+
+// Is called with the number of tokens that went through the model since the last call; may throw, to stop.
+using progress = std::function<void(index_t)>;
+
+// One session that reads `ids` from the start. Every loss is the bits that ids[i + 1] costs given the cache after
+// ids[0..i]; a loss that is not finite throws. The subject must outlive it.
+class evaluator {
+ public:
+  evaluator(const subject&, const engine::cache_factory&, std::span<const int> ids, engine::session_config = {});
+
+  // [tokens] Of the next so many, one by one; us_per_token() is the mean time that a step took.
+  std::vector<double> by_decode(std::size_t tokens, const progress&);
+  double us_per_token() const { return us_per_token_; }
+  // The same by prefill in chunks, or with the logits after every token instead of the loss.
+  std::vector<double> by_prefill(std::size_t tokens, const progress&);
+  void prefill(std::size_t tokens, const std::function<void(std::span<const float>)>& each, const progress&);
+
+  // Of ids[i + 1] after a fresh pass over the first token and the newest cache - 1 up to ids[i].
+  double recomputed(std::size_t i, index_t cache);
+
+  engine::session& session() { return session_; }
+
+ private:
+  double loss(std::span<const float> logits, std::size_t i) const;
+
+  const subject* subject_;
+  std::span<const int> ids_;
+  engine::session session_;
+  std::size_t seen_ = 0;
+  std::vector<int> context_;  // of recomputed
+  double us_per_token_ = 0;
+};
+
+}  // namespace compare
