@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "config.hpp"
-#include "detail/simd.hpp"
+#include "detail/halves.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
