@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname -- "$0")/../include/sinkcache"
 
-order='version config policy matrix detail/simd format rope softmax segment detail/tile_rows
+order='version config policy matrix detail/simd detail/halves format rope softmax segment detail/tile_rows
        detail/tile detail/tile_dots detail/tile_softmax detail/tile_values detail/absorb workspace storage any_kv_cache kv_cache kv_view attention_params detail/query_pass attention fmt sinkcache'
 
 # shellcheck disable=SC2016 # awk's own variables

@@ -1,7 +1,7 @@
 // What a small KV cache costs a trained language model, policy by policy. The model is run by examples/engine as a host
 // engine would run it; sinkcache does the caches and the attention.
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <cstdio>

@@ -1,7 +1,7 @@
 // What sinks and windows do to a real language model over a long text, as a page in Markdown. It takes up to 80 minutes
 // of two cores, and can be interrupted: each run is a file in a folder, and what is there is not run again.
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <csignal>

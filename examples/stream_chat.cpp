@@ -1,7 +1,7 @@
 // Talks, or writes, for as long as it is let to, in constant memory: what a pinned sink token is worth, to be read
 // live.
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>

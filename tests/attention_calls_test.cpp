@@ -1,6 +1,8 @@
 // Calls as hosts make them: batches of sequences, parts of a call on threads of the host's own, attend over tokens that
 // are stored already, and any executor. All of it is the same bits.
 
+#include <fmt/format.h>
+
 #include <sinkcache/attention.hpp>
 
 #include <algorithm>

@@ -1,6 +1,7 @@
 // Attention over caches against the oracle, and what has to hold whatever the numbers are.
 
 #include <fmt/format.h>
+
 #include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>

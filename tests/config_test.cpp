@@ -52,8 +52,28 @@ TEST_CASE("status: values of all kinds") {
   CHECK(message(position_t{1} << 62, 5) == "sinkcache: x was 4611686018427387904, had to be above 5");
   CHECK(message(1.5f) == "sinkcache: x was 1.5, had to be above");
   CHECK(message(std::nanf("")) == "sinkcache: x was nan, had to be above");
+  CHECK(message(0.1f, 0.1) == "sinkcache: x was 0.1, had to be above 0.1");
+  CHECK(message(-0.0001f, 0.00001) == "sinkcache: x was -0.0001, had to be above 1e-05");
+  CHECK(message(1e15, 1e16) == "sinkcache: x was 1000000000000000, had to be above 1e+16");
+  CHECK(message(500000.f, -std::numeric_limits<double>::infinity()) == "sinkcache: x was 500000, had to be above -inf");
+  CHECK(message(0., std::numeric_limits<double>::denorm_min()) == "sinkcache: x was 0, had to be above 5e-324");
+  CHECK(message(std::numeric_limits<double>::max()) == "sinkcache: x was 1.7976931348623157e+308, had to be above");
+  CHECK(message(std::numeric_limits<position_t>::min(), std::numeric_limits<std::uint64_t>::max()) ==
+        "sinkcache: x was -9223372036854775808, had to be above 18446744073709551615");
   CHECK(message("absent", "all") == "sinkcache: x was absent, had to be above all");
   CHECK(message(std::string_view("text {}")) == "sinkcache: x was text {}, had to be above");
+}
+
+TEST_CASE("status: each placeholder takes the next value") {
+  const auto message = [](const char* words, const auto&... values) {
+    status found;
+    found.refuse(words, values...);
+    return std::string(found.message());
+  };
+  CHECK(message("nothing") == "sinkcache: nothing");
+  CHECK(message("{}{}", 1, "{}") == "sinkcache: 1{}");
+  CHECK(message("a {} b", 1) == "sinkcache: a 1 b");
+  CHECK(message("{} of {}: {}", 1, 2, "it") == "sinkcache: 1 of 2: it");
 }
 
 TEST_CASE("status: copies and assigns, ok or not") {

@@ -2,6 +2,10 @@
 
 #include <sinkcache/format.hpp>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include <array>
 #include <bit>
 #include <cmath>
@@ -34,38 +38,87 @@ bool same(double a, double b) {
   return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
 }
 
+// Where `on`, subnormal floats are read and written as 0 while it lives, as a library linked with -ffast-math has it
+// for a whole process.
+class flushing {
+ public:
+  explicit flushing(bool on) : before_(mode()) {
+    if (on) set_mode(before_ | bits);
+  }
+  ~flushing() { set_mode(before_); }
+  flushing(const flushing&) = delete;
+  flushing& operator=(const flushing&) = delete;
+
+ private:
+#if defined(__SSE2__)
+  static constexpr unsigned bits = 0x8040;
+  static unsigned mode() { return _mm_getcsr(); }
+  static void set_mode(unsigned mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+  static constexpr std::uint64_t bits = 1 << 24;
+  static std::uint64_t mode() {
+    std::uint64_t mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static void set_mode(std::uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+#else
+  static constexpr unsigned bits = 0;
+  static unsigned mode() { return 0; }
+  static void set_mode(unsigned) {}
+#endif
+
+  decltype(mode()) before_;
+};
+
+// Through pointers, which keep the compiler from computing anything in another mode.
+template <class F>
+void encode(bool flush, const float* rows, index_t dim, std::byte* to) {
+  void (*volatile encode)(const float*, index_t, std::byte*) = F::encode;
+  const flushing mode(flush);
+  encode(rows, dim, to);
+}
+template <class F>
+void decode(bool flush, const std::byte* from, index_t dim, float* out) {
+  void (*volatile decode)(const std::byte*, index_t, index_t, float*) = F::decode;
+  const flushing mode(flush);
+  decode(from, 0, dim, out);
+}
+
 // One row through the format, in a buffer with canaries around.
 template <class F>
-std::vector<float> encoded_and_decoded(const std::vector<float>& row, std::vector<std::byte>* stored = nullptr) {
+std::vector<float> encoded_and_decoded(const std::vector<float>& row, std::vector<std::byte>* stored = nullptr,
+                                       bool flush = false) {
   const auto dim = static_cast<index_t>(row.size());
   const auto bytes = static_cast<std::size_t>(F::block_bytes(dim));
   constexpr std::size_t guard = 64;
   std::vector<std::byte> block(bytes + 2 * guard, std::byte{0xa5});
-  F::encode(row.data(), dim, block.data() + guard);
+  encode<F>(flush, row.data(), dim, block.data() + guard);
   for (std::size_t i = 0; i < guard; ++i)
     if (block[i] != std::byte{0xa5} || block[guard + bytes + i] != std::byte{0xa5})
       FAIL("encode wrote out of its block");
   std::vector<float> out(row.size() + 2, 12345.f);
-  F::decode(block.data() + guard, 0, dim, out.data() + 1);
+  decode<F>(flush, block.data() + guard, dim, out.data() + 1);
   if (out.front() != 12345.f || out.back() != 12345.f) FAIL("decode wrote out of its row");
   if (stored != nullptr) stored->assign(block.begin() + guard, block.end() - guard);
   return {out.begin() + 1, out.end() - 1};
 }
 
-// Every value passes once among sixteen (whole vectors, however wide) and once among seven (what is left over).
+// Every value passes among sixteen (whole vectors, however wide) and among seven (what is left over), in both modes.
 constexpr std::size_t both_paths[] = {16, 7};
 
 template <class F, class Check>
 void through_both_paths(const std::vector<float>& values, const Check& check) {
-  for (std::size_t at_once : both_paths)
-    for (std::size_t i = 0; i < values.size(); i += at_once) {
-      std::vector<float> row(at_once, 1.f);
-      const std::size_t n = std::min(at_once, values.size() - i);
-      std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(i), n, row.begin());
-      const std::vector<float> out = encoded_and_decoded<F>(row);
-      for (std::size_t j = 0; j < n; ++j)
-        if (!check(row[j], out[j])) FAIL(row[j] << " came back as " << out[j]);
-    }
+  for (bool flush : {false, true})
+    for (std::size_t at_once : both_paths)
+      for (std::size_t i = 0; i < values.size(); i += at_once) {
+        std::vector<float> row(at_once, 1.f);
+        const std::size_t n = std::min(at_once, values.size() - i);
+        std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(i), n, row.begin());
+        const std::vector<float> out = encoded_and_decoded<F>(row, nullptr, flush);
+        for (std::size_t j = 0; j < n; ++j)
+          if (!check(row[j], out[j])) FAIL(row[j] << " came back as " << out[j] << (flush ? ", flushing" : ""));
+      }
 }
 
 std::uint16_t half_at(const std::byte* from, std::size_t i) {
@@ -81,7 +134,8 @@ TEMPLATE_TEST_CASE("16-bit formats: the reference takes every value back to its 
   }
 }
 
-TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to themselves", "", f16, bf16) {
+template <class F>
+void check_all_patterns(bool flush) {
   for (std::size_t at_once : both_paths)
     for (std::uint32_t first = 0; first < 65536; first += static_cast<std::uint32_t>(at_once)) {
       const auto dim = static_cast<index_t>(at_once);
@@ -91,19 +145,26 @@ TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to the
         std::memcpy(block.data() + 2 * i, &pattern, 2);
       }
       std::array<float, both_paths[0]> row{};
-      TestType::decode(block.data(), 0, dim, row.data());
-      TestType::encode(row.data(), dim, again.data());
+      decode<F>(flush, block.data(), dim, row.data());
+      encode<F>(flush, row.data(), dim, again.data());
       for (std::size_t i = 0; i < at_once; ++i) {
         const std::uint16_t pattern = half_at(block.data(), i);
-        const double value = value_of<TestType>(pattern);
+        const double value = value_of<F>(pattern);
         // A signalling NaN comes back quiet.
-        const int quiet = std::isnan(value) ? 1 << (ieee16<TestType>::digits - 2) : 0;
+        const int quiet = std::isnan(value) ? 1 << (ieee16<F>::digits - 2) : 0;
         if (!same(row[i], value) || half_at(again.data(), i) != (pattern | quiet)) {
           CAPTURE(pattern, value, row[i], half_at(again.data(), i));
           FAIL();
         }
       }
     }
+}
+
+TEMPLATE_TEST_CASE("16-bit formats: all 65536 patterns decode, and encode to themselves", "", f16, bf16) {
+  check_all_patterns<TestType>(false);
+}
+TEMPLATE_TEST_CASE("16-bit formats: the same where subnormal floats are flushed to 0", "", f16, bf16) {
+  check_all_patterns<TestType>(true);
 }
 
 TEMPLATE_TEST_CASE("16-bit formats: round to nearest even, between any two neighbours", "", f16, bf16) {

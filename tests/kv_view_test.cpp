@@ -1,6 +1,8 @@
 // Attention over engines' own memory, one case for each host's layout, against the oracle at the design's bound. What a
 // view may not read is NaN, or lies outside of a heap block of the exact size, where the sanitizers see it.
 
+#include <fmt/format.h>
+
 #include <sinkcache/kv_view.hpp>
 
 #include <sinkcache/attention.hpp>

@@ -1,6 +1,8 @@
 // Rotary positions against exact integer arithmetic: phases from a longer constant than the library's, sines and
 // cosines in long double. Scalings against what PyTorch computes; attention over rows that an engine turned itself.
 
+#include <fmt/format.h>
+
 #include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>

@@ -1,6 +1,8 @@
 // Ten million tokens through one small cache (a hundred thousand at SINKCACHE_TEST_EFFORT=0 and where assertions are
 // on): what changes in its memory, byte by byte, and what comes out.
 
+#include <fmt/format.h>
+
 #include <sinkcache/sinkcache.hpp>
 
 #include <array>

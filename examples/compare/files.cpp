@@ -1,6 +1,6 @@
 #include "files.hpp"
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <cerrno>
 #include <cstring>

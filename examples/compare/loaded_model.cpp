@@ -1,6 +1,6 @@
 #include "loaded_model.hpp"
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <filesystem>
 #include <stdexcept>

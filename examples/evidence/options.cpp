@@ -1,6 +1,6 @@
 #include "options.hpp"
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <set>
 #include <thread>

@@ -1,6 +1,6 @@
 #include "recall.hpp"
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <random>

@@ -5,9 +5,8 @@
 // A rule is written once, as a line that adds to a status. Functions throw what it found, or abort where exceptions are
 // off; functions named try_... return it, after having changed nothing.
 
-#include <fmt/core.h>
-
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -16,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "version.hpp"
 
@@ -70,10 +70,14 @@ class [[nodiscard]] status {
              had_to_be, bound...);
   }
 
-  // The same in any words, a literal for fmt; what is too long is cut off.
+  // The same in any words, with a value for each "{}": a number, or text. What is too long is cut off.
   template <class... T>
   [[gnu::cold, gnu::noinline]] void refuse(const char* words, T... values) noexcept {
-    say(words, fmt::make_format_args(values...));
+    if (!ok()) return;
+    add("sinkcache: ");
+    std::string_view rest = words;
+    ((add_to_placeholder(rest), add(values)), ...);
+    add(rest);
   }
 
  private:
@@ -81,19 +85,37 @@ class [[nodiscard]] status {
 
   [[noreturn, gnu::cold, gnu::noinline]] void fail() const { SINKCACHE_FAIL(std::string(message())); }
 
-  // Neither fmt::format_string nor format_to_n: their templates would take a tenth of the time that the library takes
-  // to compile.
-  [[gnu::cold, gnu::noinline]] void say(const char* words, fmt::format_args values) noexcept {
-    if (!ok()) return;
-    constexpr std::string_view library = "sinkcache: ";
-    const std::string text = fmt::vformat(words, values);
-    library.copy(text_, library.size());
-    length_ = library.size() + text.copy(text_ + library.size(), max_length - library.size());
+  void add(std::string_view text) noexcept {
+    length_ += text.copy(text_ + length_, max_length - length_);
     text_[length_] = '\0';
   }
 
+  // The fewest digits that give the number again; with an exponent below 1e-4 and from 1e16 on.
+  template <class T>
+  requires std::is_arithmetic_v<T>
+  [[gnu::cold, gnu::noinline]] void add(T number) noexcept {
+    char digits[32];
+    std::to_chars_result to{};
+    if constexpr (std::is_floating_point_v<T>) {
+      const T size = number < 0 ? -number : number;
+      const bool plain = size == 0 || (size >= T(1e-4) && size < T(1e16));
+      to = std::to_chars(digits, std::end(digits), number,
+                         plain ? std::chars_format::fixed : std::chars_format::scientific);
+    } else {
+      to = std::to_chars(digits, std::end(digits), number);
+    }
+    add(std::string_view(digits, static_cast<std::size_t>(to.ptr - digits)));
+  }
+
+  // What comes before the next "{}", which is dropped with it.
+  void add_to_placeholder(std::string_view& words) noexcept {
+    const std::size_t at = words.find("{}");
+    add(words.substr(0, at));
+    words.remove_prefix(at == std::string_view::npos ? words.size() : at + 2);
+  }
+
   std::size_t length_ = 0;
-  char text_[max_length + 1];  // with a 0 behind it
+  char text_[max_length + 1];  // with a 0 after it
 };
 
 namespace detail {

@@ -2,6 +2,8 @@
 
 // fmt::print("{}", cache) gives kv_cache<bf16>{sinks 0-3 | window 998980-999999, 4.2 MB}. Spans of positions, statuses
 // and configurations print too.
+//
+// The only header that needs fmt (https://fmt.dev, 9 or newer): link fmt::fmt, or define FMT_HEADER_ONLY.
 
 #include <fmt/format.h>
 

@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include "config.hpp"
-#include "detail/simd.hpp"
+#include "detail/halves.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
@@ -137,7 +137,7 @@ void require_format(status& found, const char* argument, std::string_view name) 
   std::size_t length = 0, left = sizeof...(F);
   const auto add = [&](std::string_view text) { length += text.copy(names + length, sizeof names - length); };
   ((add(F::name), add(--left > 1 ? ", " : left == 1 ? " or " : "")), ...);
-  found.refuse("{} was '{:.32}', had to be {}", argument, name, std::string_view(names, length));
+  found.refuse("{} was '{}', had to be {}", argument, name.substr(0, 32), std::string_view(names, length));
 }
 
 // Calls f with the format of that name, which is there.

@@ -18,7 +18,7 @@
 //   storage.hpp           the one allocation behind a cache
 //   detail/absorb.hpp     the hot loop
 //
-// fmt.hpp, which prints caches, configurations and statuses, is not included here.
+// fmt.hpp, which prints caches, configurations and statuses, is not included here: it alone needs fmt.
 
 #include "any_kv_cache.hpp"
 #include "attention.hpp"

@@ -37,7 +37,6 @@ class SinkcacheConan(ConanFile):
 
     def requirements(self):
         self.requires("eigen/[>=3.4 <6]")
-        self.requires("fmt/[>=9]")
 
     def package_id(self):
         self.info.clear()
@@ -63,4 +62,4 @@ class SinkcacheConan(ConanFile):
         self.cpp_info.set_property("cmake_file_name", "sinkcache")
         self.cpp_info.set_property("cmake_target_name", "sinkcache::sinkcache")
         self.cpp_info.set_property("pkg_config_name", "sinkcache")
-        self.cpp_info.requires = ["eigen::eigen", "fmt::fmt"]
+        self.cpp_info.requires = ["eigen::eigen"]

@@ -1,6 +1,5 @@
 // What every consumer here builds: a token that sees itself alone gets its own value.
 
-#include <sinkcache/fmt.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <cstdio>
@@ -19,7 +18,7 @@ int main() {
   sinkcache::matrix out(1, 4 * 8);
   cache.append(k, v);
   attention.decode(q, cache, out, workspace);
-  std::printf("sinkcache %d.%d.%d, %s: %s\n", SINKCACHE_VERSION_MAJOR, SINKCACHE_VERSION_MINOR, SINKCACHE_VERSION_PATCH,
-              sinkcache::isa(), fmt::format("{}", cache).c_str());
+  std::printf("sinkcache %d.%d.%d, %s\n", SINKCACHE_VERSION_MAJOR, SINKCACHE_VERSION_MINOR, SINKCACHE_VERSION_PATCH,
+              sinkcache::isa());
   return out.isConstant(0.5f) ? 0 : 1;
 }
