@@ -130,7 +130,7 @@ std::uint16_t half_at(const std::byte* from, std::size_t i) {
 TEMPLATE_TEST_CASE("16-bit formats: the reference takes every value back to its pattern", "", f16, bf16) {
   for (std::uint32_t pattern = 0; pattern < 65536; ++pattern) {
     const double value = value_of<TestType>(static_cast<std::uint16_t>(pattern));
-    if (std::isfinite(value) && plain::pattern_of<TestType>(value) != pattern) FAIL(pattern << ": " << value);
+    if (!std::isnan(value) && plain::pattern_of<TestType>(value) != pattern) FAIL(pattern << ": " << value);
   }
 }
 

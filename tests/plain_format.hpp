@@ -53,16 +53,19 @@ inline double rounded<f32>(float x) {
   return static_cast<double>(x);
 }
 
-// The pattern of a finite value of the format.
+// The pattern of a value of the format; not of NaN.
 template <class F>
 std::uint16_t pattern_of(double value) {
   constexpr int fraction_bits = ieee16<F>::digits - 1;
-  if (value == 0) return std::signbit(value) ? 0x8000 : 0;
+  const int sign = std::signbit(value) ? 0x8000 : 0;
+  if (value == 0) return static_cast<std::uint16_t>(sign);
+  if (std::isinf(value))
+    return static_cast<std::uint16_t>(sign | ((1 << ieee16<F>::exponent_bits) - 1) << fraction_bits);
   const int exponent = std::max(std::ilogb(value), ieee16<F>::lowest_exponent);
   const auto significand = static_cast<int>(std::ldexp(std::abs(value), fraction_bits - exponent));
   // The leading one of a normal number is the 1 that its exponent field counts from.
   const int magnitude = ((exponent - ieee16<F>::lowest_exponent) << fraction_bits) + significand;
-  return static_cast<std::uint16_t>(magnitude | (value < 0 ? 0x8000 : 0));
+  return static_cast<std::uint16_t>(sign | magnitude);
 }
 
 template <class F>
@@ -74,7 +77,7 @@ index_t row_bytes(index_t dim) {
   return (dim * element_bytes<F> + 63) / 64 * 64;
 }
 
-// Stores a finite number as element i of a row, and reads one.
+// Stores a number that is not NaN as element i of a row, and reads one.
 template <class F>
 void put(float x, std::byte* row, index_t i) {
   if constexpr (std::is_same_v<F, f32>) {

@@ -11,6 +11,7 @@
 
 #include "catch.hpp"
 #include "effort.hpp"
+#include "plain_format.hpp"
 
 using namespace sinkcache;
 using detail::lanes, detail::vfloat;
@@ -320,52 +321,37 @@ TEST_CASE("simd: scaled_tanh") {
   CHECK(std::isnan(tanh_of(nan, 30.f)));
 }
 
-// IEEE half precision, rounded to nearest even; a signalling NaN becomes quiet.
-std::uint16_t to_f16(float x) noexcept {
-  constexpr std::uint32_t infinity = 255u << 23, too_large = (127u + 16) << 23, subnormal = 113u << 23;
-  constexpr std::uint32_t magic = ((127u - 15) + (23 - 10) + 1) << 23;
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x), sign = bits & 0x80000000u;
-  std::uint32_t u = bits ^ sign;
-  if (u > infinity)
-    u = 0x7e00u | ((u >> 13) & 0x3ffu);
-  else if (u >= too_large)
-    u = 0x7c00u;
-  else if (u < subnormal)  // the addition rounds where the half's last bit is
-    u = std::bit_cast<std::uint32_t>(std::bit_cast<float>(u) + std::bit_cast<float>(magic)) - magic;
-  else
-    u = (u + 0xfffu + ((u >> 13) & 1u) - ((127u - 15) << 23)) >> 13;
-  return static_cast<std::uint16_t>(u | sign >> 16);
+// Rounded to nearest even. A NaN keeps its sign and its upper bits, and becomes quiet.
+template <class F>
+std::uint16_t to_half(float x) {
+  if (!std::isnan(x)) return plain::pattern_of<F>(plain::rounded<F>(x));
+  constexpr int fraction_bits = plain::ieee16<F>::digits - 1;
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  const auto exponent = static_cast<std::uint32_t>((1 << plain::ieee16<F>::exponent_bits) - 1) << fraction_bits;
+  const std::uint32_t fraction = (bits & 0x7fffffu) >> (23 - fraction_bits), quiet = 1u << (fraction_bits - 1);
+  return static_cast<std::uint16_t>((bits >> 31) << 15 | exponent | fraction | quiet);
 }
-float from_f16(std::uint16_t half) noexcept {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-  const float magnitude = std::bit_cast<float>(static_cast<std::uint32_t>(half & 0x7fffu) << 13) * 0x1p112f;
-  const std::uint32_t special = magnitude >= 65536.f ? 255u << 23 : 0u;
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | special | sign);
+template <class F>
+float from_half(std::uint16_t half) {
+  return static_cast<float>(plain::value_of<F>(half));
 }
-
-std::uint16_t to_bf16(float x) noexcept {
-  const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
-  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet_nan = (u >> 16) | 0x40u;
-  return static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
-}
-float from_bf16(std::uint16_t half) noexcept { return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16); }
 
 // format_test.cpp knows what is right; here, that many at once are as one by one.
-template <class Load, class FromHalf>
-void compare_loads(const Load& load, const FromHalf& from_half) {
+template <class F, class Load>
+void compare_loads(const Load& load) {
   constexpr std::size_t n = sizeof(load(nullptr)) / sizeof(float);
   for (std::uint32_t first = 0; first < 0x10000; first += n) {
     std::array<std::uint16_t, n> halves;
     for (std::size_t i = 0; i < n; ++i) halves[i] = static_cast<std::uint16_t>(first + i);
     const auto loaded = load(reinterpret_cast<const std::byte*>(halves.data()));
     for (std::size_t i = 0; i < n; ++i) {
-      const float one = from_half(halves[i]), other = loaded[static_cast<int>(i)];
+      const float one = from_half<F>(halves[i]), other = loaded[static_cast<int>(i)];
       REQUIRE((std::isnan(one) ? std::isnan(other) : same_bits(other, one)));
     }
   }
 }
-template <class F, class ToHalf, class FromHalf>
-void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
+template <class F>
+void compare_conversions() {
   effort::dice dice(5);
   for (int trial = 0; trial < effort::cases(5000); ++trial) {
     floats from;
@@ -379,23 +365,26 @@ void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
     F::store(reinterpret_cast<std::byte*>(halves.data()), vector_of(from));
     const floats loaded = lanes_of(F::load(reinterpret_cast<const std::byte*>(halves.data())));
     for (std::size_t i = 0; i < width; ++i) {
-      REQUIRE(halves[i] == to_half(from[i]));
-      REQUIRE((std::isnan(from[i]) ? std::isnan(loaded[i]) : same_bits(loaded[i], from_half(halves[i]))));
+      REQUIRE(halves[i] == to_half<F>(from[i]));
+      REQUIRE((std::isnan(from[i]) ? std::isnan(loaded[i]) : same_bits(loaded[i], from_half<F>(halves[i]))));
     }
     REQUIRE(halves.back() == 0x7777);
   }
-  compare_loads(F::load, from_half);
+  compare_loads<F>(F::load);
 }
 
 TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
-  compare_conversions<f16>(to_f16, from_f16);
-  compare_conversions<bf16>(to_bf16, from_bf16);
+  compare_conversions<f16>();
+  compare_conversions<bf16>();
 #if SINKCACHE_AVX512_IN_HALVES
-  compare_loads(f16::load_eight, from_f16);
+  compare_loads<f16>(f16::load_eight);
 #endif
 }
 
 TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
+  const auto upper_half = [](std::uint16_t half) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
+  };
   for (std::uint32_t first = 0; first < 0x10000; first += 2 * static_cast<std::uint32_t>(lanes))
     for (const std::size_t shift : {std::size_t{0}, std::size_t{1}}) {
       std::array<std::uint16_t, 2 * width + 1> halves{};
@@ -403,8 +392,8 @@ TEST_CASE("simd: bf16 of even and of odd number, from anywhere") {
       const auto* const from = reinterpret_cast<const std::byte*>(halves.data() + shift);
       const floats even = lanes_of(bf16::load_even(from)), odd = lanes_of(bf16::load_odd(from));
       for (std::size_t i = 0; i < width; ++i) {
-        REQUIRE(same_bits(even[i], from_bf16(halves[shift + 2 * i])));
-        REQUIRE(same_bits(odd[i], from_bf16(halves[shift + 2 * i + 1])));
+        REQUIRE(same_bits(even[i], upper_half(halves[shift + 2 * i])));
+        REQUIRE(same_bits(odd[i], upper_half(halves[shift + 2 * i + 1])));
       }
     }
 }
