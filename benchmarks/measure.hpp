@@ -241,7 +241,7 @@ class layers {
 template <class F>
 std::vector<double> exact(const sinkcache::kv_cache<F>& cache, const sinkcache::attention_params& params,
                           const float* q) {
-  const sinkcache::cache_config& config = cache.config();
+  const sinkcache::kv_geometry& config = cache.geometry();
   const index_t dim = config.head_dim, group = params.num_qo_heads / config.num_kv_heads;
   oracle::layer layer;
   layer.num_qo_heads = static_cast<std::size_t>(group);
@@ -254,11 +254,14 @@ std::vector<double> exact(const sinkcache::kv_cache<F>& cache, const sinkcache::
   std::vector<double> result;
   for (index_t kv_head = 0; kv_head < config.num_kv_heads; ++kv_head) {
     std::vector<oracle::position> visible;
-    for (const sinkcache::position_span& span : cache.visible(cache.seen()))
-      for (position_t p = span.first; p < span.last; ++p) {
-        const sinkcache::segment at = cache.segment_at(kv_head, p, p + 1);
-        F::decode(at.k + at.row * at.k_block, 0, dim, keys.data() + p * dim);
-        F::decode(at.v + at.row * at.v_block, 0, dim, values.data() + p * dim);
+    std::vector<sinkcache::kv_part> memory(static_cast<std::size_t>(cache.max_parts()));
+    sinkcache::part_list parts(memory.data(), cache.max_parts());
+    cache.plan(kv_head, cache.seen() - 1, cache.seen() - 1, parts);
+    for (const sinkcache::kv_part& part : parts)
+      for (index_t i = 0; i < part.rows; ++i) {
+        const position_t p = part.position(i);
+        F::decode(part.k.base + (part.row + i) * part.k.block, 0, dim, keys.data() + p * dim);
+        F::decode(part.v.base + (part.row + i) * part.v.block, 0, dim, values.data() + p * dim);
         visible.push_back(p);
       }
     layer.sink_logits.clear();

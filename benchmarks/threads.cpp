@@ -59,7 +59,9 @@ void decode(benchmark::State& state, const effort& effort, const shape& of, inde
   std::vector<sinkcache::decode_item> batch;
   for (std::size_t i = 0; i < sequences; ++i) {
     const auto row = static_cast<index_t>(i);
-    batch.push_back({q.row(row).data(), &caches.cache(i), out.row(row).data()});
+    batch.push_back({.q = {q.row(row).data(), static_cast<std::size_t>(q.cols())},
+                     .keys = &caches.cache(i),
+                     .out = {out.row(row).data(), static_cast<std::size_t>(out.cols())}});
   }
   const double flops =
       4. * static_cast<double>(of.num_qo_heads * of.head_dim * visible) * static_cast<double>(sequences);

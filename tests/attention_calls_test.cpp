@@ -34,13 +34,16 @@ matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
   return m;
 }
 
+std::span<const float> row_of(const matrix& m) { return {m.data(), as_size(m.size())}; }
+std::span<float> row_of(matrix& m) { return {m.data(), as_size(m.size())}; }
+
 // Outputs and lse of a call of so many rows, full of canaries before.
 struct result {
   matrix out;
   std::vector<float> lse;
 
   result(const attention& attention, const kv_source& keys, index_t rows)
-      : out(matrix::Constant(rows, attention.params().num_qo_heads * keys.config().v_head_dim, canary)),
+      : out(matrix::Constant(rows, attention.params().num_qo_heads * keys.geometry().v_head_dim, canary)),
         lse(as_size(rows * attention.params().num_qo_heads), canary) {}
 
   bool operator==(const result& other) const {
@@ -176,7 +179,7 @@ struct batch {
     std::vector<result> results;
     for (std::size_t i = 0; i < caches.size(); ++i) {
       result& one = results.emplace_back(attention, *caches[i], 1);
-      attention.decode(queries[i], *caches[i], one.out, scratch, one.lse.data());
+      attention.decode(queries[i], *caches[i], one.out, scratch, {.lse = one.lse});
     }
     return results;
   }
@@ -184,7 +187,8 @@ struct batch {
   std::vector<decode_item> items(std::vector<result>& results, std::size_t first, std::size_t last) const {
     std::vector<decode_item> list;
     for (std::size_t i = first; i < last; ++i)
-      list.push_back({queries[i].data(), caches[i].get(), results[i].out.data(), results[i].lse.data()});
+      list.push_back(
+          {.q = row_of(queries[i]), .keys = caches[i].get(), .out = row_of(results[i].out), .lse = results[i].lse});
     return list;
   }
   std::vector<result> blank() const {
@@ -234,7 +238,7 @@ TEST_CASE("calls: a batch may ask one cache twice, and no lse") {
   std::vector<decode_item> items;
   for (std::size_t i = 0; i < b.caches.size(); ++i)
     for (std::vector<result>* results : {&first, &second})
-      items.push_back({b.queries[i].data(), b.caches[i].get(), (*results)[i].out.data()});
+      items.push_back({.q = row_of(b.queries[i]), .keys = b.caches[i].get(), .out = row_of((*results)[i].out)});
   b.attention.decode(items, scratch);
   for (std::size_t i = 0; i < b.caches.size(); ++i)
     for (const std::vector<result>* results : {&first, &second}) {
@@ -302,9 +306,27 @@ TEST_CASE("calls: a bad item refuses the whole batch, and nothing is written") {
       CHECK_THROWS_WITH(b.attention.decode(items, scratch), std::string("sinkcache: ") + message);
     }
   };
-  refused([](decode_item& i) { i.q = nullptr; }, "a batch's q was null, had to be a row");
+  refused(
+      [](decode_item& i) {
+        i.q = {static_cast<const float*>(nullptr), i.q.size()};
+      },
+      "a batch's q was null, had to be a row");
+  const std::string of_q = std::to_string(12 * b.caches[0]->geometry().head_dim),
+                    of_out = std::to_string(12 * b.caches[0]->geometry().v_head_dim);
+  const auto first_refused = [&](const auto& spoil, const std::string& message) {
+    std::vector<decode_item> items = b.items(results, 0, b.caches.size());
+    spoil(items[0]);
+    CHECK(b.attention.try_decode(items, scratch).message() == "sinkcache: " + message);
+  };
+  first_refused([](decode_item& i) { i.q = i.q.first(3); }, "a batch's q was 3, had to be of size " + of_q);
+  first_refused([](decode_item& i) { i.out = i.out.first(5); }, "a batch's out was 5, had to be of size " + of_out);
+  refused([](decode_item& i) { i.lse = i.lse.first(11); }, "lse.size() was 11, had to be 0 or 12");
   refused([](decode_item& i) { i.keys = nullptr; }, "a batch's keys was null, had to be a cache or view");
-  refused([](decode_item& i) { i.out = nullptr; }, "a batch's out was null, had to be a row");
+  refused(
+      [](decode_item& i) {
+        i.out = {static_cast<float*>(nullptr), i.out.size()};
+      },
+      "a batch's out was null, had to be a row");
   refused([&](decode_item& i) { i.keys = &five; },
           "num_qo_heads was 12, had to be a multiple of the cache's num_kv_heads, 5");
   CHECK(executor.runs.empty());
@@ -374,7 +396,7 @@ TEST_CASE("calls: any partition over KV heads and rows gives the bits of the who
     const attention attention(c.params);
     workspace scratch;
     result whole(attention, cache, c.rows);
-    attention.attend(c.q, cache, whole.out, scratch, whole.lse.data());
+    attention.attend(c.q, cache, whole.out, scratch, {.lse = whole.lse});
     for (int round = 0; round < 4; ++round) {
       result parts(attention, cache, c.rows);
       for (const auto& [first_head, heads] : partition(dice, c.config.num_kv_heads))
@@ -382,7 +404,7 @@ TEST_CASE("calls: any partition over KV heads and rows gives the bits of the who
           call_part part{first_head, heads, first_row, rows};
           if (first_head + heads == c.config.num_kv_heads && dice.one_in(2)) part.num_kv_heads = call_part::rest;
           if (first_row + rows == c.rows && dice.one_in(2)) part.num_rows = call_part::rest;
-          attention.attend(c.q, cache, parts.out, scratch, parts.lse.data(), part);
+          attention.attend(c.q, cache, parts.out, scratch, {.lse = parts.lse}, part);
         }
       CHECK(parts == whole);
     }
@@ -399,13 +421,13 @@ TEST_CASE("calls: a part writes what is its own, and nothing else") {
     const attention attention(c.params);
     workspace scratch;
     result whole(attention, cache, c.rows), part(attention, cache, c.rows);
-    attention.attend(c.q, cache, whole.out, scratch, whole.lse.data());
+    attention.attend(c.q, cache, whole.out, scratch, {.lse = whole.lse});
     // Up to and including the end: there, nothing is left.
     const index_t first_head = dice.from_to(0, c.config.num_kv_heads), first_row = dice.from_to(0, c.rows);
     const call_part of{first_head, dice.from_to(0, c.config.num_kv_heads - first_head), first_row,
                        dice.from_to(0, c.rows - first_row)};
     CAPTURE(of.first_kv_head, of.num_kv_heads, of.first_row, of.num_rows);
-    attention.attend(c.q, cache, part.out, scratch, part.lse.data(), of);
+    attention.attend(c.q, cache, part.out, scratch, {.lse = part.lse}, of);
     const index_t heads = of.num_kv_heads, rows = of.num_rows;
     const index_t group = c.params.num_qo_heads / c.config.num_kv_heads;
     bool right = true;
@@ -431,15 +453,15 @@ TEST_CASE("calls: parts of one token may be slices of a long cache") {
     if (b.caches[i]->seen() == 0) continue;  // attend is asked for stored tokens
     CAPTURE(i);
     result whole(b.attention, *b.caches[i], 1), parts = whole, past_the_end = whole;
-    b.attention.attend(b.queries[i], *b.caches[i], whole.out, scratch, whole.lse.data());
+    b.attention.attend(b.queries[i], *b.caches[i], whole.out, scratch, {.lse = whole.lse});
     CHECK(whole == expected[i]);  // attend of one row is decode
-    const index_t kv_heads = b.caches[i]->config().num_kv_heads;
+    const index_t kv_heads = b.caches[i]->geometry().num_kv_heads;
     for (const auto& [first, size] : partition(b.dice, kv_heads))
-      b.attention.attend(b.queries[i], *b.caches[i], parts.out, scratch, parts.lse.data(), {first, size, 0, 1});
+      b.attention.attend(b.queries[i], *b.caches[i], parts.out, scratch, {.lse = parts.lse}, {first, size, 0, 1});
     CHECK(parts == expected[i]);
     for (const call_part& empty :
          {call_part{kv_heads, 0, 0, 1}, {0, kv_heads, 1, 0}, {0, 0}, {.num_rows = 0}, {kv_heads}})
-      b.attention.attend(b.queries[i], *b.caches[i], past_the_end.out, scratch, past_the_end.lse.data(), empty);
+      b.attention.attend(b.queries[i], *b.caches[i], past_the_end.out, scratch, {.lse = past_the_end.lse}, empty);
     CHECK(past_the_end.untouched());
   }
 }
@@ -488,8 +510,8 @@ TEST_CASE("calls: bad parts are refused in exact words") {
       result r(attention, cache, rows);
       const std::string message =
           std::string("sinkcache: ") + (rows == 2 && row.two_rows != nullptr ? row.two_rows : row.one_row);
-      CHECK(attention.try_attend(q, cache, r.out, scratch, r.lse.data(), row.part).message() == message);
-      CHECK_THROWS_WITH(attention.attend(q, cache, r.out, scratch, r.lse.data(), row.part), message);
+      CHECK(attention.try_attend(q, cache, r.out, scratch, {.lse = r.lse}, row.part).message() == message);
+      CHECK_THROWS_WITH(attention.attend(q, cache, r.out, scratch, {.lse = r.lse}, row.part), message);
       CHECK(r.untouched());
     }
   CHECK(executor.runs.empty());
@@ -504,19 +526,19 @@ TEST_CASE("calls: threads of the host share a call, each with its workspace", "[
     const attention attention(c.params);
     workspace scratch;
     result whole(attention, cache, c.rows), newest(attention, cache, 1);
-    attention.attend(c.q, cache, whole.out, scratch, whole.lse.data());
-    attention.decode(c.q.bottomRows(1), cache, newest.out, scratch, newest.lse.data());
+    attention.attend(c.q, cache, whole.out, scratch, {.lse = whole.lse});
+    attention.decode(c.q.bottomRows(1), cache, newest.out, scratch, {.lse = newest.lse});
     for (const index_t number : {1, 2, 3, 7}) {
       std::vector<workspace> workspaces(as_size(number));
       result by_heads(attention, cache, c.rows), by_rows(attention, cache, c.rows), one(attention, cache, 1);
       engine_pool{number}.run([&](index_t ith, index_t nth) {
         workspace& own = workspaces[as_size(ith)];
         threads::with_part(ith, nth, c.config.num_kv_heads, [&](const call_part& part) {
-          attention.attend(c.q, cache, by_heads.out, own, by_heads.lse.data(), part);
-          attention.attend(c.q.bottomRows(1), cache, one.out, own, one.lse.data(), part);
+          attention.attend(c.q, cache, by_heads.out, own, {.lse = by_heads.lse}, part);
+          attention.attend(c.q.bottomRows(1), cache, one.out, own, {.lse = one.lse}, part);
         });
         const index_t rows = (c.rows + nth - 1) / nth, first = std::min(c.rows, ith * rows);
-        attention.attend(c.q, cache, by_rows.out, own, by_rows.lse.data(),
+        attention.attend(c.q, cache, by_rows.out, own, {.lse = by_rows.lse},
                          {0, call_part::rest, first, std::min(rows, c.rows - first)});
       });
       CHECK(by_heads == whole);
@@ -531,7 +553,7 @@ TEST_CASE("calls: threads of the host share a call, each with its workspace", "[
 TEST_CASE("calls: attend to the newest tokens is what prefill gave") {
   for (int i = 0; i < effort::cases(100); ++i) {
     rows_case c(3000 + static_cast<std::uint64_t>(i), i % 2 == 0 ? 30 : 300);
-    c.config.prefill_block = std::max<index_t>(c.rows, 1);
+    c.config.rollback = std::max<index_t>(c.rows, 1);
     INFO(c.name());
     effort::dice dice(c.seed + 1);
     kv_cache<bf16, f32> cache(c.config), decoded(c.config);
@@ -542,12 +564,14 @@ TEST_CASE("calls: attend to the newest tokens is what prefill gave") {
     decoded.append(c.k.topRows(before), c.v.topRows(before));
     result prefilled(attention, cache, c.rows), again = prefilled, one_by_one = prefilled;
     attention.prefill(c.q, c.k.bottomRows(c.rows), c.v.bottomRows(c.rows), cache, prefilled.out, scratch,
-                      prefilled.lse.data());
-    attention.attend(c.q, cache, again.out, scratch, again.lse.data());
+                      {.lse = prefilled.lse});
+    attention.attend(c.q, cache, again.out, scratch, {.lse = again.lse});
     for (index_t row = 0; row < c.rows; ++row) {
       decoded.append(c.k.row(before + row), c.v.row(before + row));
       attention.decode(c.q.row(row), decoded, one_by_one.out.row(row), scratch,
-                       one_by_one.lse.data() + row * c.params.num_qo_heads);
+                       {.lse = std::span(one_by_one.lse)
+                                   .subspan(static_cast<std::size_t>(row * c.params.num_qo_heads),
+                                            static_cast<std::size_t>(c.params.num_qo_heads))});
     }
     const float largest = c.v.cwiseAbs().maxCoeff();
     // Twice the bound of the design, for one query row against the other; |q| |k| sm_scale is below 4 sqrt(40).
@@ -557,7 +581,7 @@ TEST_CASE("calls: attend to the newest tokens is what prefill gave") {
     // The newest few of them.
     const index_t few = dice.from_to(1, c.rows);
     result some(attention, cache, few);
-    attention.attend(c.q.bottomRows(few), cache, some.out, scratch, some.lse.data());
+    attention.attend(c.q.bottomRows(few), cache, some.out, scratch, {.lse = some.lse});
     CHECK((some.out - prefilled.out.bottomRows(few)).cwiseAbs().maxCoeff() <= bound);
     if (few == 1) CHECK(some.out == one_by_one.out.bottomRows(1));
   }
@@ -573,7 +597,7 @@ TEST_CASE("calls: attend refuses more tokens than are stored, or than still see 
   const auto refusal = [&](index_t rows) {
     const matrix q = random_matrix(dice, rows, 4 * 6);
     result r(attention, cache, rows);
-    const status found = attention.try_attend(q, cache, r.out, scratch, r.lse.data());
+    const status found = attention.try_attend(q, cache, r.out, scratch, {.lse = r.lse});
     if (!found) CHECK(r.untouched());
     if (!found) CHECK_THROWS_WITH(attention.attend(q, cache, r.out, scratch), std::string(found.message()));
     return std::string(found.message());
@@ -607,7 +631,7 @@ TEST_CASE("calls: the same bits on any executor, in any order", "[threads]") {
                             .num_sink_tokens = 4,
                             .window = 19996,
                             .rope = rope::plain(24, 1e4),
-                            .prefill_block = 150};
+                            .rollback = 149};
   kv_cache<bf16> cache(config);
   for (int i = 0; i < 21; ++i) cache.append(random_matrix(dice, 1000, 2 * 24), random_matrix(dice, 1000, 2 * 20));
   REQUIRE(cache.size() == 20000);
@@ -619,7 +643,7 @@ TEST_CASE("calls: the same bits on any executor, in any order", "[threads]") {
                          .v_head_dim = 20,
                          .window = 300,
                          .rope = rope::plain(24, 1e4),
-                         .prefill_block = 150});
+                         .rollback = 149});
   const auto run = [&](workspace& scratch) {
     std::vector<float> all;
     result one(attention, cache, 1), many(attention, cache, 400);
@@ -627,18 +651,18 @@ TEST_CASE("calls: the same bits on any executor, in any order", "[threads]") {
       all.insert(all.end(), r.out.data(), r.out.data() + r.out.size());
       all.insert(all.end(), r.lse.begin(), r.lse.end());
     };
-    attention.decode(q.topRows(1), cache, one.out, scratch, one.lse.data());
+    attention.decode(q.topRows(1), cache, one.out, scratch, {.lse = one.lse});
     keep(one);
     attention_state state(6, 20);
     attention.attend(q.topRows(1), cache, state, scratch);
     all.insert(all.end(), state.data().begin(), state.data().end());
     prompt.clear();
-    attention.prefill(q, k, v, prompt, many.out, scratch, many.lse.data());
+    attention.prefill(q, k, v, prompt, many.out, scratch, {.lse = many.lse});
     keep(many);
     prompt.clear();
     prompt.append(k.topRows(290), v.topRows(290));
     result some(attention, prompt, 200);
-    attention.attend(q.topRows(200), prompt, some.out, scratch, some.lse.data());
+    attention.attend(q.topRows(200), prompt, some.out, scratch, {.lse = some.lse});
     keep(some);
     return all;
   };
@@ -681,7 +705,7 @@ TEST_CASE("calls: concurrent calls on one cache and layer", "[threads]") {
       b.attention.attend(b.queries[1], *b.caches[1], state, own);
       std::vector<float> out(33);
       for (index_t head = 0; head < 12; ++head) {
-        state.finish(b.attention.params().softmax, head, out.data());
+        state.finish(b.attention.params().softmax, head, out);
         wrong[as_size(ith)] += std::equal(out.begin(), out.end(), expected[1].out.data() + head * 33) ? 0 : 1;
       }
     }

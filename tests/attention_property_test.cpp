@@ -104,9 +104,9 @@ TEST_CASE("attention: a logit of -inf weighs nothing, wherever it lies") {
           std::vector<float> lse(as_size(n));
           if (decode) {
             cache.append(k.topRows(n), v.topRows(n));
-            attention.decode(q.topRows(1), cache, out.bottomRows(1), layer.w, &lse.back());
+            attention.decode(q.topRows(1), cache, out.bottomRows(1), layer.w, {.lse = std::span(lse).last(1)});
           } else {
-            attention.prefill(q.topRows(n), k.topRows(n), v.topRows(n), cache, out, layer.w, lse.data());
+            attention.prefill(q.topRows(n), k.topRows(n), v.topRows(n), cache, out, layer.w, {.lse = lse});
           }
           auto expected =
               oracle::attend(oracle, q.data(), n - 1, plain_sink_window(sinks, 8).visible(n), k.data(), v.data());
@@ -148,7 +148,7 @@ TEST_CASE("attention: query heads of a group are query heads with repeated keys 
       repeated.t.v.middleCols(head * v_dim, v_dim) = p.t.v.middleCols(kv_head * v_dim, v_dim);
     }
     const outputs decoded = feed(p.c, p.t, decode_only), decoded_apart = feed(repeated.c, repeated.t, decode_only);
-    if (heads / kv_heads < query_rows::panel) CHECK(decoded == decoded_apart);
+    if (heads / kv_heads < detail::query_rows::panel) CHECK(decoded == decoded_apart);
     CHECK(far_apart(p, decoded, decoded_apart, 7) == "");
     CHECK(far_apart(p, feed(p.c, p.t), feed(repeated.c, repeated.t), 7) == "");
   });
@@ -290,7 +290,7 @@ TEST_CASE("attention: any split of the visible tokens over caches, merged in any
     const index_t heads = c.params.num_qo_heads, v_dim = c.config.v_head_dim;
     matrix out(1, heads * v_dim);
     std::vector<float> lse(as_size(heads));
-    attention.decode(q, all->get(), out, w, lse.data());
+    attention.decode(q, all->get(), out, w, {.lse = lse});
 
     // Which part takes which token; parts may stay empty.
     const std::vector<position_t> visible =
@@ -336,7 +336,7 @@ TEST_CASE("attention: any split of the visible tokens over caches, merged in any
       CHECK(m == std::ceil(m));
     }
     for (index_t head = 0; head < heads; ++head)
-      lse[as_size(head)] = states[0].finish(c.params.softmax, head, &out(0, head * v_dim));
+      lse[as_size(head)] = states[0].finish(c.params.softmax, head, {&out(0, head * v_dim), as_size(v_dim)});
     CHECK(far_from(exact, out.data(), lse.data()) == "");
   });
 }

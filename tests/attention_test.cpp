@@ -2,6 +2,7 @@
 // shapes are left to attention_property_test.cpp.
 
 #include <sinkcache/attention.hpp>
+#include <sinkcache/kv_view.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -42,7 +43,7 @@ cache_config small_config() {
           .window = 6,
           .positions = positions::absolute,
           .inputs = inputs::rotated,
-          .prefill_block = 7};
+          .rollback = 6};
 }
 
 // Tokens of a stream for that cache and `heads` query heads.
@@ -124,7 +125,9 @@ void check_against_definition(const attention_params& params, const cache_config
   for (index_t first = 0, n = 0; first < tokens; first += n) {
     n = std::min(tokens - first, static_cast<index_t>(dice.from_to(1, 12)));
     attention.prefill(s.q.middleRows(first, n), s.k.middleRows(first, n), s.v.middleRows(first, n), prefilled,
-                      all.middleRows(first, n), scratch, all_lse.data() + static_cast<std::size_t>(first) * heads);
+                      all.middleRows(first, n), scratch,
+                      {.lse = std::span(all_lse).subspan(static_cast<std::size_t>(first) * heads,
+                                                         static_cast<std::size_t>(n) * heads)});
   }
   for (index_t i = 0; i < tokens; ++i) {
     CAPTURE(i);
@@ -132,7 +135,7 @@ void check_against_definition(const attention_params& params, const cache_config
     decoded.append(s.k.row(i), s.v.row(i));
     matrix out(1, all.cols());
     std::vector<float> lse(heads);
-    attention.decode(s.q.row(i), decoded, out, scratch, lse.data());
+    attention.decode(s.q.row(i), decoded, out, scratch, {.lse = lse});
     check_close(exact, out.data(), lse.data());
     check_close(exact, all.row(i).data(), all_lse.data() + static_cast<std::size_t>(i) * heads);
   }
@@ -279,7 +282,7 @@ TEST_CASE("attention: queries meet keys at their places, wherever the stream sta
                                     .inputs = given,
                                     .rope = rope(layer.inv_freq, rope_pairing::half_split, factor),
                                     .first_position = first_position,
-                                    .prefill_block = 12};
+                                    .rollback = 11};
           const stream raw(dice, tokens, config, 4);
           stream s = raw;
           if (given == inputs::rotated)
@@ -297,11 +300,11 @@ TEST_CASE("attention: queries meet keys at their places, wherever the stream sta
           workspace scratch;
           matrix all(tokens, 4 * dim), one(1, 4 * dim);
           std::vector<float> all_lse(4 * tokens), lse(4);
-          attention.prefill(s.q, s.k, s.v, prefilled, all, scratch, all_lse.data());
+          attention.prefill(s.q, s.k, s.v, prefilled, all, scratch, {.lse = all_lse});
           for (index_t i = 0; i < tokens; ++i) {
             CAPTURE(i);
             decoded.append(s.k.row(i), s.v.row(i));
-            attention.decode(s.q.row(i), decoded, one, scratch, lse.data());
+            attention.decode(s.q.row(i), decoded, one, scratch, {.lse = lse});
             std::vector<oracle::position> visible;
             for (index_t p = 0; p <= i; ++p)
               if (p < 2 || p > i - 6) visible.push_back(p);
@@ -340,7 +343,7 @@ TEST_CASE("attention: a window of one, no sink tokens, blocks of one") {
     for (index_t window : {1, 2, 40})
       for (index_t block : {1, 3, 512}) {
         CAPTURE(sinks, window, block);
-        config.num_sink_tokens = sinks, config.window = window, config.prefill_block = block;
+        config.num_sink_tokens = sinks, config.window = window, config.rollback = block - 1;
         check_against_definition({.num_qo_heads = 4}, config);
       }
 }
@@ -360,7 +363,7 @@ TEST_CASE("attention: prefill gives what decode gives, with every way to keep po
                                   .inputs = given,
                                   .rope = rope::plain(8, 30.0),
                                   .first_position = 1'000'000,
-                                  .prefill_block = 100};
+                                  .rollback = 99};
         const stream s(dice, 130, config, 2 * group);
         const attention attention({.num_qo_heads = 2 * group});
         workspace scratch;
@@ -392,7 +395,7 @@ TEST_CASE("attention: a decode long enough to be cut into slices") {
     workspace scratch;
     matrix out(1, 12);
     std::vector<float> lse(4);
-    attention(params).decode(s.q.row(tokens - 1), cache, out, scratch, lse.data());
+    attention(params).decode(s.q.row(tokens - 1), cache, out, scratch, {.lse = lse});
     check_close(plain_attention(s, config, params, tokens, 0.f), out.data(), lse.data());
   }
 }
@@ -404,7 +407,7 @@ TEST_CASE("attention: an empty cache gives zeros, and the sink's lse") {
   const auto lse_of = [&](const softmax_variant& variant) {
     matrix out = matrix::Constant(1, 4 * 3, 9.f);
     std::vector<float> lse(4, 9.f);
-    attention({.num_qo_heads = 4, .softmax = variant}).decode(q, cache, out, scratch, lse.data());
+    attention({.num_qo_heads = 4, .softmax = variant}).decode(q, cache, out, scratch, {.lse = lse});
     CHECK(out == matrix::Zero(1, 4 * 3));
     return lse;
   };
@@ -426,7 +429,7 @@ TEST_CASE("attention: a logit of -inf is a weight of 0, also where there is no o
     const matrix q = matrix::Ones(1, 1);
     matrix out(1, 1);
     float lse = 0;
-    attention.decode(q, cache, out, scratch, &lse);
+    attention.decode(q, cache, out, scratch, {.lse = {&lse, 1}});
     return std::pair(out(0, 0), lse);
   };
   append(300, -inf);  // more than a tile
@@ -447,10 +450,10 @@ TEST_CASE("attention: lse is optional") {
   matrix with(12, 12), without(12, 12);
   std::vector<float> lse(12 * 4);
   kv_cache<f32> a(config), b(config);
-  attention.prefill(s.q, s.k, s.v, a, with, scratch, lse.data());
+  attention.prefill(s.q, s.k, s.v, a, with, scratch, {.lse = lse});
   attention.prefill(s.q, s.k, s.v, b, without, scratch);
   CHECK(with == without);
-  attention.decode(s.q.row(0), a, with.topRows(1), scratch, lse.data());
+  attention.decode(s.q.row(0), a, with.topRows(1), scratch, {.lse = std::span(lse).first(4)});
   attention.decode(s.q.row(0), b, without.topRows(1), scratch);
   CHECK(with == without);
 }
@@ -468,7 +471,7 @@ TEST_CASE("attention: prefill of no tokens does nothing") {
     const auto* const memory = static_cast<const std::byte*>(resource.last);
     const std::vector<std::byte> before(memory, memory + resource.last_bytes);
     const position_t seen = cache.seen();
-    attention.prefill(none.q, none.k, none.v, cache, out, scratch, nullptr);
+    attention.prefill(none.q, none.k, none.v, cache, out, scratch);
     CHECK(cache.seen() == seen);
     CHECK(std::equal(before.begin(), before.end(), memory));
     cache.append(s.k, s.v);
@@ -484,8 +487,7 @@ TEST_CASE("attention: prefill leaves the cache as append does") {
   for (int round = effort::cases(100); round > 0; --round) {
     config.num_sink_tokens = static_cast<index_t>(dice.from_to(0, 4));
     config.window = static_cast<index_t>(dice.from_to(1, 12));
-    config.rollback = static_cast<index_t>(dice.from_to(0, 3));
-    config.prefill_block = static_cast<index_t>(dice.from_to(1, 20));
+    config.rollback = static_cast<index_t>(dice.from_to(0, 19));
     counting_resource by_append, by_prefill;
     kv_cache<f16, bf16> a(config, &by_append), b(config, &by_prefill);
     workspace scratch;
@@ -550,16 +552,17 @@ TEST_CASE("attention: inputs and outputs may be strided, and nothing around them
     matrix dense(23, 4 * v_dim), dense_one(1, 4 * v_dim);
     std::vector<float> lse(23 * 4 + 2, 77.f), lse_one(4 + 2, 77.f), dense_lse(23 * 4);
 
-    attention.prefill(s.q, s.k, s.v, dense_cache, dense, scratch, dense_lse.data());
-    attention.prefill(q.block(), k.block(), v.block(), strided_cache, out.block(), scratch, lse.data() + 1);
+    attention.prefill(s.q, s.k, s.v, dense_cache, dense, scratch, {.lse = dense_lse});
+    attention.prefill(q.block(), k.block(), v.block(), strided_cache, out.block(), scratch,
+                      {.lse = std::span(lse).subspan(1, 92)});
     CHECK(out.block() == dense);
     CHECK(std::equal(dense_lse.begin(), dense_lse.end(), lse.begin() + 1));
     CHECK((lse.front() == 77.f && lse.back() == 77.f));
 
     dense_cache.append(s.k.topRows(3), s.v.topRows(3));
     strided_cache.append(k.block().topRows(3), v.block().topRows(3));
-    attention.decode(s.q.row(5), dense_cache, dense_one, scratch, dense_lse.data());
-    attention.decode(q.block().row(5), strided_cache, one.block(), scratch, lse_one.data() + 1);
+    attention.decode(s.q.row(5), dense_cache, dense_one, scratch, {.lse = std::span(dense_lse).first(4)});
+    attention.decode(q.block().row(5), strided_cache, one.block(), scratch, {.lse = std::span(lse_one).subspan(1, 4)});
     CHECK(one.block() == dense_one);
     CHECK(std::equal(dense_lse.begin(), dense_lse.begin() + 4, lse_one.begin() + 1));
     CHECK((lse_one.front() == 77.f && lse_one.back() == 77.f));
@@ -589,7 +592,7 @@ TEST_CASE("attention: caches of every format behind any_kv_cache") {
   for (const auto& cache : caches) {
     matrix& out = outs.emplace_back(40, 12);
     attention.prefill(s.q, s.k, s.v, *cache, out, scratch);
-    CHECK((cache->seen() == 40 && cache->size() == 8 && cache->config().window == 6));
+    CHECK((cache->seen() == 40 && cache->size() == 8 && cache->capacity() == 8));
     matrix again(1, 12);
     attention.decode(s.q.row(39), *cache, again, scratch);
     CHECK((again - out.row(39)).cwiseAbs().maxCoeff() < 1e-6f);
@@ -613,7 +616,7 @@ TEST_CASE("attention: tokens split over caches, merged, finished once") {
   tail.append(s.k.bottomRows(19), s.v.bottomRows(19));
   matrix out(1, 12);
   std::vector<float> lse(4);
-  attention.decode(s.q.row(29), all, out, scratch, lse.data());
+  attention.decode(s.q.row(29), all, out, scratch, {.lse = lse});
 
   attention_state state(4, 3), other(4, 3);
   attention.attend(s.q.row(29), tail, state, scratch);
@@ -706,9 +709,9 @@ TEST_CASE("attention: bad shapes are refused in exact words, and change nothing"
                  v = matrix::Ones(c.v.rows, c.v.cols);
     matrix out = matrix::Constant(c.out.rows, c.out.cols, 5.f);
     std::vector<float> lse(12, 5.f);
-    CHECK_THROWS_WITH(attention.prefill(q, k, v, cache, out, scratch, lse.data()),
+    CHECK_THROWS_WITH(attention.prefill(q, k, v, cache, out, scratch, {.lse = lse}),
                       std::string("sinkcache: ") + c.message);
-    CHECK(attention.try_prefill(q, k, v, cache, out, scratch, lse.data()).message() ==
+    CHECK(attention.try_prefill(q, k, v, cache, out, scratch, {.lse = lse}).message() ==
           std::string("sinkcache: ") + c.message);
     CHECK((out.array() == 5.f).all());
     CHECK(lse == std::vector<float>(12, 5.f));
@@ -779,13 +782,21 @@ TEST_CASE("attention: try_ calls give the same bits") {
   matrix a = matrix::Zero(40, 12), b = a;
   std::vector<float> lse_a(160), lse_b(160);
   const auto first = [](auto& m) { return m.topRows(30); };
-  attention.prefill(first(s.q), first(s.k), first(s.v), thrown, first(a), scratch, lse_a.data());
-  CHECK(attention.try_prefill(first(s.q), first(s.k), first(s.v), tried, first(b), scratch, lse_b.data()).ok());
+  attention.prefill(first(s.q), first(s.k), first(s.v), thrown, first(a), scratch,
+                    {.lse = std::span(lse_a).first(120)});
+  CHECK(attention
+            .try_prefill(first(s.q), first(s.k), first(s.v), tried, first(b), scratch,
+                         {.lse = std::span(lse_b).first(120)})
+            .ok());
   for (index_t i = 30; i < 40; ++i) {
     thrown.append(s.k.row(i), s.v.row(i));
     CHECK(tried.try_append(s.k.row(i), s.v.row(i)).ok());
-    attention.decode(s.q.row(i), thrown, a.row(i), scratch, lse_a.data() + 4 * i);
-    CHECK(attention.try_decode(s.q.row(i), tried, b.row(i), scratch, lse_b.data() + 4 * i).ok());
+    attention.decode(s.q.row(i), thrown, a.row(i), scratch,
+                     {.lse = std::span(lse_a).subspan(static_cast<std::size_t>(4 * i), 4)});
+    CHECK(attention
+              .try_decode(s.q.row(i), tried, b.row(i), scratch,
+                          {.lse = std::span(lse_b).subspan(static_cast<std::size_t>(4 * i), 4)})
+              .ok());
     attention_state state_a(4, 3), state_b(4, 3);
     attention.attend(s.q.row(i), thrown, state_a, scratch);
     CHECK(attention.try_attend(s.q.row(i), tried, state_b, scratch).ok());
@@ -795,24 +806,36 @@ TEST_CASE("attention: try_ calls give the same bits") {
   CHECK(lse_a == lse_b);
 }
 
+struct every_query final : weight_reader {
+  bool wants(position_t) const noexcept override { return true; }
+  void read(const weight_tile&) noexcept override { ++tiles; }
+
+  int tiles = 0;
+};
+
 TEST_CASE("attention: a workspace that cannot grow is a status, and changes nothing") {
-  effort::dice dice(16);
-  cache_config config = small_config();
-  const stream s(dice, 12, config, 4);
-  config.prefill_block = index_t{1} << 45;
   const attention attention({.num_qo_heads = 4});
-  kv_cache<f32> cache(config);
-  cache.append(s.k, s.v);
+  const cache_config config{
+      .num_kv_heads = 1, .head_dim = 8, .positions = positions::absolute, .inputs = inputs::rotated};
+  // Of memory that is not there; nothing of it is read.
+  float element = 0;
+  const kv_view<f32> view(config, {{.token = 8}, {.token = 8}}, kv_piece{0, index_t{1} << 45, &element, &element},
+                          position_t{1} << 45);
   workspace scratch;
-  // Views of memory that is not there; nothing of it is read.
-  const index_t rows = config.prefill_block, bytes = scratch.nbytes();
-  matrix q = s.q.topRows(1), out = matrix::Zero(1, 12);
-  const status found = attention.try_prefill({s.q.data(), rows, 20}, {s.k.data(), rows, 10}, {s.v.data(), rows, 6},
-                                             cache, {out.data(), rows, 12}, scratch);
+  const index_t bytes = scratch.nbytes();
+  const matrix q = matrix::Ones(1, 32);
+  matrix out = matrix::Constant(1, 32, 7.f);
+  every_query reader;
+  const status found = attention.try_decode(q, view, out, scratch, {.weights = &reader});
   INFO(found.message());
   CHECK(found.message().find("sinkcache: bytes of the workspace was ") == 0);
-  CHECK((cache.seen() == 12 && scratch.nbytes() == bytes));
-  CHECK(attention.try_decode(q, cache, out, scratch).ok());
+  CHECK((scratch.nbytes() == bytes && reader.tiles == 0 && (out.array() == 7.f).all()));
+
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 8, .window = 5, .rope = rope::none()});
+  const matrix ones = matrix::Ones(1, 8);
+  cache.append(ones, ones);
+  CHECK(attention.try_decode(q, cache, out, scratch, {.weights = &reader}).ok());
+  CHECK(reader.tiles == 1);
 }
 
 }  // namespace

@@ -62,8 +62,7 @@ sc::cache_config full_config() {
           .inputs = sc::inputs::rotated,
           .rope = sc::rope::none(),
           .first_position = 5,
-          .rollback = 2,
-          .prefill_block = 16};
+          .rollback = 2};
 }
 
 static_assert(std::is_aggregate_v<sc::cache_config>);
@@ -77,7 +76,6 @@ static_assert(same_as<decltype(sc::cache_config::inputs), sc::inputs>);
 static_assert(same_as<decltype(sc::cache_config::rope), std::optional<sc::rope>>);
 static_assert(same_as<decltype(sc::cache_config::first_position), sc::position_t>);
 static_assert(same_as<decltype(sc::cache_config::rollback), sc::index_t>);
-static_assert(same_as<decltype(sc::cache_config::prefill_block), sc::index_t>);
 
 // Formats, policies, caches.
 
@@ -112,7 +110,7 @@ constexpr bool is_a_cache() {
   static_assert(same_as<decltype(declval<const Cache&>().min_truncate()), sc::position_t>);
   static_assert(same_as<decltype(declval<Cache&>().clear()), void>);
   static_assert(same_as<decltype(declval<const Cache&>().clone()), Cache>);
-  static_assert(same_as<decltype(declval<const Cache&>().config()), const sc::cache_config&>);
+  static_assert(same_as<decltype(declval<const Cache&>().config()), sc::cache_config>);
   return true;
 }
 static_assert(is_a_cache<sc::kv_cache<sc::f32>, sc::sink_window>());
@@ -181,11 +179,11 @@ float use(Cache cache) {
   workspace.reserve(1);
 
   attention.prefill(q, k, v, cache, out, workspace);
-  attention.prefill(q, k, v, cache, out, workspace, lse);
+  attention.prefill(q, k, v, cache, out, workspace, {.lse = lse});
   cache.append(k.topRows(1), v.topRows(1));
   const Cache& constant = cache;
   attention.decode(q.topRows(1), constant, out.topRows(1), workspace);
-  attention.decode(q.row(0), constant, out.row(0), workspace, lse);
+  attention.decode(q.row(0), constant, out.row(0), workspace, {.lse = std::span(lse).first(4)});
   Cache copy = constant.clone();
   copy.truncate(copy.min_truncate());
   copy.clear();
@@ -356,8 +354,7 @@ TEST_CASE("face: the defaults") {
   CHECK((config.inputs == sc::inputs::raw));
   CHECK(!config.rope.has_value());
   CHECK(config.first_position == 0);
-  CHECK(config.rollback == 0);
-  CHECK(config.prefill_block == 512);
+  CHECK(config.rollback == 63);
 
   const sc::attention_params params{.num_qo_heads = 1};
   CHECK(params.softmax.sink(0) == sc::softmax_variant::standard().sink(0));
@@ -372,7 +369,7 @@ TEST_CASE("face: everything can be called") {
   CHECK(use(sc::kv_cache<sc::f32>(full_config())) > 0);
   CHECK(use(sc::kv_cache<sc::bf16, sc::f16>(full_config(), resource)) > 0);
   sc::cache_config config = full_config();
-  config.rollback = 0;
+  config.num_sink_tokens = config.window = 0;  // the policies have them
   CHECK(use(sc::kv_cache<sc::f16>(config, sc::sink_window{1, 3})) > 0);
   CHECK(use(sc::kv_cache<sc::f32, sc::f32, newest_only>(config, newest_only(), resource)) > 0);
   CHECK(use_state() == 0.f);

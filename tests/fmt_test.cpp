@@ -14,7 +14,7 @@ namespace {
 
 TEST_CASE("fmt: a cache prints the positions it holds, and its size") {
   kv_cache<bf16> cache(
-      {.num_kv_heads = 8, .head_dim = 128, .num_sink_tokens = 4, .window = 1020, .rope = rope::none()});
+      {.num_kv_heads = 8, .head_dim = 128, .num_sink_tokens = 4, .window = 1020, .rope = rope::none(), .rollback = 0});
   const auto append = [&](index_t tokens) {
     const matrix rows = matrix::Zero(tokens, 8 * 128);
     cache.append(rows, rows);
@@ -62,9 +62,11 @@ TEST_CASE("fmt: a cache prints its formats, and spans of a policy of one's own w
   kv_cache<f16, bf16> two(config);
   two.append(rows, rows);
   CHECK(fmt::format("{}", two) == "kv_cache<f16, bf16>{sinks 0-1 | window 7-9, 0.0 MB}");
+  cache_config own_config = config;
+  own_config.num_sink_tokens = own_config.window = 0;
   kv_cache<f32, nameless> own(config);
   CHECK(fmt::format("{}", own) == "kv_cache<f32, custom>{empty, 0.0 MB}");
-  kv_cache<f32, f32, first_and_newest> policy(config, {});
+  kv_cache<f32, f32, first_and_newest> policy(own_config, {});
   policy.append(rows.topRows(2), rows.topRows(2));
   CHECK(fmt::format("{}", policy) == "kv_cache<f32>{tokens 0-1, 0.0 MB}");
   policy.append(rows, rows);
@@ -80,8 +82,8 @@ TEST_CASE("fmt: spans, statuses, configurations") {
   cache_config config{.num_kv_heads = 8, .head_dim = 64, .num_sink_tokens = 4, .window = 1020, .rope = rope::none()};
   CHECK(fmt::format("{}", validate(config)) == "ok");
   CHECK(fmt::format("{}", config) ==
-        "cache_config{8 KV heads of 64, 4 sink tokens, window 1020, positions in_cache, inputs raw, rope of width 0, "
-        "prefill_block 512}");
+        "cache_config{8 KV heads of 64, 4 sink tokens, window 1020, rollback 63, positions in_cache, "
+        "inputs raw, rope of width 0}");
   config.v_head_dim = 32;
   config.positions = positions::absolute;
   config.inputs = inputs::rotated;
@@ -90,9 +92,11 @@ TEST_CASE("fmt: spans, statuses, configurations") {
   config.rollback = 3;
   CHECK(fmt::format("{}", config) ==
         "cache_config{8 KV heads of 64, values of 32, 4 sink tokens, window 1020, rollback 3, positions absolute, "
-        "inputs rotated, first_position 7, prefill_block 512}");
+        "inputs rotated, first_position 7}");
   config.window = 0;
-  CHECK(fmt::format("{}", validate(config)) == "sinkcache: window was 0, had to be at least 1");
+  CHECK(fmt::format("{}", validate(config)) ==
+        "sinkcache: window was 0, had to be at least 1: of a layer without a window, as many tokens as its stream may "
+        "have");
 }
 
 }  // namespace

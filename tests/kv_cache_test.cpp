@@ -40,7 +40,13 @@ cache_config small_config() {
           .num_sink_tokens = 2,
           .window = 5,
           .rope = rope::plain(4, 100.0),
-          .prefill_block = 4};
+          .rollback = 0};
+}
+
+// The same without a window: a user-defined policy has its own.
+cache_config for_policy(cache_config config) {
+  config.num_sink_tokens = config.window = 0;
+  return config;
 }
 
 matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
@@ -53,7 +59,7 @@ matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
 struct token_rows {
   matrix k, v;
 };
-token_rows rows_of(const cache_config& config, const std::vector<int>& ids) {
+token_rows rows_of(const kv_geometry& config, const std::vector<int>& ids) {
   const auto n = static_cast<index_t>(ids.size());
   token_rows rows{matrix(n, config.num_kv_heads * config.head_dim), matrix(n, config.num_kv_heads * config.v_head_dim)};
   for (index_t i = 0; i < n; ++i) {
@@ -66,7 +72,7 @@ token_rows rows_of(const cache_config& config, const std::vector<int>& ids) {
 
 template <class Cache>
 void append(Cache& cache, const std::vector<int>& ids) {
-  const token_rows rows = rows_of(cache.config(), ids);
+  const token_rows rows = rows_of(cache.geometry(), ids);
   cache.append(rows.k, rows.v);
 }
 
@@ -81,10 +87,10 @@ std::vector<float> attend(const any_kv_cache& cache) {
   static workspace scratch;
   effort::dice dice(7);
   const attention attention({.num_qo_heads = 4});
-  const matrix q = random_matrix(dice, 1, 4 * cache.config().head_dim);
-  matrix out(1, 4 * cache.config().v_head_dim);
+  const matrix q = random_matrix(dice, 1, 4 * cache.geometry().head_dim);
+  matrix out(1, 4 * cache.geometry().v_head_dim);
   float lse[4];
-  attention.decode(q, cache, out, scratch, lse);
+  attention.decode(q, cache, out, scratch, {.lse = lse});
   std::vector<float> result(out.data(), out.data() + out.size());
   result.insert(result.end(), lse, lse + 4);
   return result;
@@ -108,27 +114,27 @@ TEST_CASE("kv_cache: a bad configuration is refused in exact words, before memor
       {[](auto& c) { c.num_kv_heads = most; }, "num_kv_heads * tokens was 9223372036854775807 * 7, had to fit 63 bits"},
       {[](auto& c) { c.num_kv_heads = most / 8; },
        "bytes of the cache was 8070450532247928825 * 128, had to fit 63 bits"},
-      {[](auto& c) { c.head_dim = 0; }, "head_dim was 0, had to be from 1 to 512"},
-      {[](auto& c) { c.head_dim = -4; }, "head_dim was -4, had to be from 1 to 512"},
-      {[](auto& c) { c.head_dim = 513; }, "head_dim was 513, had to be from 1 to 512"},
-      {[](auto& c) { c.head_dim = most; }, "head_dim was 9223372036854775807, had to be from 1 to 512"},
-      {[](auto& c) { c.v_head_dim = -1; }, "v_head_dim was -1, had to be from 1 to 512"},
-      {[](auto& c) { c.v_head_dim = 513; }, "v_head_dim was 513, had to be from 1 to 512"},
+      {[](auto& c) { c.head_dim = 0; }, "head_dim was 0, had to be from 1 to 576"},
+      {[](auto& c) { c.head_dim = -4; }, "head_dim was -4, had to be from 1 to 576"},
+      {[](auto& c) { c.head_dim = 577; }, "head_dim was 577, had to be from 1 to 576"},
+      {[](auto& c) { c.head_dim = most; }, "head_dim was 9223372036854775807, had to be from 1 to 576"},
+      {[](auto& c) { c.v_head_dim = -1; }, "v_head_dim was -1, had to be from 1 to 576"},
+      {[](auto& c) { c.v_head_dim = 577; }, "v_head_dim was 577, had to be from 1 to 576"},
       {[](auto& c) { c.num_sink_tokens = -1; }, "num_sink_tokens was -1, had to be at least 0"},
       {[](auto& c) { c.num_sink_tokens = most; },
        "num_sink_tokens + window + rollback was 9223372036854775807 + 5, had to fit 63 bits"},
       {[](auto& c) { c.num_sink_tokens = most - 5; },
        "num_kv_heads * tokens was 2 * 9223372036854775807, had to fit 63 bits"},
-      {[](auto& c) { c.window = 0; }, "window was 0, had to be at least 1"},
-      {[](auto& c) { c.window = -5; }, "window was -5, had to be at least 1"},
+      {[](auto& c) { c.window = 0; },
+       "window was 0, had to be at least 1: of a layer without a window, as many tokens as its stream may have"},
+      {[](auto& c) { c.window = -5; },
+       "window was -5, had to be at least 1: of a layer without a window, as many tokens as its stream may have"},
       {[](auto& c) { c.window = most; },
        "num_sink_tokens + window + rollback was 2 + 9223372036854775807, had to fit 63 bits"},
       {[](auto& c) { c.window = (most >> 2) + 1; },
        "bytes of the cache was 4611686018427387908 * 128, had to fit 63 bits"},
       {[](auto& c) { c.rollback = -1; }, "rollback was -1, had to be at least 0"},
       {[](auto& c) { c.rollback = most; }, "window + rollback was 5 + 9223372036854775807, had to fit 63 bits"},
-      {[](auto& c) { c.prefill_block = 0; }, "prefill_block was 0, had to be at least 1"},
-      {[](auto& c) { c.prefill_block = -512; }, "prefill_block was -512, had to be at least 1"},
       {[](auto& c) { c.first_position = -1; }, "first_position was -1, had to be from 0 to 4611686018427387904"},
       {[](auto& c) { c.first_position = (position_t{1} << 62) + 1; },
        "first_position was 4611686018427387905, had to be from 0 to 4611686018427387904"},
@@ -246,8 +252,15 @@ TEST_CASE("kv_cache: capacity, size and seen along a stream") {
 // The row that holds a position, as bytes: the keys', then the values'.
 template <class Cache>
 std::pair<const std::byte*, const std::byte*> row_of(const Cache& cache, index_t head, position_t position) {
-  const segment at = cache.segment_at(head, position, position + 1);
-  return {at.k.store + at.row * at.k.block, at.v.store + at.row * at.v.block};
+  kv_part memory[8];
+  part_list parts(memory, 8);
+  cache.plan(head, cache.seen() - 1, cache.seen() - 1, parts);
+  for (const kv_part& part : parts)
+    if (part.first <= position && position < part.end()) {
+      const index_t row = part.row + static_cast<index_t>(position - part.first);
+      return {part.k.base + row * part.k.block, part.v.base + row * part.v.block};
+    }
+  return {};
 }
 
 // What a stored row lacks of these numbers in the format, padding with zeros included: rounded to the format, and off
@@ -283,10 +296,10 @@ TEMPLATE_TEST_CASE("kv_cache: stores keys turned to their position and values as
       config.inputs = raw ? inputs::raw : inputs::rotated;
       config.first_position = first_position;
       kv_cache<K, V> cache(config);
-      const token_rows rows = rows_of(config, numbers(0, 19));
+      const token_rows rows = rows_of(detail::geometry_of(config), numbers(0, 19));
       cache.append(rows.k.topRows(12), rows.v.topRows(12));
       cache.append(rows.k.bottomRows(7), rows.v.bottomRows(7));
-      for (const position_span& span : cache.visible(19))
+      for (const position_span& span : cache.policy().visible(19))
         for (position_t p = span.first; p < span.last; ++p)
           for (index_t head = 0; head < 2; ++head) {
             std::vector<double> key(rows.k.row(p).data() + head * 21, rows.k.row(p).data() + (head + 1) * 21);
@@ -395,7 +408,9 @@ TEST_CASE("kv_cache: a sink_window of one's own is checked like that of a config
   CHECK(make({2, 5, 3}).capacity() == 7);
   CHECK(make({2, 5, 3}).nbytes() == 2 * 10 * 128);
   CHECK_THROWS_WITH(make({-3, 8}), "sinkcache: num_sink_tokens was -3, had to be at least 0");
-  CHECK_THROWS_WITH(make({4, 0, 2}), "sinkcache: window was 0, had to be at least 1");
+  CHECK_THROWS_WITH(make({4, 0, 2}),
+                    "sinkcache: window was 0, had to be at least 1: of a layer without a window, as many tokens as its "
+                    "stream may have");
   CHECK_THROWS_WITH(make({4, 8, -1}), "sinkcache: rollback was -1, had to be at least 0");
   CHECK_THROWS_WITH(make({1, most, 0}),
                     "sinkcache: num_sink_tokens + window + rollback was 1 + 9223372036854775807, had to fit 63 bits");
@@ -404,15 +419,19 @@ TEST_CASE("kv_cache: a sink_window of one's own is checked like that of a config
 }
 
 TEST_CASE("kv_cache: a policy of one's own brings its own rows") {
-  cache_config config = small_config();
+  cache_config config = for_policy(small_config());
   CHECK((kv_cache<f32, f32, page_window>(config, {}).capacity()) == 6);
   CHECK((kv_cache<f32, f32, page_window>::required_bytes(config, {})) == 2 * 6 * 128);
   CHECK_THROWS_WITH((kv_cache<f32, f32, nothing_kept>(config, {})),
                     "sinkcache: the policy's capacity() was 0, had to be at least 1");
-  config.rollback = 3;
   counting_resource resource;
+  config.window = 3;
   CHECK_THROWS_WITH((kv_cache<f32, f32, page_window>(config, {}, &resource)),
-                    "sinkcache: rollback was 3, had to be 0: a policy of one's own brings its own rows for it");
+                    "sinkcache: window was 3, had to be 0: the policy that is given says what it keeps");
+  config = for_policy(config);
+  config.num_sink_tokens = 2;
+  CHECK_THROWS_WITH((kv_cache<f32, f32, page_window>(config, {}, &resource)),
+                    "sinkcache: num_sink_tokens was 2, had to be 0: the policy that is given says what it pins");
   CHECK(resource.all_returned());
 }
 
@@ -423,7 +442,7 @@ kv_cache<f32, f32, Policy> make_cache(const cache_config& config, const Policy& 
   if constexpr (std::same_as<Policy, sink_window>)
     return kv_cache<f32>(config, resource);
   else
-    return kv_cache<f32, f32, Policy>(config, policy, resource);
+    return kv_cache<f32, f32, Policy>(for_policy(config), policy, resource);
 }
 
 // Beside the cache: the tokens of the stream, and which token was written last into each slot.
@@ -482,7 +501,7 @@ void go_back_at_random(const cache_config& config, const Policy& policy, std::ui
       next += static_cast<int>(ids.size());
     } else if (draw < 55) {
       const std::vector<int> ids = numbers(next, next + static_cast<int>(dice.from_to(0, 20)));
-      const token_rows rows = rows_of(config, ids);
+      const token_rows rows = rows_of(detail::geometry_of(config), ids);
       const matrix q = random_matrix(dice, rows.k.rows(), 4 * config.head_dim);
       matrix out(rows.k.rows(), 4 * config.v_head_dim);
       attention({.num_qo_heads = 4}).prefill(q, rows.k, rows.v, run.cache, out, scratch);
@@ -544,7 +563,7 @@ TEST_CASE("kv_cache: truncate goes back exactly where nothing needed was overwri
 }
 
 TEST_CASE("kv_cache: what was lost before a return to the pinned tokens stays lost") {
-  kv_cache<f32, f32, late_pins> cache(small_config(), {});
+  kv_cache<f32, f32, late_pins> cache(for_policy(small_config()), {});
   append(cache, numbers(0, 7));  // 5 lies where 1 was
   cache.truncate(4);             // {2, 3}, pinned
   CHECK_THROWS_WITH(cache.truncate(3),
@@ -617,7 +636,7 @@ TEST_CASE("kv_cache: a clone goes on by itself") {
     CHECK(attend(copy) == copys);
   }
   CHECK(resource.all_returned());
-  kv_cache<f32, f32, page_window> paged(small_config(), {});
+  kv_cache<f32, f32, page_window> paged(for_policy(small_config()), {});
   append(paged, numbers(0, 5));
   CHECK(attend(paged.clone()) == attend(paged));
 }
@@ -674,15 +693,14 @@ TEST_CASE("kv_cache: validate knows the formats, the free one does not") {
   config.num_kv_heads = most / 8;  // fits 63 bits with small enough rows
   CHECK(validate(config).ok());
   CHECK(!kv_cache<f32>::validate(config));
-  CHECK(kv_cache<f32, f32, page_window>::validate(small_config(), {}).ok());
-  CHECK(kv_cache<f32, f32, nothing_kept>::validate(small_config(), {}).message() ==
+  CHECK(kv_cache<f32, f32, page_window>::validate(for_policy(small_config()), {}).ok());
+  CHECK(kv_cache<f32, f32, nothing_kept>::validate(for_policy(small_config()), {}).message() ==
         "sinkcache: the policy's capacity() was 0, had to be at least 1");
-  CHECK(kv_cache<f32>::validate(small_config(), {4, 0, 2}).message() ==
-        "sinkcache: window was 0, had to be at least 1");
-  config = small_config();
-  config.rollback = 3;
-  CHECK(kv_cache<f32, f32, page_window>::validate(config, {}).message() ==
-        "sinkcache: rollback was 3, had to be 0: a policy of one's own brings its own rows for it");
+  CHECK(kv_cache<f32>::validate(for_policy(small_config()), {4, 0, 2}).message() ==
+        "sinkcache: window was 0, had to be at least 1: of a layer without a window, as many tokens as its "
+        "stream may have");
+  CHECK(kv_cache<f32, f32, page_window>::validate(small_config(), {}).message() ==
+        "sinkcache: num_sink_tokens was 2, had to be 0: the policy that is given says what it pins");
 }
 
 TEST_CASE("kv_cache: try_create gives what the constructor makes") {
@@ -698,7 +716,7 @@ TEST_CASE("kv_cache: try_create gives what the constructor makes") {
     CHECK(attend(*cache) == attend(plain));
     CHECK(resource.allocations == 1);
 
-    auto own = kv_cache<f32, f32, page_window>::try_create(small_config(), {}, found, &resource);
+    auto own = kv_cache<f32, f32, page_window>::try_create(for_policy(small_config()), {}, found, &resource);
     REQUIRE((own && found));
     CHECK(own->capacity() == 6);
 
@@ -791,7 +809,7 @@ TEST_CASE("kv_cache: everything but its making works through any_kv_cache") {
       const auto cache = with_formats(k_name, v_name, [&](auto k, auto v) -> std::unique_ptr<any_kv_cache> {
         return std::make_unique<kv_cache<decltype(k), decltype(v)>>(config);
       });
-      CHECK((cache->kind().k_format == k_name && cache->kind().v_format == v_name && cache->kind().sink_window));
+      CHECK((cache->kind().k_format == k_name && cache->kind().v_format == v_name));
       append(*cache, numbers(0, 20));
       CHECK((cache->seen() == 20 && cache->size() == 7 && cache->capacity() == 7 && cache->min_truncate() == 18));
       CHECK(cache->nbytes() == 2 * 9 * 128);
@@ -846,9 +864,9 @@ struct kept_elsewhere {
 template <class Cache>
 void check_moved_from(Cache& from, Cache other) {
   CHECK((from.seen() == 0 && from.size() == 0 && from.min_truncate() == 0));
-  CHECK((from.nbytes() == 0 && from.capacity() == 0 && from.visible(9).size() == 0));
+  CHECK((from.nbytes() == 0 && from.capacity() == 0 && from.num_visible(8) == 0));
   const std::string refused = "sinkcache: the cache was moved from, had to be one that holds memory";
-  const token_rows rows = rows_of(from.config(), numbers(0, 3));
+  const token_rows rows = rows_of(from.geometry(), numbers(0, 3));
   CHECK(from.try_append(rows.k, rows.v).message() == refused);
   CHECK_THROWS_WITH(from.append(rows.k, rows.v), refused);
   CHECK_THROWS_WITH(from.append(rows.k.topRows(0), rows.v.topRows(0)), refused);
@@ -884,7 +902,8 @@ TEST_CASE("kv_cache: one that was moved from is empty, takes nothing, and can be
   check_moved_from(a, std::move(c));  // NOLINT(bugprone-use-after-move)
 
   using own_cache = kv_cache<f32, f32, kept_elsewhere>;
-  own_cache own(small_config(), kept_elsewhere({2, 5})), other(small_config(), kept_elsewhere({1, 3}));
+  own_cache own(for_policy(small_config()), kept_elsewhere({2, 5})),
+      other(for_policy(small_config()), kept_elsewhere({1, 3}));
   append(own, numbers(0, 9));
   append(other, numbers(0, 9));
   const own_cache kept(std::move(own));

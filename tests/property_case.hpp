@@ -42,9 +42,9 @@ struct small_layer {
     cache.append(k.topRows(n - asked), v.topRows(n - asked));
     if (decode) cache.append(k.bottomRows(1), v.bottomRows(1));
     if (decode)
-      attention.decode(q.bottomRows(1), cache, out, w, lse.data());
+      attention.decode(q.bottomRows(1), cache, out, w, {.lse = lse});
     else
-      attention.prefill(q, k.bottomRows(asked), v.bottomRows(asked), cache, out, w, lse.data());
+      attention.prefill(q, k.bottomRows(asked), v.bottomRows(asked), cache, out, w, {.lse = lse});
     const std::vector<position_t> visible = plain_sink_window(c.config.num_sink_tokens, c.config.window).visible(n);
     return far_from(oracle::attend(c.layer, q.row(q.rows() - 1).data(), n - 1, visible, k.data(), v.data()),
                     out.row(asked - 1).data(), &lse.back());
@@ -81,12 +81,12 @@ inline outputs feed(open_cache& cache, const attention& attention, const tokens&
   effort::dice dice(chunks);
   const bool decodes = chunks == decode_only;
   const index_t n = t.q.rows(), heads = attention.params().num_qo_heads;
-  outputs all{matrix(n, heads * cache.get().config().v_head_dim), std::vector<float>(as_size(n * heads))};
+  outputs all{matrix(n, heads * cache.get().geometry().v_head_dim), std::vector<float>(as_size(n * heads))};
   for (index_t first = 0, size = 0; first < n; first += size) {
     size = std::min<index_t>(n - first,
                              decodes || dice.one_in(2) ? 1 : dice.from_to(2, one_of<index_t>(dice, {4, 30, 200})));
     const matrix q = t.q.middleRows(first, size), k = t.k.middleRows(first, size), v = t.v.middleRows(first, size);
-    float* const lse = all.lse.data() + first * heads;
+    const extra_outputs lse{.lse = std::span(all.lse).subspan(as_size(first * heads), as_size(size * heads))};
     if (size == 1) {
       cache.append(k, v);
       attention.decode(q, cache.get(), all.out.middleRows(first, 1), w, lse);

@@ -80,13 +80,12 @@ std::string random_case::name() const {
       "seed {}: {} + {} heads of {} and {}, {} sink tokens, window {}, rollback {}, from position {}, {} rotary "
       "pairs{}, "
       "{}, {}, formats {} and {}, logits of scale {}, soft cap {}, {} ALiBi slopes, {} sink biases, {} sink logits, "
-      "blocks "
-      "of {}, {} tokens{}{}",
+      "{} tokens{}{}",
       seed, layer.num_qo_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, config.num_sink_tokens,
       config.window, config.rollback, config.first_position, layer.inv_freq.size(),
       layer.interleaved ? " interleaved" : "", layer.in_cache ? "in_cache" : "absolute",
       layer.q_turned ? "rotated" : "raw", formats[k_format], formats[v_format], logit_scale, layer.soft_cap,
-      layer.alibi_slopes.size(), layer.sink_bias.size(), layer.sink_logits.size(), config.prefill_block, tokens,
+      layer.alibi_slopes.size(), layer.sink_bias.size(), layer.sink_logits.size(), tokens,
       constant_values ? ", constant values" : "", rewinds ? ", with rewinds" : "");
 }
 
@@ -103,11 +102,10 @@ random_case draw_case(std::uint64_t seed, const limits& limits) {
   config.v_head_dim = dice.one_in(2) ? config.head_dim : draw_dim(dice, limits.max_head_dim);
   config.num_sink_tokens = dice.one_in(4) ? 0 : dice.from_to(0, limits.max_sinks);
   config.window = dice.from_to(1, dice.one_in(2) ? limits.max_window : std::min<index_t>(limits.max_window, 40));
-  config.rollback = dice.one_in(3) ? dice.from_to(0, 40) : 0;
+  config.rollback = dice.one_in(3) ? dice.from_to(0, 40) : dice.one_in(4) ? 0 : dice.from_to(0, 130);
   config.positions = dice.one_in(3) ? positions::absolute : positions::in_cache;
   config.inputs = dice.one_in(3) ? inputs::rotated : inputs::raw;
   config.first_position = one_of<position_t>(dice, {0, 0, 0, 1000, 1 << 24, position_t{1} << 40, max_position});
-  config.prefill_block = dice.one_in(3) ? dice.from_to(1, 700) : 512;
   draw_rope(c, dice);
 
   oracle::layer& layer = c.layer;

@@ -151,7 +151,7 @@ class case_run {
     std::string wrong = note(t, row + 1);
     matrix out = matrix::Constant(1, static_cast<index_t>(case_.layer.num_qo_heads * case_.layer.v_head_dim), infinity);
     std::vector<float> lse(case_.layer.num_qo_heads, infinity);
-    attention_.decode(t.q.row(row), cache_->get(), out, workspace_, lse.data());
+    attention_.decode(t.q.row(row), cache_->get(), out, workspace_, {.lse = lse});
     return !wrong.empty() ? wrong : compare(t, row, before + row, out.data(), lse.data());
   }
 
@@ -176,7 +176,7 @@ class case_run {
     matrix out = matrix::Constant(n, heads * case_.config.v_head_dim + 3, infinity);
     std::vector<float> lse(as_size(n * heads) + 1, infinity);
     attention_.prefill(q.leftCols(t.q.cols()), k.leftCols(t.k.cols()), v.leftCols(t.v.cols()), cache_->get(),
-                       out.leftCols(out.cols() - 3), workspace_, lse.data());
+                       out.leftCols(out.cols() - 3), workspace_, {.lse = std::span(lse).first(as_size(n * heads))});
     if (!(out.rightCols(3).array() == infinity).all() || lse.back() != infinity) return "written beside the output";
     std::string wrong = note(t, n);
     for (index_t i = 0; i < n && wrong.empty(); ++i)

@@ -269,7 +269,7 @@ TEST_CASE("softmax: finish leaves the state as it is; data() is all of it") {
   const softmax_variant variant = softmax_variant::sink_logits(sinks);
   for (index_t head = 0; head < 3; ++head) {
     std::vector<float> out(7, 42.f);  // finish writes v_head_dim floats and no more
-    const float lse = state.finish(variant, head, out.data() + 1);
+    const float lse = state.finish(variant, head, std::span(out).subspan(1, 5));
     CHECK((out.front() == 42.f && out.back() == 42.f));
     const attention_output again = state.finish(variant, head), elsewhere = received.finish(variant, head);
     CHECK((again.out.rows() == 1 && again.out.cols() == 5));
@@ -311,9 +311,9 @@ TEST_CASE("softmax: errors name the argument, its value and what it had to be") 
 
   CHECK_THROWS_WITH(attention_state(0, 4), "sinkcache: num_heads was 0, had to be at least 1");
   CHECK_THROWS_WITH(attention_state(-3, 4), "sinkcache: num_heads was -3, had to be at least 1");
-  CHECK_THROWS_WITH(attention_state(1, 0), "sinkcache: v_head_dim was 0, had to be from 1 to 512");
-  CHECK_THROWS_WITH(attention_state(1, 513), "sinkcache: v_head_dim was 513, had to be from 1 to 512");
-  CHECK_NOTHROW(attention_state(1, 512));
+  CHECK_THROWS_WITH(attention_state(1, 0), "sinkcache: v_head_dim was 0, had to be from 1 to 576");
+  CHECK_THROWS_WITH(attention_state(1, 577), "sinkcache: v_head_dim was 577, had to be from 1 to 576");
+  CHECK_NOTHROW(attention_state(1, 576));
   CHECK_THROWS_AS(attention_state(std::numeric_limits<index_t>::max(), 4), std::invalid_argument);
 
   attention_state state(2, 4);

@@ -88,7 +88,7 @@ TEST_CASE("stream: between two appends only the new token's rows change, and out
     if (std::memcmp(expected.data(), bytes, size) != 0) wrong = "append changed another row, or stored another value";
     if (cache.seen() != p + 1) wrong = "seen() is off";
 
-    attention.decode({q.data(), 1, heads * dim}, cache, {out.data(), 1, heads * dim}, workspace, lse.data());
+    attention.decode({q.data(), 1, heads * dim}, cache, {out.data(), 1, heads * dim}, workspace, {.lse = lse});
     if (std::memcmp(expected.data(), bytes, size) != 0) wrong = "decode changed the cache";
 
     if (p == next_sample || p == tokens - 1) {

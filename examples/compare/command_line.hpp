@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fmt/format.h>  // before namespace compare, which hides a function of its
+
 // What the programs' command lines share, so that all of them read alike.
 
 #include <fmt/core.h>

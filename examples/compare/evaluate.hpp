@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fmt/format.h>  // before namespace compare, which hides a function of its
+
 // Runs a text through a model under each policy and keeps what every token cost.
 
 #include <cstddef>

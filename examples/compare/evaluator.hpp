@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fmt/format.h>  // before namespace compare, which hides a function of its
+
 // Runs one stream of tokens through a model, and says what each token cost.
 
 #include <cstddef>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <fmt/format.h>  // before namespace compare, which hides a function of its
+
 #include <string>
 
 namespace compare {

@@ -187,14 +187,9 @@ session::session(const model& m, const cache_factory& make_cache, const session_
     layers_.push_back(
         {make_cache({.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = m.rope_}),
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
-                               .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)}),
-         {}});
-    if (!config.watches_sinks) continue;
-    sinkcache::attention_params without_pinned = layers_.back().attention.params();
-    without_pinned.sink_bias.assign(static_cast<std::size_t>(c.num_attention_heads), -1e4f);
-    layers_.back().without_pinned.emplace(std::move(without_pinned));
-    pinned_shares_.resize(c.num_hidden_layers, c.num_attention_heads);
+                               .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)})});
   }
+  if (config.watches_sinks) pinned_shares_.resize(c.num_hidden_layers, c.num_attention_heads);
   logits_.resize(1, c.vocab_size);
   reserve(1);
 }
@@ -248,6 +243,26 @@ void session::predict(index_t first_row, matrix& logits) {
   model_->lm_head().multiply(normed, logits, pool_.get());
 }
 
+namespace {
+
+// Adds up, per query head, what a query gives pinned tokens.
+class pinned_reader final : public sinkcache::weight_reader {
+ public:
+  explicit pinned_reader(std::span<float> shares) : shares_(shares) { std::ranges::fill(shares, 0.f); }
+
+  bool wants(sinkcache::position_t) const noexcept override { return true; }
+  void read(const sinkcache::weight_tile& tile) noexcept override {
+    for (index_t i = 0; i < tile.num_qo_heads; ++i)
+      for (index_t j = 0; j < tile.n && tile.first + j < tile.part->pinned; ++j)
+        shares_[static_cast<std::size_t>(tile.first_qo_head + i)] += tile.weight(j, i);
+  }
+
+ private:
+  std::span<float> shares_;
+};
+
+}  // namespace
+
 void session::run_layers(std::span<const int> tokens) {
   const model_config& c = model_->config_;
   const index_t n = static_cast<index_t>(tokens.size());
@@ -258,10 +273,13 @@ void session::run_layers(std::span<const int> tokens) {
     const model::layer& layer = model_->layers_[i];
     rms_norm(hidden, layer.input_norm, c.rms_norm_eps, normed);
     layer.qkv.multiply(normed, qkv_.topRows(n), pool_.get());
-    if (n == 1 && layers_[i].without_pinned)
-      watch_sinks(i);
-    else
+    if (n == 1 && pinned_shares_.size() > 0) {
+      pinned_reader reader(
+          {pinned_shares_.row(static_cast<index_t>(i)).data(), static_cast<std::size_t>(pinned_shares_.cols())});
+      attend(layers_[i], n, &reader);
+    } else {
       attend(layers_[i], n);
+    }
     layer.o.multiply(attended_.topRows(n), normed, pool_.get());
     hidden += normed;
 
@@ -273,7 +291,7 @@ void session::run_layers(std::span<const int> tokens) {
   }
 }
 
-void session::attend(layer_state& layer, index_t rows, float* lse) {
+void session::attend(layer_state& layer, index_t rows, sinkcache::weight_reader* weights) {
   const model_config& c = model_->config_;
   const index_t q_size = attended_.cols(), kv_size = c.num_key_value_heads * c.head_dim;
   const const_rows_view q = qkv_.block(0, 0, rows, q_size);
@@ -282,20 +300,10 @@ void session::attend(layer_state& layer, index_t rows, float* lse) {
   rows_view out = attended_.topRows(rows);
   if (rows == 1) {
     layer.cache->append(k, v);
-    layer.attention.decode(q, *layer.cache, out, workspace_, lse);
+    layer.attention.decode(q, *layer.cache, out, workspace_, {.weights = weights});
   } else {
-    layer.attention.prefill(q, k, v, *layer.cache, out, workspace_, lse);
+    layer.attention.prefill(q, k, v, *layer.cache, out, workspace_, {.weights = weights});
   }
-}
-
-// As attend of one row. What pinned tokens get is what is missing without them.
-void session::watch_sinks(std::size_t i) {
-  layer_state& layer = layers_[i];
-  matrix lse(2, pinned_shares_.cols()), ignored(1, attended_.cols());
-  attend(layer, 1, lse.row(0).data());
-  layer.without_pinned->decode(qkv_.block(0, 0, 1, attended_.cols()), *layer.cache, ignored, workspace_,
-                               lse.row(1).data());
-  pinned_shares_.row(static_cast<index_t>(i)) = (1 - (lse.row(1) - lse.row(0)).array().exp()).max(0);
 }
 
 void session::clear() {

@@ -86,15 +86,13 @@ class session {
   struct layer_state {
     std::unique_ptr<sinkcache::any_kv_cache> cache;
     sinkcache::attention attention;
-    std::optional<sinkcache::attention> without_pinned;
   };
 
   void reserve(index_t rows);
   void forward(std::span<const int> tokens);
   void run_layers(std::span<const int> tokens);
   void predict(index_t first_row, matrix& logits);
-  void attend(layer_state&, index_t rows, float* lse = nullptr);
-  void watch_sinks(std::size_t i);
+  void attend(layer_state&, index_t rows, sinkcache::weight_reader* weights = nullptr);
 
   const model* model_;
   std::unique_ptr<threads::thread_pool> pool_;  // null: the caller's thread alone

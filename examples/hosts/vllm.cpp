@@ -27,7 +27,9 @@ bool hosts::vllm() {
     q.row(i) = query(lengths[s] - 1);
     views.emplace_back(config(), kv_layout{strides, strides},
                        kv_pages{k.data(), v.data(), page, page, num_pages, page_tokens, tables[s]}, lengths[s]);
-    batch.push_back({q.row(i).data(), &views.back(), out.row(i).data()});
+    batch.push_back({.q = {q.row(i).data(), static_cast<std::size_t>(q.cols())},
+                     .keys = &views.back(),
+                     .out = {out.row(i).data(), static_cast<std::size_t>(out.cols())}});
   }
   workspace workspace;
   attention({.num_qo_heads = num_heads}).decode(batch, workspace);

@@ -1,6 +1,6 @@
 #pragma once
 
-// What every cache is, whatever its formats and policy: its configuration, and the calls that an engine makes on it.
+// What every cache is, whatever its formats and policy: a source that grows, and the calls that an engine makes on it.
 
 #include <cstddef>
 #include <optional>
@@ -9,25 +9,14 @@
 
 #include "matrix.hpp"
 #include "policy.hpp"
-#include "rope.hpp"
-#include "segment.hpp"
+#include "source.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-enum class positions {
-  in_cache,  // tokens count as neighbours of those that are still visible before and after them (StreamingLLM)
-  absolute   // tokens keep their true positions (gpt-oss and other models trained with a window)
-};
-
-enum class inputs {
-  raw,     // keys and queries come without rotary positions; the library turns them
-  rotated  // the engine has turned them, at their true positions
-};
-
 struct cache_config {
   index_t num_kv_heads = 0;     // at least 1
-  index_t head_dim = 0;         // of keys and queries, 1 to 512
-  index_t v_head_dim = 0;       // of values and outputs, 1 to 512; 0: head_dim
+  index_t head_dim = 0;         // of keys and queries, 1 to 576
+  index_t v_head_dim = 0;       // of values and outputs, 1 to 576; 0: head_dim
   index_t num_sink_tokens = 0;  // the first tokens, pinned for ever
   index_t window = 0;           // the newest tokens, the current one included; at least 1
   sinkcache::positions positions = sinkcache::positions::in_cache;
@@ -35,41 +24,38 @@ struct cache_config {
   std::optional<sinkcache::rope> rope = std::nullopt;  // must be given (rope::none() counts) unless positions are
                                                        // absolute and inputs rotated
   position_t first_position = 0;                       // where the stream starts: enters phases only
-  index_t rollback = 0;         // evicted tokens kept a while, so that so many appended ones can be taken back
-  index_t prefill_block = 512;  // prefill stages at most so many tokens at a time
+  index_t rollback = 63;  // evicted tokens kept a while longer: so many appended ones can be taken back, and prefill
+                          // takes one more at a time. 0 saves their memory, and prefills token by token
 };
 
 namespace detail {
 
 inline void require_window(status& found, const sink_window& policy) noexcept {
   found.require(policy.num_sink_tokens >= 0, "num_sink_tokens", policy.num_sink_tokens, "at least 0");
-  found.require(policy.window >= 1, "window", policy.window, "at least 1");
+  found.require(policy.window >= 1, "window", policy.window,
+                "at least 1: of a layer without a window, as many tokens as its stream may have");
   found.require(policy.rollback >= 0, "rollback", policy.rollback, "at least 0");
   const index_t ring = checked_sum(found, "window + rollback", policy.window, policy.rollback);
   checked_sum(found, "num_sink_tokens + window + rollback", policy.num_sink_tokens, ring);
 }
 
-inline void require_config(status& found, const cache_config& config) noexcept {
-  found.require(config.num_kv_heads >= 1, "num_kv_heads", config.num_kv_heads, "at least 1");
-  found.require(config.head_dim >= 1 && config.head_dim <= max_head_dim, "head_dim", config.head_dim, "from 1 to",
+inline void require_geometry(status& found, const kv_geometry& of) noexcept {
+  found.require(of.num_kv_heads >= 1, "num_kv_heads", of.num_kv_heads, "at least 1");
+  found.require(of.head_dim >= 1 && of.head_dim <= max_head_dim, "head_dim", of.head_dim, "from 1 to", max_head_dim);
+  found.require(of.v_head_dim >= 1 && of.v_head_dim <= max_head_dim, "v_head_dim", of.v_head_dim, "from 1 to",
                 max_head_dim);
-  found.require(config.v_head_dim >= 0 && config.v_head_dim <= max_head_dim, "v_head_dim", config.v_head_dim,
-                "from 1 to", max_head_dim);
-  found.require(config.first_position >= 0 && config.first_position <= max_position, "first_position",
-                config.first_position, "from 0 to", max_position);
-  found.require(config.rollback >= 0, "rollback", config.rollback, "at least 0");
-  found.require(config.prefill_block >= 1, "prefill_block", config.prefill_block, "at least 1");
-  found.require(
-      config.rope.has_value() || (config.positions == positions::absolute && config.inputs == inputs::rotated), "rope",
-      "absent", "given (rope::none() counts) unless positions are absolute and inputs rotated");
-  if (config.rope)
-    found.require(config.rope->width() <= config.head_dim, "rope's width", config.rope->width(), "at most head_dim,",
-                  config.head_dim);
+  found.require(of.first_position >= 0 && of.first_position <= max_position, "first_position", of.first_position,
+                "from 0 to", max_position);
+  found.require(of.rope.has_value() || (of.positions == positions::absolute && of.inputs == inputs::rotated), "rope",
+                "absent", "given (rope::none() counts) unless positions are absolute and inputs rotated");
+  if (of.rope)
+    found.require(of.rope->width() <= of.head_dim, "rope's width", of.rope->width(), "at most head_dim,", of.head_dim);
 }
 
-inline cache_config with_v_head_dim(cache_config config) noexcept {
-  if (config.v_head_dim == 0) config.v_head_dim = config.head_dim;
-  return config;
+inline kv_geometry geometry_of(const cache_config& config) noexcept {
+  return {config.num_kv_heads,   config.head_dim, config.v_head_dim == 0 ? config.head_dim : config.v_head_dim,
+          config.positions,      config.inputs,   config.rope,
+          config.first_position, nullptr,         nullptr};
 }
 
 }  // namespace detail
@@ -79,46 +65,26 @@ inline cache_config with_v_head_dim(cache_config config) noexcept {
 inline status validate(const cache_config& config) noexcept {
   status found;
   detail::require_window(found, {config.num_sink_tokens, config.window, config.rollback});
-  detail::require_config(found, config);
+  detail::require_geometry(found, detail::geometry_of(config));
   return found;
 }
 
-// Stored tokens of one sequence and layer, as attention reads them: those of a cache, or of the engine's own memory.
-class kv_source : public segment_source {
- public:
-  const cache_config& config() const { return config_; }
-  index_t size() const { return visible(seen_).num_tokens(); }  // visible tokens now
-  position_t seen() const { return seen_; }                     // tokens stored so far, less those taken back
-
-  virtual index_t capacity()
-      const noexcept = 0;  // most tokens visible at once; of a policy of one's own, its capacity()
-
-  // The smallest count of tokens from which on all that was visible after so many is still stored.
-  virtual position_t min_truncate() const noexcept = 0;
-
- protected:
-  explicit kv_source(const cache_config& config) noexcept : config_(detail::with_v_head_dim(config)) {}
-  kv_source(kv_source&& from) noexcept
-      : segment_source(from), config_(from.config_), seen_(std::exchange(from.seen_, 0)) {}
-  kv_source& operator=(kv_source&& from) noexcept {
-    config_ = from.config_;
-    seen_ = std::exchange(from.seen_, 0);
-    return *this;
-  }
-  ~kv_source() = default;
-
-  cache_config config_;
-  position_t seen_ = 0;
-};
-
-// Of what a cache is made, for messages: the formats' names, and whether its policy is a sink_window.
+// Of what a cache is made, for messages: the formats' names.
 struct cache_kind {
   std::string_view k_format, v_format;
-  bool sink_window;
 };
 
 // A cache of whatever formats and policy. A call that is refused changes nothing. One that was moved from holds no
 // tokens and no memory, takes none, and can be assigned to.
+//
+// append, and attention's prefill, are loops over four functions, which an engine may write itself:
+//   for (index_t i = 0; i < tokens; i += n) {
+//     cache.prepare();
+//     n = std::min(tokens - i, cache.room());
+//     cache.write(0, num_kv_heads, k, v, i, n);
+//     cache.advance(n);
+//     attention.attend(q.middleRows(i, n), cache, out.middleRows(i, n), workspace);
+//   }
 class any_kv_cache : public kv_source {
  public:
   virtual ~any_kv_cache() = default;
@@ -126,9 +92,36 @@ class any_kv_cache : public kv_source {
   virtual std::size_t nbytes() const noexcept = 0;  // memory held
   virtual cache_kind kind() const noexcept = 0;
 
+  // Makes room: evicts where that is due at this place of the stream, before tokens are written and never in between.
+  virtual void prepare() noexcept {}
+
+  // How many tokens, 1 or more, may be written now so that each still sees all that it would see in decode.
+  virtual index_t room() const noexcept = 0;
+
+  // Stores rows [first_row, first_row + n) of k and v, for some KV heads, as the next n tokens. Calls for other heads
+  // may run at the same time. Seen they are after advance(n). Shapes as in append, not checked.
+  virtual void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v,
+                     index_t first_row, index_t n) noexcept = 0;
+  virtual void advance(index_t n) noexcept = 0;
+
+  // Who learns what queries give tokens, for policies that evict by it; null: nobody. Attention tells it where it is
+  // handed a cache that is not const.
+  virtual weight_reader* learner() noexcept { return nullptr; }
+
   // Appends tokens: k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim].
   void append(const_matrix_view k, const_matrix_view v) { try_append(k, v).or_fail(); }
-  virtual status try_append(const_matrix_view k, const_matrix_view v) noexcept = 0;
+  status try_append(const_matrix_view k, const_matrix_view v) noexcept {
+    status found;
+    require_tokens(found, k.rows(), k, v);
+    if (!found) return found;
+    for (index_t row = 0, n; row < k.rows(); row += n) {
+      prepare();
+      n = std::min(k.rows() - row, room());
+      write(0, geometry_.num_kv_heads, k, v, row, n);
+      advance(n);
+    }
+    return found;
+  }
 
   // Takes back tokens until `seen` are left, as long as none that becomes visible again was overwritten.
   void truncate(position_t seen) { try_truncate(seen).or_fail(); }
@@ -138,7 +131,7 @@ class any_kv_cache : public kv_source {
   position_t min_truncate() const noexcept override = 0;
 
   // Forgets all tokens.
-  void clear() noexcept { seen_ = high_ = 0; }
+  virtual void clear() noexcept = 0;
 
   // Adds to `found` that this cache was moved from, if so.
   void require_memory(status& found) const noexcept {
@@ -148,34 +141,17 @@ class any_kv_cache : public kv_source {
   // Adds to `found` why k and v cannot be appended as so many tokens.
   void require_tokens(status& found, index_t tokens, const_matrix_view k, const_matrix_view v) const noexcept {
     require_memory(found);
-    detail::require_shape(found, "k", k, tokens, config_.num_kv_heads * config_.head_dim);
-    detail::require_shape(found, "v", v, tokens, config_.num_kv_heads * config_.v_head_dim);
+    detail::require_shape(found, "k", k, tokens, geometry_.num_kv_heads * geometry_.head_dim);
+    detail::require_shape(found, "v", v, tokens, geometry_.num_kv_heads * geometry_.v_head_dim);
     found.require(tokens >= 0, "k.rows()", tokens, "at least 0");
     found.require(tokens <= max_position - seen_, "tokens seen and appended",
                   static_cast<std::uint64_t>(tokens) + static_cast<std::uint64_t>(seen_), "at most", max_position);
   }
 
  protected:
-  explicit any_kv_cache(const cache_config& config) noexcept : kv_source(config) {}
-  any_kv_cache(any_kv_cache&& from) noexcept : kv_source(std::move(from)), high_(std::exchange(from.high_, 0)) {}
-  any_kv_cache& operator=(any_kv_cache&& from) noexcept {
-    high_ = std::exchange(from.high_, 0);
-    kv_source::operator=(std::move(from));
-    return *this;
-  }
-
-  position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
-
- private:
-  friend class attention;
-
-  // Prefill encodes a block of tokens first, attends to cache and block, and then moves the block in.
-  virtual index_t staged_token_bytes() const noexcept = 0;
-  virtual void stage(index_t kv_head, const_matrix_view k, const_matrix_view v, index_t first_row, index_t tokens,
-                     std::byte* block) const noexcept = 0;
-  virtual segment staged_segment(index_t kv_head, position_t first, position_t last, index_t tokens,
-                                 const std::byte* block) const noexcept = 0;
-  virtual void commit(index_t tokens, const std::byte* block) noexcept = 0;
+  explicit any_kv_cache(const kv_geometry& geometry) noexcept : kv_source(geometry) {}
+  any_kv_cache(any_kv_cache&&) noexcept = default;
+  any_kv_cache& operator=(any_kv_cache&&) noexcept = default;
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

@@ -1,11 +1,7 @@
 #pragma once
 
-// Attention of query rows over a cache, or over keys and values of the engine's own. Every query reads what decode
-// would read: prefill encodes its tokens first and attends to cache and block, so any chunking of a stream gives the
-// same.
-//
-// Work is cut by positions into items (KV head, block of query rows, slice of the visible tokens), never by threads or
-// slots, and partial states merge in item order: the result is the same to the bit for any number of threads.
+// Attention of query rows over a cache, or any other source of keys and values. Every query reads what decode would
+// read: prefill appends a block of tokens and attends with it, so any chunking of a stream gives the same.
 
 #include <algorithm>
 #include <cstddef>
@@ -13,19 +9,28 @@
 #include <utility>
 
 #include "attention_params.hpp"
-#include "detail/query_pass.hpp"
+#include "detail/schedule.hpp"
 #include "kv_cache.hpp"
 #include "workspace.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
+// What a call gives beside its output, where it is asked for: lse, natural, the sink included [tokens, num_qo_heads];
+// and the weights of the queries that a reader wants. Those go the way of decode, one by one.
+struct extra_outputs {
+  std::span<float> lse = {};
+  weight_reader* weights = nullptr;
+};
+
 // One sequence of a batch: q [num_qo_heads * head_dim] of its newest token, already stored, out [num_qo_heads *
-// v_head_dim], lse [num_qo_heads] or null.
+// v_head_dim], lse [num_qo_heads] or empty, and who wants the weights, or null. A cache that learns is its own reader:
+// cache.learner().
 struct decode_item {
-  const float* q;
-  const kv_source* keys;
-  float* out;
-  float* lse = nullptr;
+  std::span<const float> q;
+  const kv_source* keys = nullptr;
+  std::span<float> out;
+  std::span<float> lse = {};
+  weight_reader* weights = nullptr;
 };
 
 // What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
@@ -40,25 +45,36 @@ struct call_part {
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
 // with its arguments, and then has changed nothing; the others throw it.
+//
+// A cache that is not const learns from the queries it wants (any_kv_cache::learner); a const one is only read.
 class attention {
  public:
   explicit attention(attention_params params) : params_(std::move(params)) { validate(params_).or_fail(); }
 
   const attention_params& params() const { return params_; }
 
-  // Attention of the newest token, already stored: q [1, num_qo_heads * head_dim], out [1, num_qo_heads * v_head_dim],
-  // lse [num_qo_heads] if given. Allocates nothing beyond what `workspace` says.
+  // Attention of the newest token, already stored: q [1, num_qo_heads * head_dim], out [1, num_qo_heads * v_head_dim].
+  // Allocates nothing beyond what `workspace` says.
   void decode(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
-              float* lse = nullptr) const {
-    try_decode(q, keys, out, workspace, lse).or_fail();
+              const extra_outputs& extra = {}) const {
+    try_decode(q, keys, out, workspace, extra).or_fail();
   }
   status try_decode(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
-                    float* lse = nullptr) const noexcept {  // NOLINT(readability-non-const-parameter)
-    status found = detail::check_decode(params_, q, keys, out);
-    if (!found) return found;
-    const decode_item item{q.row(0), &keys, out.row(0), lse};
-    decode_items({&item, 1}, {}, workspace, found);
+                    const extra_outputs& extra = {}) const noexcept {
+    status found = detail::check_decode(params_, q, keys, out, extra.lse);
+    if (found)
+      decode_one({q.row(0), &keys, keys.seen() - 1, out.row(0), lse_of(extra), extra.weights, nullptr}, {}, workspace,
+                 found);
     return found;
+  }
+  void decode(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
+              const extra_outputs& extra = {}) const {
+    try_decode(q, cache, out, workspace, extra).or_fail();
+  }
+  status try_decode(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
+                    const extra_outputs& extra = {}) const noexcept {
+    const learning both(cache, extra.weights);
+    return try_decode(q, std::as_const(cache), out, workspace, {extra.lse, both.reader()});
   }
 
   // The same for the newest token of each of several sequences, as one call of the executor. Every sequence gets the
@@ -68,34 +84,44 @@ class attention {
   }
   status try_decode(std::span<const decode_item> batch, workspace& workspace) const noexcept {
     status found;
-    for (const decode_item& item : batch) detail::require_item(found, params_, item.q, item.keys, item.out);
-    if (found && !batch.empty()) decode_items(batch, {}, workspace, found);
+    for (const decode_item& item : batch) detail::require_item(found, params_, item.q, item.keys, item.out, item.lse);
+    if (!found || batch.empty()) return found;
+    const auto job = [&](index_t i) -> detail::decode_job {
+      const decode_item& item = batch[static_cast<std::size_t>(i)];
+      return {item.q.data(),
+              item.keys,
+              item.keys->seen() - 1,
+              item.out.data(),
+              item.lse.empty() ? nullptr : item.lse.data(),
+              item.weights,
+              nullptr};
+    };
+    decode_all(static_cast<index_t>(batch.size()), job, {}, workspace, found);
     return found;
   }
 
   // Attention of the newest q.rows() tokens, already stored: q [tokens, num_qo_heads * head_dim], out [tokens,
-  // num_qo_heads * v_head_dim], lse [tokens, num_qo_heads] if given. Each token sees what it would see in decode.
-  void attend(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace, float* lse = nullptr,
-              const call_part& part = {}) const {
-    try_attend(q, keys, out, workspace, lse, part).or_fail();
+  // num_qo_heads * v_head_dim]. Each token sees what it would see in decode.
+  void attend(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
+              const extra_outputs& extra = {}, const call_part& part = {}) const {
+    try_attend(q, keys, out, workspace, extra, part).or_fail();
   }
   status try_attend(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
-                    float* lse = nullptr, const call_part& part = {}) const noexcept {
-    status found = detail::check_attend(params_, q, keys, out);
-    const call_part whole = detail::whole_part(found, part, keys.config().num_kv_heads, q.rows());
-    if (!found || whole.num_rows == 0 || whole.num_kv_heads == 0) return found;
-    if (q.rows() == 1) {
-      const decode_item item{q.row(0), &keys, out.row(0), lse};
-      decode_items({&item, 1}, part, workspace, found);
-      return found;
-    }
-    const index_t group = group_size(keys), rows = whole.num_rows * group;
-    const layout memory(workspace, detail::rows_of_an_item(rows), shape_of(keys), found, 0);
-    if (!found) return found;
-    attend_rows({params_, keys.config(), keys, q, whole.first_row, keys.seen() - q.rows() + whole.first_row, group,
-                 q.rows() * group >= query_rows::panel},
-                whole, out, lse, workspace, memory);
+                    const extra_outputs& extra = {}, const call_part& part = {}) const noexcept {
+    status found = detail::check_attend(params_, q, keys, out, extra.lse);
+    const call_part whole = detail::whole_part(found, part, keys.geometry().num_kv_heads, q.rows());
+    if (found && whole.num_rows > 0 && whole.num_kv_heads > 0)
+      attend_rows(q, keys, out, keys.seen() - q.rows(), workspace, extra, whole, found);
     return found;
+  }
+  void attend(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
+              const extra_outputs& extra = {}, const call_part& part = {}) const {
+    try_attend(q, cache, out, workspace, extra, part).or_fail();
+  }
+  status try_attend(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
+                    const extra_outputs& extra = {}, const call_part& part = {}) const noexcept {
+    const learning both(cache, extra.weights);
+    return try_attend(q, std::as_const(cache), out, workspace, {extra.lse, both.reader()}, part);
   }
 
   // As decode, but merges the partial result into `state`, without the sink: for tokens that are split over several
@@ -106,229 +132,149 @@ class attention {
   status try_attend(const_matrix_view q, const kv_source& keys, attention_state& state,
                     workspace& workspace) const noexcept {
     status found = detail::check_attend(params_, q, keys, state);
-    if (!found) return found;
-    const decode_item item{q.row(0), &keys, nullptr};
-    decode_items({&item, 1}, {}, workspace, found, &state);
+    if (found) decode_one({q.row(0), &keys, keys.seen() - 1, nullptr, nullptr, nullptr, &state}, {}, workspace, found);
     return found;
   }
 
   // Attends with and appends any number of tokens: q [tokens, num_qo_heads * head_dim], k and v as in append, out
-  // [tokens, num_qo_heads * v_head_dim], lse [tokens, num_qo_heads] if given. Each token sees what it would see in
-  // decode. Allocates only where the workspace has seen no chunk as long.
+  // [tokens, num_qo_heads * v_head_dim]. Each token sees what it would see in decode. Allocates only where the
+  // workspace has seen no chunk as long.
   void prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache, matrix_view out,
-               workspace& workspace, float* lse = nullptr) const {
-    try_prefill(q, k, v, cache, out, workspace, lse).or_fail();
+               workspace& workspace, const extra_outputs& extra = {}) const {
+    try_prefill(q, k, v, cache, out, workspace, extra).or_fail();
   }
   status try_prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache,
-                     matrix_view out, workspace& workspace, float* lse = nullptr) const noexcept {
-    status found = detail::check_prefill(params_, q, k, v, cache, out);
-    const index_t tokens = q.rows(), block_tokens = std::min(tokens, cache.config().prefill_block);
-    const index_t group = group_size(cache);
-    const layout memory(workspace, detail::rows_of_an_item(block_tokens * group), shape_of(cache), found,
-                        staging_bytes(found, cache, block_tokens));
+                     matrix_view out, workspace& workspace, const extra_outputs& extra = {}) const noexcept {
+    return try_prefill(q, k, v, cache, cache, out, workspace, extra);
+  }
+
+  // The same where queries see more than the cache that grows: `keys` is a source that ends with it (joined_source).
+  void prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache,
+               const kv_source& keys, matrix_view out, workspace& workspace, const extra_outputs& extra = {}) const {
+    try_prefill(q, k, v, cache, keys, out, workspace, extra).or_fail();
+  }
+  status try_prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache,
+                     const kv_source& keys, matrix_view out, workspace& workspace,
+                     const extra_outputs& extra = {}) const noexcept {
+    status found = detail::check_prefill(params_, q, k, v, cache, keys, out, extra.lse);
+    const index_t tokens = q.rows(), kv_heads = cache.geometry().num_kv_heads;
+    if (!found || tokens == 0) return found;
+    const learning both(cache, extra.weights);
+    detail::schedule schedule(params_, workspace);
+    found = reserve(schedule, keys, tokens, both.reader() == nullptr ? 0 : keys.capacity());
     if (!found) return found;
-    for (index_t first_row = 0; first_row < tokens; first_row += block_tokens) {
-      const index_t n = std::min(block_tokens, tokens - first_row);
-      workspace.run(cache.config().num_kv_heads,
-                    [&](index_t head, index_t) { cache.stage(head, k, v, first_row, n, memory.shared); });
-      const staged_source both(cache, n, memory.shared);
-      attend_rows({params_, cache.config(), both, q, first_row, cache.seen(), group, n * group >= query_rows::panel},
-                  {0, cache.config().num_kv_heads, first_row, n}, out, lse, workspace, memory);
-      cache.commit(n, memory.shared);
+    for (index_t row = 0, n; row < tokens; row += n) {
+      cache.prepare();
+      n = std::min(tokens - row, cache.room());
+      schedule.for_heads(kv_heads, [&](index_t head) { cache.write(head, 1, k, v, row, n); });
+      cache.advance(n);
+      const call_part block{0, kv_heads, row, n};
+      attend_block(schedule, q, keys, out, keys.seen() - n - row, {extra.lse, both.reader()}, block, n);
     }
     return found;
   }
 
-  // What a workspace needs for decode (tokens = 1), or attend or (of a cache) prefill of so many tokens, with an
-  // executor of that concurrency.
-  index_t workspace_bytes(const any_kv_cache& cache, index_t tokens, index_t concurrency = 1) const {
+  // What a workspace needs for decode (tokens = 1), or attend or prefill of so many tokens, with an executor of that
+  // concurrency; with weights: where somebody wants those.
+  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
     status found;
-    const index_t staging = staging_bytes(found, cache, std::min(tokens, cache.config().prefill_block));
-    return workspace_bytes(found, cache, tokens, concurrency, staging);
-  }
-  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1) const {
-    status found;
-    return workspace_bytes(found, keys, tokens, concurrency, 0);
-  }
-
- private:
-  using shape = detail::worker_scratch::shape;
-
-  static constexpr index_t slice_tokens = 512, max_slices = 16;
-
-  // How a workspace's memory is shared out: a scratch for each worker, then what they share.
-  struct layout {
-    layout(workspace& workspace, index_t rows, shape of, status& found, index_t shared_bytes) noexcept
-        : scratch{rows, of.head_dim, of.v_head_dim} {
-      const index_t total = bytes(found, workspace.concurrency(), scratch, shared_bytes);
-      if (found) found = workspace.try_reserve(total);
-      memory = workspace.memory_.get();
-      shared = memory + workspace.concurrency() * stride();
-    }
-    static index_t bytes(status& found, index_t concurrency, const shape& of, index_t shared_bytes) noexcept {
-      const index_t scratch =
-          detail::checked_product(found, "bytes of scratch", concurrency, detail::worker_scratch::bytes(of));
-      return detail::checked_sum(found, "bytes of the workspace", scratch, shared_bytes);
-    }
-    index_t stride() const { return detail::worker_scratch::bytes(scratch); }
-    detail::worker_scratch worker(index_t i) const { return {scratch, memory + i * stride()}; }
-
-    shape scratch;
-    std::byte *memory, *shared;
-  };
-
-  // A cache, and behind it the block that is about to be appended.
-  class staged_source final : public segment_source {
-   public:
-    staged_source(const any_kv_cache& cache, index_t tokens, const std::byte* block)
-        : cache_(cache), tokens_(tokens), block_(block) {}
-
-    span_list visible(position_t seen) const noexcept override { return cache_.visible(seen); }
-    segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept override {
-      if (first < cache_.seen()) return cache_.segment_at(kv_head, first, std::min(last, cache_.seen()));
-      return cache_.staged_segment(kv_head, first, last, tokens_, block_);
-    }
-
-   private:
-    const any_kv_cache& cache_;
-    index_t tokens_;
-    const std::byte* block_;
-  };
-
-  // Where one sequence of a batch begins among the work items, and its part of the shared memory: for each KV head and
-  // block of rows how many slices are missing, and partial states [num_qo_heads, slices].
-  struct sequence {
-    index_t first_item, slices, slice;
-    int* missing;
-    float* partials;
-  };
-
-  index_t workspace_bytes(status& found, const kv_source& keys, index_t tokens, index_t concurrency,
-                          index_t staging) const {
-    const index_t shared = std::max(staging, decode_bytes(found, keys));
-    const index_t bytes = layout::bytes(found, concurrency, scratch_shape(keys, tokens), shared);
+    const index_t shared = detail::schedule::decode_bytes(found, params_, keys, weights ? keys.capacity() : 0);
+    const index_t bytes = detail::schedule::bytes(
+        found, concurrency, detail::schedule::shape_of(params_, keys, tokens),
+        detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1), shared));
     found.or_fail();
     return bytes;
   }
-  index_t group_size(const kv_source& keys) const { return params_.num_qo_heads / keys.config().num_kv_heads; }
-  static shape shape_of(const kv_source& keys) { return {0, keys.config().head_dim, keys.config().v_head_dim}; }
-  shape scratch_shape(const kv_source& keys, index_t tokens) const {
-    return {detail::rows_of_an_item(tokens * group_size(keys)), keys.config().head_dim, keys.config().v_head_dim};
-  }
 
-  static index_t staging_bytes(status& found, const any_kv_cache& cache, index_t tokens) noexcept {
-    return detail::checked_product(found, "bytes of a block", tokens, cache.staged_token_bytes());
-  }
+ private:
+  // A cache's own reader of weights, and the caller's.
+  class learning final : public weight_reader {
+   public:
+    learning(any_kv_cache& cache, weight_reader* other) noexcept : learner_(cache.learner()), other_(other) {}
 
-  // Row blocks of a KV head's group, floats of one partial state, and bytes that one sequence shares among workers.
-  static index_t row_blocks(index_t group) { return (group + detail::max_item_rows - 1) / detail::max_item_rows; }
-  static index_t state_floats(const kv_source& keys) { return detail::round_up(keys.config().v_head_dim, 16) + 16; }
-  index_t decode_bytes(status& found, const kv_source& keys) const noexcept {
-    const index_t slices = std::min(max_slices, (keys.capacity() + slice_tokens - 1) / slice_tokens);
-    const index_t counters = keys.config().num_kv_heads * row_blocks(group_size(keys)) * index_t{sizeof(int)};
-    const index_t partials = detail::checked_product(found, "bytes of partial states", params_.num_qo_heads,
-                                                     slices * state_floats(keys) * index_t{sizeof(float)});
-    return detail::checked_sum(found, "bytes of partial states", detail::round_up(counters, 64), partials);
-  }
-
-  // Attends with one token a sequence, in slices of the visible tokens. Whoever ends a head's last slice merges them
-  // all, in their order.
-  void decode_items(std::span<const decode_item> batch, const call_part& part, workspace& workspace, status& found,
-                    attention_state* into = nullptr) const noexcept {
-    const auto size = static_cast<index_t>(batch.size());
-    index_t shared = detail::round_up(size * index_t{sizeof(sequence)}, 64);
-    shape of{16, 1, 1};
-    for (const decode_item& item : batch) {
-      shared = detail::checked_sum(found, "bytes of a batch", shared, decode_bytes(found, *item.keys));
-      const shape one = scratch_shape(*item.keys, 1);
-      of = {std::max(of.rows, one.rows), std::max(of.head_dim, one.head_dim), std::max(of.v_head_dim, one.v_head_dim)};
+    // Null where nobody wants any.
+    weight_reader* reader() const noexcept {
+      if (learner_ == nullptr) return other_;
+      return other_ == nullptr ? learner_ : const_cast<learning*>(this);
     }
-    const layout memory(workspace, of.rows, of, found, shared);
-    if (!found) return;
-    auto* const sequences = reinterpret_cast<sequence*>(memory.shared);
-    std::byte* at = memory.shared + detail::round_up(size * index_t{sizeof(sequence)}, 64);
-    index_t items = 0;
+    bool wants(position_t query) const noexcept override { return learner_->wants(query) || other_->wants(query); }
+    void read(const weight_tile& tile) noexcept override {
+      if (learner_->wants(tile.query)) learner_->read(tile);
+      if (other_->wants(tile.query)) other_->read(tile);
+    }
+
+   private:
+    weight_reader *learner_, *other_;
+  };
+
+  static float* lse_of(const extra_outputs& extra) { return extra.lse.empty() ? nullptr : extra.lse.data(); }
+
+  status reserve(detail::schedule& schedule, const kv_source& keys, index_t tokens, index_t kept) const noexcept {
+    status found;
+    const index_t shared = detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1),
+                                               detail::schedule::decode_bytes(found, params_, keys, kept));
+    return found ? schedule.reserve(detail::schedule::shape_of(params_, keys, tokens), shared) : found;
+  }
+
+  template <class Job>
+  void decode_all(index_t size, const Job& job, const call_part& part, workspace& workspace,
+                  status& found) const noexcept {
+    const auto kept = [&](index_t i) {
+      const detail::decode_job one = job(i);
+      return one.weights != nullptr && one.weights->wants(one.query) ? one.keys->capacity() : 0;
+    };
+    index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
+    detail::schedule::shape of{16, 1, 1, 0};
     for (index_t i = 0; i < size; ++i) {
-      const kv_source& keys = *batch[static_cast<std::size_t>(i)].keys;
-      const index_t heads = detail::whole_part(found, part, keys.config().num_kv_heads, 1).num_kv_heads;
-      const index_t tokens = keys.size();
-      const index_t slice = std::max(slice_tokens, detail::round_up((tokens + max_slices - 1) / max_slices, 64));
-      const index_t slices = std::max<index_t>(1, (tokens + slice - 1) / slice);
-      const index_t blocks = row_blocks(group_size(keys)), counters = keys.config().num_kv_heads * blocks;
-      auto* const missing = reinterpret_cast<int*>(at);
-      auto* const partials = reinterpret_cast<float*>(at + detail::round_up(counters * index_t{sizeof(int)}, 64));
-      sequences[i] = {items, slices, slice, missing, partials};
-      std::fill_n(missing, counters, static_cast<int>(slices));
-      at += decode_bytes(found, keys);
-      items += heads * blocks * slices;
+      const kv_source& keys = *job(i).keys;
+      shared = detail::checked_sum(found, "bytes of a batch", shared,
+                                   detail::schedule::decode_bytes(found, params_, keys, kept(i)));
+      of = of.with(detail::schedule::shape_of(params_, keys, 1));
     }
-    workspace.run(items, [&](index_t item, index_t worker) {
-      const sequence* const next = std::upper_bound(sequences, sequences + size, item,
-                                                    [](index_t i, const sequence& s) { return i < s.first_item; });
-      const index_t i = next - sequences - 1;
-      decode_slice(batch[static_cast<std::size_t>(i)], sequences[i], item - sequences[i].first_item, part.first_kv_head,
-                   memory.worker(worker), into);
-    });
+    detail::schedule schedule(params_, workspace);
+    if (found) found = schedule.reserve(of, shared);
+    if (found) schedule.decode(size, job, kept, part.first_kv_head, part.num_kv_heads);
+  }
+  void decode_one(const detail::decode_job& job, const call_part& part, workspace& workspace,
+                  status& found) const noexcept {
+    decode_all(
+        1, [&](index_t) { return job; }, part, workspace, found);
   }
 
-  void decode_slice(const decode_item& item, const sequence& of, index_t number, index_t first_kv_head,
-                    const detail::worker_scratch& scratch, attention_state* into) const noexcept {
-    const kv_source& keys = *item.keys;
-    const index_t group = group_size(keys), blocks = row_blocks(group), floats = state_floats(keys);
-    const index_t i = number % of.slices, block = number / of.slices % blocks;
-    const index_t kv_head = first_kv_head + number / of.slices / blocks, row = block * detail::max_item_rows;
-    const index_t count = std::min(detail::max_item_rows, group - row);
-    const detail::query_block call{
-        params_, keys.config(),   keys,  {item.q, 1, params_.num_qo_heads * keys.config().head_dim},
-        0,       keys.seen() - 1, group, group >= query_rows::panel};
-    call.absorb(kv_head, row, count, i * of.slice, (i + 1) * of.slice, scratch);
-    const auto done = [&](index_t head, const detail::states& state) {
-      if (into != nullptr)
-        detail::merge_state(into->row(head), state, keys.config().v_head_dim);
-      else
-        finish(head, state, keys.config().v_head_dim, item.out, item.lse);
-    };
-    // m and d, then o on the next cache line.
-    const auto partial = [&](index_t head, index_t slice) {
-      float* const at = of.partials + (head * of.slices + slice) * floats;
-      return detail::states{at, at + 1, at + 16, floats - 16};
-    };
-    if (of.slices == 1) {
-      for (index_t r = 0; r < count; ++r) done(call.head(kv_head, row + r), scratch.state.from_row(r));
-      return;
-    }
-    for (index_t r = 0; r < count; ++r)
-      detail::copy_state(partial(call.head(kv_head, row + r), i), scratch.state.from_row(r), floats - 16);
-    if (__atomic_sub_fetch(of.missing + kv_head * blocks + block, 1, __ATOMIC_ACQ_REL) > 0) return;
-    for (index_t r = 0; r < count; ++r) {
-      const index_t head = call.head(kv_head, row + r);
-      for (index_t slice = 1; slice < of.slices; ++slice)
-        detail::merge_state(partial(head, 0), partial(head, slice), floats - 16);
-      done(head, partial(head, 0));
-    }
+  // Rows of q, of which the first is the query at `first`.
+  void attend_rows(const_matrix_view q, const kv_source& keys, matrix_view out, position_t first, workspace& workspace,
+                   const extra_outputs& extra, const call_part& part, status& found) const noexcept {
+    detail::schedule schedule(params_, workspace);
+    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? 0 : keys.capacity());
+    if (found) attend_block(schedule, q, keys, out, first, extra, part, q.rows());
   }
 
-  // Attends with the rows of a part, of which the block's first is the first.
-  void attend_rows(const detail::query_block& call, const call_part& part, matrix_view out, float* lse,
-                   const workspace& workspace, const layout& memory) const noexcept {
-    const index_t rows = part.num_rows * call.group, rows_at_once = memory.scratch.rows;
-    const index_t blocks = (rows + rows_at_once - 1) / rows_at_once;
-    workspace.run(part.num_kv_heads * blocks, [&](index_t item, index_t worker) {
-      const index_t kv_head = part.first_kv_head + item / blocks, row = item % blocks * rows_at_once;
-      const index_t count = std::min(rows_at_once, rows - row);
-      const detail::worker_scratch scratch = memory.worker(worker);
-      call.absorb(kv_head, row, count, 0, max_position, scratch);
-      for (index_t r = 0; r < count; ++r) {
-        const index_t token = part.first_row + call.token(row + r);
-        finish(call.head(kv_head, row + r), scratch.state.from_row(r), call.config.v_head_dim, out.row(token),
-               lse == nullptr ? nullptr : lse + token * params_.num_qo_heads);
+  // A row at a time where somebody wants its weights, else as many as one plan holds for; `together` rows are a block,
+  // of which this may be a part.
+  void attend_block(detail::schedule& schedule, const_matrix_view q, const kv_source& keys, matrix_view out,
+                    position_t first, const extra_outputs& extra, const call_part& part,
+                    index_t together) const noexcept {
+    const index_t group = params_.num_qo_heads / keys.geometry().num_kv_heads;
+    const bool in_panels = together * group >= detail::query_rows::panel;
+    const auto wanted = [&](index_t row) { return extra.weights != nullptr && extra.weights->wants(first + row); };
+    for (index_t row = part.first_row, n, end = row + part.num_rows; row < end; row += n) {
+      float* const lse = extra.lse.empty() ? nullptr : extra.lse.data() + row * params_.num_qo_heads;
+      const bool keeps = wanted(row);
+      n = 1;
+      if (!keeps) {
+        while (row + n < end && !wanted(row + n)) ++n;
+        n = schedule.num_planned(keys, first + row, first + row + n - 1);
       }
-    });
-  }
-
-  void finish(index_t head, const detail::states& state, index_t v_head_dim, float* out, float* lse) const noexcept {
-    const float row_lse = detail::finish_state(state, params_.softmax.sink(head), v_head_dim, out + head * v_head_dim);
-    if (lse != nullptr) lse[head] = row_lse;
+      if (keeps || together == 1) {
+        const detail::decode_job job{q.row(row), &keys, first + row, out.row(row), lse, extra.weights, nullptr};
+        schedule.decode(
+            1, [&](index_t) { return job; }, [&](index_t) { return keeps ? keys.capacity() : 0; }, part.first_kv_head,
+            part.num_kv_heads);
+      } else {
+        schedule.attend({q.row(row), q.stride(), n, &keys, first + row, out.row(row), out.stride(), lse,
+                         part.first_kv_head, part.num_kv_heads, in_panels});
+      }
+    }
   }
 
   attention_params params_;

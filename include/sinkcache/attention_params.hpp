@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "any_kv_cache.hpp"
@@ -44,45 +45,61 @@ inline status validate(const attention_params& params) noexcept {
 
 namespace detail {
 
-inline void require_heads(status& found, const attention_params& params, const cache_config& cache) noexcept {
-  found.require(params.num_qo_heads % cache.num_kv_heads == 0, "num_qo_heads", params.num_qo_heads,
-                "a multiple of the cache's num_kv_heads,", cache.num_kv_heads);
+inline void require_heads(status& found, const attention_params& params, const kv_geometry& of) noexcept {
+  found.require(params.num_qo_heads % of.num_kv_heads == 0, "num_qo_heads", params.num_qo_heads,
+                "a multiple of the cache's num_kv_heads,", of.num_kv_heads);
 }
 
 inline void require_queries(status& found, const attention_params& params, const_matrix_view q, index_t tokens,
-                            const cache_config& cache) noexcept {
-  require_heads(found, params, cache);
-  const index_t cols = checked_product(found, "num_qo_heads * head_dim", params.num_qo_heads, cache.head_dim);
+                            const kv_geometry& of) noexcept {
+  require_heads(found, params, of);
+  const index_t cols = checked_product(found, "num_qo_heads * head_dim", params.num_qo_heads, of.head_dim);
   require_shape(found, "q", q, tokens, cols);
 }
 
 inline void require_outputs(status& found, const attention_params& params, matrix_view out, index_t tokens,
-                            const cache_config& cache) noexcept {
-  const index_t cols = checked_product(found, "num_qo_heads * v_head_dim", params.num_qo_heads, cache.v_head_dim);
+                            const kv_geometry& of) noexcept {
+  const index_t cols = checked_product(found, "num_qo_heads * v_head_dim", params.num_qo_heads, of.v_head_dim);
   require_shape(found, "out", out, tokens, cols);
 }
 
-inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys,
-                           matrix_view out) noexcept {
+inline void require_lse(status& found, const attention_params& params, std::span<const float> lse,
+                        index_t tokens) noexcept {
+  const index_t floats = checked_product(found, "num_qo_heads * tokens", params.num_qo_heads, tokens);
+  found.require(lse.empty() || static_cast<index_t>(lse.size()) == floats, "lse.size()", lse.size(), "0 or", floats);
+}
+
+inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
+                           std::span<const float> lse) noexcept {
   status found;
-  require_queries(found, params, q, 1, keys.config());
-  require_outputs(found, params, out, 1, keys.config());
+  require_queries(found, params, q, 1, keys.geometry());
+  require_outputs(found, params, out, 1, keys.geometry());
+  require_lse(found, params, lse, 1);
   return found;
 }
 
-inline void require_item(status& found, const attention_params& params, const float* q, const kv_source* keys,
-                         const float* out) noexcept {
+inline void require_item(status& found, const attention_params& params, std::span<const float> q, const kv_source* keys,
+                         std::span<const float> out, std::span<const float> lse) noexcept {
   found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
-  found.require(q != nullptr, "a batch's q", "null", "a row");
-  found.require(out != nullptr, "a batch's out", "null", "a row");
-  if (found) require_heads(found, params, keys->config());
+  if (!found) return;
+  const kv_geometry& of = keys->geometry();
+  require_heads(found, params, of);
+  const auto require_row = [&](const char* what, std::span<const float> row, index_t dim) {
+    const index_t floats = checked_product(found, "floats of a row", params.num_qo_heads, dim);
+    found.require(row.data() != nullptr, what, "null", "a row");
+    found.require(static_cast<index_t>(row.size()) == floats, what, row.size(), "of size", floats);
+  };
+  require_row("a batch's q", q, of.head_dim);
+  require_row("a batch's out", out, of.v_head_dim);
+  require_lse(found, params, lse, 1);
 }
 
-inline status check_attend(const attention_params& params, const_matrix_view q, const kv_source& keys,
-                           matrix_view out) noexcept {
+inline status check_attend(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
+                           std::span<const float> lse) noexcept {
   status found;
-  require_queries(found, params, q, q.rows(), keys.config());
-  require_outputs(found, params, out, q.rows(), keys.config());
+  require_queries(found, params, q, q.rows(), keys.geometry());
+  require_outputs(found, params, out, q.rows(), keys.geometry());
+  require_lse(found, params, lse, q.rows());
   found.require(q.rows() <= keys.seen(), "q.rows()", q.rows(), "at most what was stored,", keys.seen());
   if (found && q.rows() > 1) {
     const position_t oldest = keys.seen() - q.rows() + 1, smallest = keys.min_truncate();
@@ -96,20 +113,22 @@ inline status check_attend(const attention_params& params, const_matrix_view q, 
 inline status check_attend(const attention_params& params, const_matrix_view q, const kv_source& keys,
                            const attention_state& state) noexcept {
   status found;
-  require_queries(found, params, q, 1, keys.config());
+  require_queries(found, params, q, 1, keys.geometry());
   found.require(state.num_heads() == params.num_qo_heads, "state.num_heads()", state.num_heads(), "exactly",
                 params.num_qo_heads);
-  found.require(state.v_head_dim() == keys.config().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
-                keys.config().v_head_dim);
+  found.require(state.v_head_dim() == keys.geometry().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
+                keys.geometry().v_head_dim);
   return found;
 }
 
 inline status check_prefill(const attention_params& params, const_matrix_view q, const_matrix_view k,
-                            const_matrix_view v, const any_kv_cache& cache, matrix_view out) noexcept {
+                            const_matrix_view v, const any_kv_cache& cache, const kv_source& keys, matrix_view out,
+                            std::span<const float> lse) noexcept {
   status found;
-  require_queries(found, params, q, q.rows(), cache.config());
+  require_queries(found, params, q, q.rows(), keys.geometry());
   cache.require_tokens(found, q.rows(), k, v);
-  require_outputs(found, params, out, q.rows(), cache.config());
+  require_outputs(found, params, out, q.rows(), keys.geometry());
+  require_lse(found, params, lse, q.rows());
   return found;
 }
 

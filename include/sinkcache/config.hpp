@@ -24,8 +24,16 @@ namespace sinkcache::inline SINKCACHE_TAG {
 using index_t = std::ptrdiff_t;   // sizes, counts, rows, columns
 using position_t = std::int64_t;  // true index of a token in its stream
 
+// Positions [first, last), counted from the start of the stream.
+struct position_span {
+  position_t first = 0, last = 0;
+
+  constexpr index_t size() const { return static_cast<index_t>(last - first); }
+  constexpr bool operator==(const position_span&) const = default;
+};
+
 inline constexpr position_t max_position = position_t{1} << 62;  // streams and first positions end here
-inline constexpr index_t max_head_dim = 512;
+inline constexpr index_t max_head_dim = 576;
 
 // What a failed check does with its message. Define it before the first include, in every file alike, to route
 // errors elsewhere; it must not return.
@@ -132,6 +140,12 @@ template <class T, class... Bound>
 constexpr void check(bool holds, const char* argument, T value, const char* had_to_be, Bound... bound) {
   if (!holds) [[unlikely]]
     fail_check(argument, value, had_to_be, bound...);
+}
+
+// A user-defined source that breaks the contract inside a noexcept call: no status could be returned.
+[[noreturn, gnu::cold, gnu::noinline]] inline void broken_source(const char* how) noexcept {
+  std::fprintf(stderr, "sinkcache: %s\n", how);
+  std::abort();
 }
 
 // Sizes of memory, each product checked. What does not fit is 0.

@@ -9,6 +9,7 @@
 
 #include <concepts>
 #include <string_view>
+#include <vector>
 
 #include "kv_cache.hpp"
 
@@ -55,28 +56,47 @@ struct fmt::formatter<sinkcache::cache_config> : sinkcache::detail::plain_format
     auto out = fmt::format_to(context.out(), "cache_config{{{} KV heads of {}", c.num_kv_heads, c.head_dim);
     if (c.v_head_dim != 0 && c.v_head_dim != c.head_dim) out = fmt::format_to(out, ", values of {}", c.v_head_dim);
     out = fmt::format_to(out, ", {} sink tokens, window {}", c.num_sink_tokens, c.window);
-    if (c.rollback != 0) out = fmt::format_to(out, ", rollback {}", c.rollback);
+    out = fmt::format_to(out, ", rollback {}", c.rollback);
     out = fmt::format_to(out, ", positions {}, inputs {}",
                          c.positions == sinkcache::positions::in_cache ? "in_cache" : "absolute",
                          c.inputs == sinkcache::inputs::raw ? "raw" : "rotated");
     if (c.rope) out = fmt::format_to(out, ", rope of width {}", c.rope->width());
     if (c.first_position != 0) out = fmt::format_to(out, ", first_position {}", c.first_position);
-    return fmt::format_to(out, ", prefill_block {}}}", c.prefill_block);
+    return fmt::format_to(out, "}}");
   }
 };
 
-// A policy of one's own has tokens; what its spans are is its own affair.
+// Pinned tokens, then the others, as the newest query of KV head 0 sees them: spans of positions, or how many of how
+// wide a span where they are scattered.
 template <std::derived_from<sinkcache::any_kv_cache> Cache>
 struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
   auto format(const Cache& cache, fmt::format_context& context) const {
-    const sinkcache::cache_kind kind = cache.kind();
+    using namespace sinkcache;
+    const cache_kind kind = cache.kind();
     auto out = fmt::format_to(context.out(), "kv_cache<{}", kind.k_format);
     if (kind.v_format != kind.k_format) out = fmt::format_to(out, ", {}", kind.v_format);
-    const sinkcache::span_list spans = cache.visible(cache.seen());
-    if (kind.sink_window && spans.size() == 2)
-      out = fmt::format_to(out, ">{{sinks {} | window {}", spans[0], spans[1]);
-    else
-      out = fmt::format_to(out, ">{{{}{}", spans.size() > 0 ? "tokens " : "", spans);
-    return fmt::format_to(out, ", {:.1f} MB}}", static_cast<double>(cache.nbytes()) * 1e-6);
+    out = fmt::format_to(out, ">{{");
+    std::vector<kv_part> memory(static_cast<std::size_t>(cache.max_parts()));
+    part_list parts(memory.data(), cache.max_parts());
+    cache.plan(0, cache.seen() - 1, cache.seen() - 1, parts);
+    bool any = false;
+    for (index_t i = 0, next; i < parts.size(); i = next) {
+      position_span span{parts[i].first, parts[i].end()};
+      bool pinned = parts[i].pinned == parts[i].rows;
+      for (next = i + 1; next < parts.size() && parts[next].first == span.last; ++next) {
+        span.last = parts[next].end();
+        pinned = pinned && parts[next].pinned == parts[next].rows;
+      }
+      const bool is_window = any && parts[i].far != kv_part::always;
+      out = fmt::format_to(out, "{}{}", any ? " | " : "",
+                           pinned && next < parts.size() ? "sinks "
+                           : is_window                   ? "window "
+                           : any                         ? ""
+                                                         : "tokens ");
+      if (!parts[i].at.empty()) out = fmt::format_to(out, "{} of ", parts[i].rows);
+      out = fmt::format_to(out, "{}", span);
+      any = true;
+    }
+    return fmt::format_to(out, "{}, {:.1f} MB}}", any ? "" : "empty", static_cast<double>(cache.nbytes()) * 1e-6);
   }
 };

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "any_kv_cache.hpp"
-#include "detail/absorb.hpp"
+#include "detail/reader.hpp"
 #include "format.hpp"
 #include "storage.hpp"
 
@@ -32,14 +32,25 @@ class kv_cache final : public any_kv_cache {
     got_memory().or_fail();
   }
 
-  // A policy of one's own; it brings its own window, pinned tokens and room for rollback.
+  // With a policy, which brings its own window, pinned tokens and rows for rollback: of the configuration, window and
+  // num_sink_tokens have to be 0, and rollback is not read.
   kv_cache(const cache_config& config, Policy policy, std::pmr::memory_resource* resource = default_resource())
       : kv_cache(checked(validate(config, policy), resource), config, std::move(policy), resource) {
     got_memory().or_fail();
   }
 
-  kv_cache(kv_cache&&) noexcept = default;
-  kv_cache& operator=(kv_cache&&) noexcept = default;
+  kv_cache(kv_cache&& from) noexcept
+      : any_kv_cache(std::move(from)),
+        high_(std::exchange(from.high_, 0)),
+        policy_(std::move(from.policy_)),
+        rows_(std::move(from.rows_)) {}
+  kv_cache& operator=(kv_cache&& from) noexcept {
+    any_kv_cache::operator=(std::move(from));
+    high_ = std::exchange(from.high_, 0);
+    policy_ = std::move(from.policy_);
+    rows_ = std::move(from.rows_);
+    return *this;
+  }
 
   // Whether a cache can be made, given the memory.
   static status validate(const cache_config& config) noexcept requires std::same_as<Policy, sink_window> {
@@ -47,8 +58,9 @@ class kv_cache final : public any_kv_cache {
   }
   static status validate(const cache_config& config, const Policy& policy) noexcept {
     status found = validate_with(config, policy);
-    found.require(config.rollback == 0, "rollback", config.rollback,
-                  "0: a policy of one's own brings its own rows for it");
+    found.require(config.num_sink_tokens == 0, "num_sink_tokens", config.num_sink_tokens,
+                  "0: the policy that is given says what it pins");
+    found.require(config.window == 0, "window", config.window, "0: the policy that is given says what it keeps");
     return found;
   }
 
@@ -78,21 +90,49 @@ class kv_cache final : public any_kv_cache {
     return bytes_of(found, config, policy);
   }
 
-  status try_append(const_matrix_view k, const_matrix_view v) noexcept override {
-    status found;
-    require_tokens(found, k.rows(), k, v);
-    if (!found) return found;
-    for (index_t i = 0; i < k.rows(); ++i) {
-      rope::angles angles;
-      angles_of(seen_, angles);
-      const index_t slot = policy_.place(seen_).slot;
-      for (index_t head = 0; head < config_.num_kv_heads; ++head)
-        encode(head, k.row(i), v.row(i), angles, rows_.k(head, slot), rows_.v(head, slot));
-      ++seen_;
+  // As many as the ring has rows that the next token does not see; of a user-defined policy, 64 at most.
+  index_t room() const noexcept override {
+    if constexpr (std::same_as<Policy, sink_window>) {
+      const position_t oldest = std::max<position_t>(policy_.num_sink_tokens, seen_ + 1 - policy_.window);
+      return static_cast<index_t>(std::max<position_t>(1, policy_.window + policy_.rollback + oldest - seen_));
+    } else {
+      constexpr index_t most = 64;
+      span_list kept = policy_.visible(seen_ + 1);
+      index_t n = 1;
+      for (; n < most && !detail::stored_over(policy_, kept, seen_ + n); ++n)
+        kept.push_back({seen_ + n, seen_ + n + 1});
+      return n;
     }
-    high_ = std::max(high_, seen_);
-    return found;
   }
+
+  // The only place where rows are written.
+  void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
+             index_t n) noexcept override {
+    const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
+    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates();
+    for (index_t i = 0; i < n; ++i) {
+      rope::angles angles;
+      if (rotates) geometry_.rope->angles_at(geometry_.first_position + seen_ + i, true, angles);
+      const index_t slot = policy_.place(seen_ + i).slot;
+      for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
+        const float* key = k.row(first_row + i) + head * dim;
+        alignas(64) float rotated[max_head_dim];
+        if (rotates) {
+          geometry_.rope->turn(angles, key, dim, rotated);
+          key = rotated;
+        }
+        K::encode(key, dim, rows_.k(head, slot));
+        V::encode(v.row(first_row + i) + head * v_dim, v_dim, rows_.v(head, slot));
+      }
+    }
+  }
+
+  void advance(index_t n) noexcept override {
+    seen_ += n;
+    high_ = std::max(high_, seen_);
+  }
+
+  void clear() noexcept override { seen_ = high_ = 0; }
 
   status try_truncate(position_t seen) noexcept override {
     status found;
@@ -115,7 +155,7 @@ class kv_cache final : public any_kv_cache {
     status found;
     require_memory(found);
     found.or_fail();
-    kv_cache copy(checked(found, rows_.resource()), config_, Policy(policy_), rows_.resource());
+    kv_cache copy(checked(found, rows_.resource()), config(), Policy(policy_), rows_.resource());
     copy.got_memory().or_fail();
     copy.copy_tokens(*this);
     return copy;
@@ -124,33 +164,78 @@ class kv_cache final : public any_kv_cache {
     found = status();
     require_memory(found);
     if (!found) return std::nullopt;
-    std::optional<kv_cache> copy = make(config_, Policy(policy_), found, rows_.resource());
+    std::optional<kv_cache> copy = make(config(), Policy(policy_), found, rows_.resource());
     if (copy) copy->copy_tokens(*this);
     return copy;
   }
 
   index_t capacity() const noexcept override {
     if (nbytes() == 0) return 0;
-    if constexpr (std::same_as<Policy, sink_window>) return policy_.num_sink_tokens + policy_.window;
-    return policy_.capacity();
+    if constexpr (std::same_as<Policy, sink_window>)
+      return policy_.num_sink_tokens + policy_.window;
+    else
+      return policy_.capacity();
   }
   std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
-  cache_kind kind() const noexcept override {
-    return {detail::format_name<K>(), detail::format_name<V>(), std::same_as<Policy, sink_window>};
-  }
+  cache_kind kind() const noexcept override { return {detail::format_name<K>(), detail::format_name<V>()}; }
   const Policy& policy() const { return policy_; }
 
-  span_list visible(position_t seen) const noexcept override {
-    return nbytes() > 0 ? policy_.visible(seen) : span_list();  // the policy may be moved from, too
+  // What it was made from. The configuration of a user-defined policy has no window and no pinned tokens.
+  cache_config config() const {
+    const kv_geometry& of = geometry_;
+    cache_config config{.num_kv_heads = of.num_kv_heads,
+                        .head_dim = of.head_dim,
+                        .v_head_dim = of.v_head_dim,
+                        .positions = of.positions,
+                        .inputs = of.inputs,
+                        .rope = of.rope,
+                        .first_position = of.first_position};
+    if constexpr (std::same_as<Policy, sink_window>) {
+      config.num_sink_tokens = policy_.num_sink_tokens;
+      config.window = policy_.window;
+      config.rollback = policy_.rollback;
+    }
+    return config;
   }
 
-  segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept override {
-    const placed at = policy_.place(first);
-    return {{&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block()},
-            {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block()},
-            at.slot,
-            first,
-            std::min<position_t>(last, first + at.following + 1)};
+  index_t num_visible(position_t query) const noexcept override {
+    return nbytes() > 0 && query >= 0 ? policy_.visible(query + 1).num_tokens()
+                                      : 0;  // the policy may be moved from, too
+  }
+
+  // Pinned tokens, then the ring before and after the row where it wraps; a user-defined policy may have as many runs
+  // as slots.
+  index_t max_parts() const noexcept override {
+    if (nbytes() == 0) return 0;
+    return std::same_as<Policy, sink_window> ? 3 : policy_.capacity();
+  }
+
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+    if (nbytes() == 0) return end;
+    if constexpr (std::same_as<Policy, sink_window>) {
+      const position_t pinned = policy_.num_sink_tokens, from = first + 1 - policy_.window;
+      if (from <= pinned) {  // the first query sees all there is: one run, and a plan for those that do
+        end.queries = static_cast<index_t>(std::min<position_t>(end.queries, pinned - from + 1));
+        push_runs(kv_head, {0, first + end.queries}, kv_part::always, parts);
+      } else {
+        push_runs(kv_head, {0, pinned}, kv_part::always, parts);
+        push_runs(kv_head, {from, last + 1}, policy_.window, parts);
+      }
+      return end;
+    } else {
+      // A plan holds as long as only the newest span grows.
+      span_list spans = policy_.visible(first + 1);
+      index_t queries = 1;
+      for (; first + queries <= last; ++queries) {
+        const span_list grown = policy_.visible(first + queries + 1);
+        if (!detail::only_grew(spans, grown)) break;
+        spans = grown;
+      }
+      for (const position_span& span : spans) push_runs(kv_head, span, kv_part::always, parts);
+      end.queries = queries;
+      return end;
+    }
   }
 
  private:
@@ -170,9 +255,9 @@ class kv_cache final : public any_kv_cache {
 
   // Without memory where the resource had none, and exceptions are off.
   kv_cache(checked, const cache_config& config, Policy&& policy, std::pmr::memory_resource* resource)
-      : any_kv_cache(config),
+      : any_kv_cache(detail::geometry_of(config)),
         policy_(std::move(policy)),
-        rows_(config_.num_kv_heads, policy_.capacity(), config_.head_dim, config_.v_head_dim, resource) {}
+        rows_(geometry_.num_kv_heads, policy_.capacity(), geometry_.head_dim, geometry_.v_head_dim, resource) {}
 
   static std::optional<kv_cache> make(const cache_config& config, Policy&& policy, status& found,
                                       std::pmr::memory_resource* resource) noexcept {
@@ -197,7 +282,7 @@ class kv_cache final : public any_kv_cache {
 
   status got_memory() const noexcept {
     status found;
-    if (nbytes() == 0) refuse_memory(found, bytes_of(found, config_, policy_));
+    if (nbytes() == 0) refuse_memory(found, bytes_of(found, config(), policy_));
     return found;
   }
   static void refuse_memory(status& found, std::size_t bytes) noexcept {
@@ -206,7 +291,7 @@ class kv_cache final : public any_kv_cache {
 
   static std::size_t bytes_of(status& found, const cache_config& config, const Policy& policy) noexcept {
     return rows::required_bytes(found, config.num_kv_heads, policy.capacity(), config.head_dim,
-                                detail::with_v_head_dim(config).v_head_dim);
+                                detail::geometry_of(config).v_head_dim);
   }
 
   void copy_tokens(const kv_cache& from) noexcept {
@@ -223,77 +308,29 @@ class kv_cache final : public any_kv_cache {
     status found;
     if constexpr (std::same_as<Policy, sink_window>) detail::require_window(found, policy);
     if (found) found.require(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
-    detail::require_config(found, config);
+    detail::require_geometry(found, detail::geometry_of(config));
     if (found) bytes_of(found, config, policy);
     return found;
   }
 
-  bool turns_keys() const { return config_.inputs == inputs::raw && config_.rope->width() > 0; }
-
-  void angles_of(position_t position, rope::angles& angles) const noexcept {
-    if (turns_keys()) config_.rope->angles_at(config_.first_position + position, true, angles);
-  }
-
-  // One token of one head: the only place where rows are written.
-  void encode(index_t kv_head, const float* k, const float* v, const rope::angles& angles, std::byte* k_to,
-              std::byte* v_to) const noexcept {
-    k += kv_head * config_.head_dim;
-    alignas(64) float turned[max_head_dim];
-    if (turns_keys()) {
-      config_.rope->turn(angles, k, config_.head_dim, turned);
-      k = turned;
-    }
-    K::encode(k, config_.head_dim, k_to);
-    V::encode(v + kv_head * config_.v_head_dim, config_.v_head_dim, v_to);
-  }
-
-  index_t staged_token_bytes() const noexcept override {
-    return config_.num_kv_heads * (rows_.k_block() + rows_.v_block());
-  }
-
-  // A staged block is [num_kv_heads][keys of all its tokens, then values].
-  std::byte* staged(index_t kv_head, index_t tokens, std::byte* block) const {
-    return block + kv_head * tokens * (rows_.k_block() + rows_.v_block());
-  }
-
-  void stage(index_t kv_head, const_matrix_view k, const_matrix_view v, index_t first_row, index_t tokens,
-             std::byte* block) const noexcept override {
-    std::byte* const k_to = staged(kv_head, tokens, block);
-    std::byte* const v_to = k_to + tokens * rows_.k_block();
-    for (index_t i = 0; i < tokens; ++i) {
-      rope::angles angles;
-      angles_of(seen_ + i, angles);
-      encode(kv_head, k.row(first_row + i), v.row(first_row + i), angles, k_to + i * rows_.k_block(),
-             v_to + i * rows_.v_block());
+  // A part for each run of neighbouring slots.
+  void push_runs(index_t kv_head, position_span span, position_t far, part_list& parts) const noexcept {
+    for (position_t p = span.first, end; p < span.last; p = end) {
+      const placed at = policy_.place(p);
+      end = std::min<position_t>(span.last, p + at.following + 1);
+      kv_part part;
+      part.k = {&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block(), 0, rows_.k(1, 0) - rows_.k(0, 0)};
+      part.v = {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block(), 0, rows_.v(1, 0) - rows_.v(0, 0)};
+      part.row = at.slot;
+      part.rows = static_cast<index_t>(end - p);
+      part.first = p;
+      part.far = far;
+      part.pinned = static_cast<index_t>(std::clamp<position_t>(detail::num_pinned(policy_) - p, 0, end - p));
+      parts.push_back(part);
     }
   }
 
-  segment staged_segment(index_t kv_head, position_t first, position_t last, index_t tokens,
-                         const std::byte* block) const noexcept override {
-    const std::byte* const k = staged(kv_head, tokens, const_cast<std::byte*>(block));
-    return {{&reader_of<K>, k, rows_.k_block()},
-            {&reader_of<V>, k + tokens * rows_.k_block(), rows_.v_block()},
-            static_cast<index_t>(first - seen_),
-            first,
-            last};
-  }
-
-  void commit(index_t tokens, const std::byte* block) noexcept override {
-    for (index_t i = 0; i < tokens;) {
-      const placed at = policy_.place(seen_ + i);
-      const index_t run = std::min(at.following + 1, tokens - i);
-      for (index_t head = 0; head < config_.num_kv_heads; ++head) {
-        const std::byte* const k = staged(head, tokens, const_cast<std::byte*>(block));
-        const std::byte* const v = k + tokens * rows_.k_block();
-        std::memcpy(rows_.k(head, at.slot), k + i * rows_.k_block(), static_cast<std::size_t>(run * rows_.k_block()));
-        std::memcpy(rows_.v(head, at.slot), v + i * rows_.v_block(), static_cast<std::size_t>(run * rows_.v_block()));
-      }
-      i += run;
-    }
-    seen_ += tokens;
-    high_ = std::max(high_, seen_);
-  }
-
+  position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
   Policy policy_;
   rows rows_;
 };

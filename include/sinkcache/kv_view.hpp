@@ -7,14 +7,13 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <optional>
 #include <span>
 #include <type_traits>
 #include <utility>
 
 #include "any_kv_cache.hpp"
-#include "detail/absorb.hpp"
+#include "detail/reader.hpp"
 #include "format.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -31,7 +30,7 @@ struct kv_layout {
 // Tokens at neighbouring positions, at a layout's strides: all of a linear cache, a part of a ring that wraps.
 struct kv_piece {
   position_t first = 0;                   // position of the piece's first token, counted from the start of the stream
-  index_t tokens = 0;                     // that the memory holds; those at `seen` and behind are not read
+  index_t tokens = 0;                     // that the memory holds; those at `seen` and after are not read
   const void *k = nullptr, *v = nullptr;  // element 0 of head 0 of the first token; of any alignment
 };
 
@@ -73,9 +72,9 @@ class kv_memory {
   bool paged_ = false;
 };
 
-// Keys in format K and values in format V, already turned at their true positions. A query sees of what the memory
+// Keys in format K and values in format V, already rotated at their true positions. A query sees of what the memory
 // holds the first num_sink_tokens and the newest `window`; a window of 0 is none: all that is held. Between spans of
-// positions that the memory does not hold, in_cache closes the gap as behind evicted tokens. A view is cheap to make,
+// positions that the memory does not hold, in_cache closes the gap as after evicted tokens. A view is cheap to make,
 // cheaper to assign again, and allocates nothing.
 template <elementwise_format K, elementwise_format V = K>
 class kv_view final : public kv_source {
@@ -92,13 +91,13 @@ class kv_view final : public kv_source {
   kv_view(kv_view&&) noexcept = default;
   kv_view& operator=(kv_view&&) noexcept = default;
 
-  // Whether a view can have these. inputs::raw and rope are about queries only; rollback has to be 0.
+  // Whether a view can have these. inputs::raw and rope are about queries only; rollback is not read, the engine knows
+  // what it holds.
   static status validate(const cache_config& config, const kv_layout& layout) noexcept {
     status found;
     found.require(config.num_sink_tokens >= 0, "num_sink_tokens", config.num_sink_tokens, "at least 0");
     found.require(config.window >= 0, "window", config.window, "at least 0");
-    found.require(config.rollback == 0, "rollback", config.rollback, "0: what a view holds is the engine's to say");
-    detail::require_config(found, config);
+    detail::require_geometry(found, detail::geometry_of(config));
     require_strides(found, "k", layout.k, K::element_bytes);
     require_strides(found, "v", layout.v, V::element_bytes);
     return found;
@@ -126,15 +125,13 @@ class kv_view final : public kv_source {
   void assign(const kv_memory& memory, position_t seen) { try_assign(memory, seen).or_fail(); }
   status try_assign(const kv_memory& memory, position_t seen) noexcept {
     status found;
-    span_list held;
     if (memory.paged_)
-      require_pages(found, memory.pages_, held);
+      require_pages(found, memory.pages_);
     else
-      require_pieces(found, memory.pieces(), held);
+      require_pieces(found, memory.pieces());
     require_seen(found, seen);
     if (!found) return found;
     memory_ = memory;
-    held_ = held;
     seen_ = seen;
     return found;
   }
@@ -149,44 +146,102 @@ class kv_view final : public kv_source {
   }
 
   index_t capacity() const noexcept override {
-    const index_t held = held_.num_tokens(), sinks = std::min(held, config_.num_sink_tokens);
-    return window() < held - sinks ? sinks + static_cast<index_t>(window()) : held;
+    index_t held = 0, sinks = 0;
+    for_each_held([&](position_span span) {
+      held += span.size();
+      sinks += std::clamp<position_t>(num_sink_tokens_ - span.first, 0, span.size());
+    });
+    return window_ < held - sinks ? sinks + static_cast<index_t>(window_) : held;
+  }
+
+  index_t num_visible(position_t query) const noexcept override {
+    index_t n = 0;
+    for_each_held([&](position_span span) {
+      for (const position_span& seen : sink_window{num_sink_tokens_, window_}.visible(query + 1))
+        n += std::max<position_t>(0, std::min(span.last, seen.last) - std::max(span.first, seen.first));
+    });
+    return n;
   }
 
   // Tokens that left the window since then have to be held still. Any count will do for those that are missing anyway.
   position_t min_truncate() const noexcept override {
-    const position_t left = seen_ - window();  // these and those before them are seen no longer
-    if (left <= config_.num_sink_tokens) return 0;
-    position_t kept_from = left;
-    for (const position_span& held : held_)
-      if (held.first < left && left <= held.last) kept_from = held.first;
-    return kept_from <= config_.num_sink_tokens ? 0 : kept_from + window();
+    const position_t left = seen_ - window_;  // these and those before them are seen no longer
+    if (left <= num_sink_tokens_) return 0;
+    position_t kept_from = left, begin = 0, end = -1;  // begin, end: neighbouring pieces
+    for_each_held([&](position_span held) {
+      if (held.first != end) begin = held.first;
+      end = held.last;
+      if (begin < left && left <= end && kept_from == left) kept_from = begin;
+    });
+    return kept_from <= num_sink_tokens_ ? 0 : kept_from + window_;
   }
 
-  span_list visible(position_t seen) const noexcept override {
-    span_list spans;
-    for (const position_span& kept : sink_window{config_.num_sink_tokens, window()}.visible(seen))
-      for (const position_span& held : held_)
-        spans.push_back({std::max(kept.first, held.first), std::min(kept.last, held.last)});
-    return spans;
+  // What it was made from.
+  cache_config config() const {
+    const kv_geometry& of = geometry_;
+    return {.num_kv_heads = of.num_kv_heads,
+            .head_dim = of.head_dim,
+            .v_head_dim = of.v_head_dim,
+            .num_sink_tokens = num_sink_tokens_,
+            .window = window_ == max_position ? 0 : static_cast<index_t>(window_),
+            .positions = of.positions,
+            .inputs = of.inputs,
+            .rope = of.rope,
+            .first_position = of.first_position};
   }
 
-  segment segment_at(index_t kv_head, position_t first, position_t last) const noexcept override {
-    const kv_piece piece = piece_at(first);
-    const auto of_head = [&](const void* memory, index_t stride) {
-      return memory == nullptr ? nullptr : static_cast<const std::byte*>(memory) + kv_head * stride;
+  // One for each piece, or for all pages; one more where the pinned tokens end.
+  index_t max_parts() const noexcept override {
+    return memory_.paged_ ? 2 : static_cast<index_t>(memory_.pieces().size()) + 1;
+  }
+
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+    const position_t pinned = num_sink_tokens_, from = first + 1 - window_;
+    const bool sees_all = from <= pinned;  // then the plan is for those that do
+    if (sees_all) end.queries = static_cast<index_t>(std::min<position_t>(end.queries, pinned - from + 1));
+    const position_t until = first + end.queries;
+    const auto push = [&](kv_part part, position_span held, position_span seen, position_t far) {
+      const position_t begin = std::max(held.first, seen.first), stop = std::min(held.last, seen.last);
+      part.row = static_cast<index_t>(begin - held.first);
+      part.rows = static_cast<index_t>(stop - begin);
+      part.first = begin;
+      part.far = far;
+      part.pinned =
+          static_cast<index_t>(std::clamp<position_t>(pinned - begin, 0, std::max<position_t>(0, stop - begin)));
+      parts.push_back(part);
     };
-    return {{&reader_of<K>, of_head(piece.k, k_.head), k_.token, k_.dim},
-            {&reader_of<V>, of_head(piece.v, v_.head), v_.token, v_.dim},
-            static_cast<index_t>(first - piece.first),
-            first,
-            std::min(last, piece.first + piece.tokens)};
+    const auto push_seen = [&](const kv_part& part, position_span held) {
+      if (sees_all) return push(part, held, {0, until}, kv_part::always);
+      push(part, held, {0, pinned}, kv_part::always);
+      push(part, held, {from, until}, window_);
+    };
+    kv_part part;
+    part.k = rows_of<K>(k_, memory_.pages_.k, memory_.pages_.k_page, kv_head);
+    part.v = rows_of<V>(v_, memory_.pages_.v, memory_.pages_.v_page, kv_head);
+    if (memory_.paged_) {
+      const kv_pages& pages = memory_.pages_;
+      part.pages = pages.table;
+      part.page_rows = pages.page_tokens;
+      push_seen(part, {pages.first, pages.first + num_paged()});
+    } else {
+      for (const kv_piece& piece : memory_.pieces()) {
+        part.k.base = of_head(piece.k, k_, kv_head);
+        part.v.base = of_head(piece.v, v_, kv_head);
+        push_seen(part, {piece.first, piece.first + piece.tokens});
+      }
+    }
+    return end;
   }
 
  private:
   // Of arguments that were checked.
   kv_view(const cache_config* config, const kv_layout& layout) noexcept
-      : kv_source(*config), k_(in_bytes<K>(layout.k)), v_(in_bytes<V>(layout.v)) {}
+      : kv_source(detail::geometry_of(*config)),
+        num_sink_tokens_(config->num_sink_tokens),
+        window_(config->window == 0 ? max_position : std::min<position_t>(config->window, max_position)),
+        k_(in_bytes<K>(layout.k)),
+        v_(in_bytes<V>(layout.v)) {}
 
   static const cache_config* checked(const cache_config& config, const kv_layout& layout) {
     validate(config, layout).or_fail();
@@ -198,25 +253,28 @@ class kv_view final : public kv_source {
     return {s.head * F::element_bytes, s.token * F::element_bytes, s.dim * F::element_bytes};
   }
 
-  position_t window() const noexcept { return config_.window == 0 ? max_position : config_.window; }
-
-  // The piece, or page, that holds a position. Rows with different windows see different spans: what lies between, of
-  // which none sees anything, is a piece without memory.
-  kv_piece piece_at(position_t position) const noexcept {
-    if (memory_.paged_) return page_at(position);
-    const std::span<const kv_piece> pieces = memory_.pieces();
-    const auto next = std::upper_bound(pieces.begin(), pieces.end(), position,
-                                       [](position_t p, const kv_piece& piece) { return p < piece.first; });
-    if (next != pieces.begin() && position - std::prev(next)->first < std::prev(next)->tokens) return *std::prev(next);
-    return {position, static_cast<index_t>((next == pieces.end() ? max_position : next->first) - position)};
+  static const std::byte* of_head(const void* memory, const kv_strides& strides, index_t kv_head) noexcept {
+    return memory == nullptr ? nullptr : static_cast<const std::byte*>(memory) + kv_head * strides.head;
   }
-  kv_piece page_at(position_t position) const noexcept {
-    const kv_pages& pages = memory_.pages_;
-    const index_t i = static_cast<index_t>((position - pages.first) / pages.page_tokens);
-    const index_t page = pages.table[static_cast<std::size_t>(i)];
-    return {pages.first + i * pages.page_tokens, pages.page_tokens,
-            static_cast<const std::byte*>(pages.k) + page * pages.k_page * K::element_bytes,
-            static_cast<const std::byte*>(pages.v) + page * pages.v_page * V::element_bytes};
+  template <elementwise_format F>
+  static kv_rows rows_of(const kv_strides& strides, const void* memory, index_t page, index_t kv_head) noexcept {
+    return {&reader_of<F>,          of_head(memory, strides, kv_head), strides.token, strides.dim, strides.head,
+            page * F::element_bytes};
+  }
+
+  index_t num_paged() const noexcept {
+    return memory_.pages_.page_tokens * static_cast<index_t>(memory_.pages_.table.size());
+  }
+
+  // Calls f with the positions of each piece, or of all pages.
+  template <class F>
+  void for_each_held(const F& f) const noexcept {
+    if (memory_.paged_) {
+      if (num_paged() > 0) f(position_span{memory_.pages_.first, memory_.pages_.first + num_paged()});
+      return;
+    }
+    for (const kv_piece& piece : memory_.pieces())
+      if (piece.tokens > 0) f(position_span{piece.first, piece.first + piece.tokens});
   }
 
   // One rule each for what is given.
@@ -242,8 +300,8 @@ class kv_view final : public kv_source {
   }
 
   void require_reach(status& found, index_t tokens, index_t k_before = 0, index_t v_before = 0) const noexcept {
-    const index_t k = reach(found, k_, config_.num_kv_heads, tokens, config_.head_dim);
-    const index_t v = reach(found, v_, config_.num_kv_heads, tokens, config_.v_head_dim);
+    const index_t k = reach(found, k_, geometry_.num_kv_heads, tokens, geometry_.head_dim);
+    const index_t v = reach(found, v_, geometry_.num_kv_heads, tokens, geometry_.v_head_dim);
     detail::checked_sum(found, "bytes that a layout reaches over", k, k_before);
     detail::checked_sum(found, "bytes that a layout reaches over", v, v_before);
   }
@@ -253,9 +311,7 @@ class kv_view final : public kv_source {
     found.require(v != nullptr, "v", "null", "where values lie");
   }
 
-  void require_pieces(status& found, std::span<const kv_piece> pieces, span_list& held) const noexcept {
-    // What is seen can have one span more, if one holds pinned tokens and newer ones.
-    const index_t max_spans = span_list::max_spans - (config_.num_sink_tokens > 0 && config_.window > 0);
+  void require_pieces(status& found, std::span<const kv_piece> pieces) const noexcept {
     position_t end = 0;
     index_t longest = 0;
     for (const kv_piece& piece : pieces) {
@@ -270,18 +326,12 @@ class kv_view final : public kv_source {
       end = piece.first + piece.tokens;
       if (piece.tokens == 0) continue;
       require_memory(found, piece.k, piece.v);
-      const bool follows = held.size() > 0 && held[held.size() - 1].last == piece.first;
-      if (!follows && held.size() == max_spans) {
-        found.refuse("pieces had more than {} spans of positions, had to have at most {}", max_spans, max_spans);
-        return;
-      }
-      held.push_back({piece.first, end});
       longest = std::max(longest, piece.tokens);
     }
     require_reach(found, longest);
   }
 
-  void require_pages(status& found, const kv_pages& pages, span_list& held) const noexcept {
+  void require_pages(status& found, const kv_pages& pages) const noexcept {
     found.require(pages.page_tokens >= 1, "page_tokens", pages.page_tokens, "at least 1");
     found.require(pages.num_pages >= 0, "num_pages", pages.num_pages, "at least 0");
     found.require(pages.k_page >= 0, "k_page", pages.k_page, "at least 0");
@@ -303,12 +353,12 @@ class kv_view final : public kv_source {
     };
     require_reach(found, pages.page_tokens, before(pages.k_page, K::element_bytes),
                   before(pages.v_page, V::element_bytes));
-    held.push_back({pages.first, pages.first + tokens});
   }
 
+  index_t num_sink_tokens_;
+  position_t window_;
   kv_strides k_, v_;  // in bytes
   kv_memory memory_;
-  span_list held_;  // positions in memory
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

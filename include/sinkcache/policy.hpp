@@ -11,14 +11,6 @@
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-// Positions [first, last), counted from the start of the stream.
-struct position_span {
-  position_t first = 0, last = 0;
-
-  constexpr index_t size() const { return static_cast<index_t>(last - first); }
-  constexpr bool operator==(const position_span&) const = default;
-};
-
 // The positions that are visible, oldest first. Neighbours that touch are one span.
 class span_list {
  public:
@@ -71,6 +63,7 @@ struct placed {
 //   capacity()   slots it needs: place() stays below this;
 //   visible(n)   what is alive after n tokens; the newest is n - 1, and what left never returns;
 //   place(p)     the slot of position p. Positions visible together have different slots.
+// It may also say num_pinned(), how many of the first tokens never leave: those take an attention's sink_bias.
 template <class P>
 concept eviction_policy = requires(const P p, position_t n) {
   { p.capacity() } -> std::same_as<index_t>;
@@ -85,6 +78,7 @@ struct sink_window {
   index_t num_sink_tokens = 0, window = 1, rollback = 0;
 
   constexpr index_t capacity() const { return num_sink_tokens + window + rollback; }
+  constexpr index_t num_pinned() const { return num_sink_tokens; }
 
   constexpr span_list visible(position_t seen) const {
     span_list spans;
@@ -104,6 +98,16 @@ struct sink_window {
 
 namespace detail {
 
+template <eviction_policy P>
+constexpr index_t num_pinned(const P& policy) {
+  if constexpr (requires {
+                  { policy.num_pinned() } -> std::convertible_to<index_t>;
+                })
+    return policy.num_pinned();
+  else
+    return 0;
+}
+
 // Whether one of the positions [first, last) was stored over `position`.
 template <eviction_policy P>
 constexpr bool overwritten(const P& policy, position_t position, position_t first, position_t last) {
@@ -114,6 +118,27 @@ constexpr bool overwritten(const P& policy, position_t position, position_t firs
     p += at.following + 1;
   }
   return false;
+}
+
+// Whether `next` would be stored over a position of these spans.
+template <eviction_policy P>
+constexpr bool stored_over(const P& policy, const span_list& spans, position_t next) {
+  const index_t slot = policy.place(next).slot;
+  for (const position_span& span : spans)
+    for (position_t p = span.first; p < span.last;) {
+      const placed at = policy.place(p);
+      if (at.slot <= slot && slot - at.slot <= std::min<position_t>(at.following, span.last - 1 - p)) return true;
+      p += at.following + 1;
+    }
+  return false;
+}
+
+// Whether `grown` is `spans` but for newer tokens in the last of them.
+constexpr bool only_grew(const span_list& spans, const span_list& grown) {
+  if (spans.size() != grown.size()) return false;
+  for (index_t i = 0; i < spans.size(); ++i)
+    if (spans[i].first != grown[i].first || (i + 1 < spans.size() && spans[i].last != grown[i].last)) return false;
+  return true;
 }
 
 // Whether all that was visible after `back` tokens is still visible after `seen`, or at least still stored. `high` is

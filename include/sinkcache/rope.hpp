@@ -30,7 +30,7 @@ enum class rope_pairing {
 // How queries and keys turn with their position. A value of about 2 KB.
 class rope {
  public:
-  static constexpr index_t max_pairs = max_head_dim / 2;
+  static constexpr index_t max_pairs = 256;
 
   // Cosines and sines for one position, one per pair.
   struct angles {
@@ -149,6 +149,7 @@ class rope {
   }
 
   index_t width() const { return 2 * pairs_; }  // dimensions that turn
+  float attention_factor() const { return attention_factor_; }
 
   // The angles of `position`; `scaled` says whether they carry the attention factor. Each within 1e-7.
   void angles_at(position_t position, bool scaled, angles& out) const noexcept {
@@ -210,8 +211,8 @@ class rope {
   }
 
   static void check_width(const char* name, index_t width) {
-    detail::check(width >= 2 && width <= max_head_dim && width % 2 == 0, name, width, "even and from 2 to",
-                  max_head_dim);
+    detail::check(width >= 2 && width <= 2 * max_pairs && width % 2 == 0, name, width, "even and from 2 to",
+                  2 * max_pairs);
   }
   static void check_scaling(index_t width, double theta, double factor) {
     check_width("width", width);

@@ -5,17 +5,20 @@
 //   kv_cache.hpp          the cache: append, truncate, what is kept
 //   any_kv_cache.hpp      its configuration, and a cache whose formats were chosen at run time
 //   kv_view.hpp           keys and values in an engine's own memory, read in place
-//   attention.hpp         decode and prefill over it, for standard softmax, softmax1 and learned sink logits
+//   joined.hpp            a shared prefix, or tokens without positions, in front of a cache
+//   attention.hpp         decode and prefill over them, for standard softmax, softmax1 and learned sink logits
 //   attention_params.hpp  what an attention layer is told once
+//   source.hpp            the contract: all that attention sees of a cache, for sources of your own
 //   policy.hpp            which tokens stay: pure functions of how many were seen
 //   softmax.hpp           the mathematics: partial states, how they merge, where the sink enters
 //   rope.hpp              rotary positions, exact at any distance from the start
 //   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
-//   segment.hpp           all that the kernel sees of a cache
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
 //   storage.hpp           the one allocation behind a cache
+//   detail/schedule.hpp   how a call is cut into work items
+//   detail/query_block.hpp  how query rows go over the parts of a plan
 //   detail/absorb.hpp     the hot loop
 //
 // fmt.hpp, which prints caches, configurations and statuses, is not included here: it alone needs fmt.
@@ -25,13 +28,14 @@
 #include "attention_params.hpp"
 #include "config.hpp"
 #include "format.hpp"
+#include "joined.hpp"
 #include "kv_cache.hpp"
 #include "kv_view.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"
 #include "rope.hpp"
-#include "segment.hpp"
 #include "softmax.hpp"
+#include "source.hpp"
 #include "storage.hpp"
 #include "version.hpp"
 #include "workspace.hpp"

@@ -57,6 +57,8 @@ class softmax_variant {
 
 namespace detail {
 
+class schedule;
+
 inline constexpr float log2_e = std::numbers::log2e_v<float>;
 inline constexpr float no_logit = -std::numeric_limits<float>::infinity();
 
@@ -71,25 +73,6 @@ struct states {
     std::fill_n(m, rows, no_logit);
     std::fill_n(d, rows, 0.f);
     std::fill_n(o, rows * o_stride, 0.f);
-  }
-};
-
-// States that grow tile by tile, of vectors of columns. What rounding leaves of each addition is summed beside it, so
-// that long sums do not drift however many tiles there are (fast two-sum, Dekker 1971).
-struct running_states : states {
-  float *d_rest, *o_rest;
-
-  running_states from_row(index_t i) const { return {states::from_row(i), d_rest + i, o_rest + i * o_stride}; }
-
-  void clear(index_t rows) const noexcept {
-    states::clear(rows);
-    std::fill_n(d_rest, rows, 0.f);
-    std::fill_n(o_rest, rows * o_stride, 0.f);
-  }
-  // Adds the rests up; what is left is a state.
-  void settle(index_t rows) const noexcept {
-    for (index_t i = 0; i < rows; ++i) d[i] += d_rest[i];
-    for (index_t i = 0; i < rows * o_stride; i += lanes) store(o + i, load(o + i) + load(o_rest + i));
   }
 };
 
@@ -110,8 +93,14 @@ inline void copy_state(const states& into, const states& from, index_t dim) noex
   std::copy_n(from.o, dim, into.o);
 }
 
-// Returns lse, the natural logarithm of the denominator, the sink included. Nothing visible and no sink: zeros, -inf.
-inline float finish_state(const states& state, float sink, index_t dim, float* out) noexcept {
+// What `finish` finds beside the output: lse, the natural logarithm of the denominator, the sink included, and the
+// normalised weight of a logit that equals the state's m.
+struct finished {
+  float lse, weight;
+};
+
+// Nothing visible and no sink: zeros, lse -inf.
+inline finished finish_state(const states& state, float sink, index_t dim, float* out) noexcept {
   // In double: where the sink rules, lse is the sink to the last bit.
   const double sink2 = static_cast<double>(sink) * std::numbers::log2e, state_m = static_cast<double>(*state.m);
   const double m = sink2 > state_m ? sink2 : state_m;
@@ -121,11 +110,11 @@ inline float finish_state(const states& state, float sink, index_t dim, float* o
                    (sink == no_logit ? 0 : static_cast<double>(scale_of(sink2)));
   if (d == 0) {
     std::fill_n(out, dim, 0.f);
-    return no_logit;
+    return {no_logit, 0.f};
   }
   const auto weight = static_cast<float>(static_cast<double>(scale) / d);
   for_each_index(dim, [&](index_t i) { out[i] = state.o[i] * weight; });
-  return static_cast<float>((m + std::log2(d)) * std::numbers::ln2);
+  return {static_cast<float>((m + std::log2(d)) * std::numbers::ln2), weight};
 }
 
 }  // namespace detail
@@ -160,15 +149,18 @@ class attention_state {
   }
 
   // The head's output into `out`, v_head_dim floats; returns its lse. The state is left as it is.
-  float finish(const softmax_variant& variant, index_t head, float* out) const {
+  float finish(const softmax_variant& variant, index_t head, std::span<float> out) const {
+    detail::check(static_cast<index_t>(out.size()) == v_head_dim_, "out.size()", out.size(), "exactly", v_head_dim_);
     detail::check(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
     const index_t sinks = variant.num_sink_logits();
     detail::check(sinks == 0 || sinks == num_heads_, "sink_logits.size()", sinks, "exactly", num_heads_);
-    return detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_, out);
+    return detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_,
+                                out.data())
+        .lse;
   }
   attention_output finish(const softmax_variant& variant, index_t head) const {
     attention_output result{matrix(1, v_head_dim_), 0.f};
-    result.lse = finish(variant, head, result.out.data());
+    result.lse = finish(variant, head, {result.out.data(), static_cast<std::size_t>(v_head_dim_)});
     return result;
   }
 
@@ -180,7 +172,7 @@ class attention_state {
   std::span<const float> data() const { return floats_; }
 
  private:
-  friend class attention;
+  friend class detail::schedule;
 
   index_t stride() const { return v_head_dim_ + 2; }
   detail::states row(index_t head) {

@@ -9,9 +9,13 @@
 #include <new>
 #include <optional>
 
-#include "segment.hpp"
+#include "config.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
+
+namespace detail {
+class schedule;
+}
 
 // One call's work, to be called with every item once, in any order, on any thread: work(item, worker). Calls that
 // overlap in time need different workers, 0 <= worker < concurrency().
@@ -92,7 +96,7 @@ class workspace {
   index_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
 
  private:
-  friend class attention;
+  friend class detail::schedule;
 
   static constexpr std::align_val_t alignment{64};
   static constexpr index_t initial_scratch = index_t{768} << 10, initial_shared = index_t{4} << 20;

@@ -22,7 +22,8 @@ void decode_in(const float* q, const float* k, const float* v, float* out, float
     cache.append(sinkcache::const_matrix_view(k + token * kv_dim, 1, kv_dim),
                  sinkcache::const_matrix_view(v + token * kv_dim, 1, kv_dim));
     attention.decode(sinkcache::const_matrix_view(q + token * q_dim, 1, q_dim), cache,
-                     sinkcache::matrix_view(out + token * q_dim, 1, q_dim), workspace, lse + token * num_qo_heads);
+                     sinkcache::matrix_view(out + token * q_dim, 1, q_dim), workspace,
+                     {.lse = {lse + token * num_qo_heads, static_cast<std::size_t>(num_qo_heads)}});
   }
 }
 

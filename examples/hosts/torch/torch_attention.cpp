@@ -110,7 +110,11 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const auto out_of = [&](int64_t i) { return out.data_ptr<float>() + i * out.stride(0); };
     if (q_len == 1) {  // all sequences at once
       std::vector<sinkcache::decode_item> items;
-      for (int64_t i = 0; i < batch; ++i) items.push_back({q_of(i), &views[static_cast<std::size_t>(i)], out_of(i)});
+      const auto floats = [](auto* row, int64_t n) { return std::span(row, static_cast<std::size_t>(n)); };
+      for (int64_t i = 0; i < batch; ++i)
+        items.push_back({.q = floats(static_cast<const float*>(q_of(i)), heads * dim),
+                         .keys = &views[static_cast<std::size_t>(i)],
+                         .out = floats(out_of(i), heads * v.size(3))});
       return attention.try_decode(items, *workspace);
     }
     for (int64_t i = 0; i < batch && view_found; ++i)

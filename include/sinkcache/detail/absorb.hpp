@@ -1,36 +1,137 @@
 #pragma once
 
-// The hot loop: what query rows see of one segment, merged into their states. Keys are walked in tiles, logits lie as
+// The hot loop: what query rows see of one part, merged into their states. Keys are walked in tiles, logits lie as
 // [keys, rows of the group], so that the softmax needs no sums across a vector. A few rows (decode) go through a tile
 // in groups of up to four: a key is loaded once for a group, where it lies and whatever its format. Many rows (prefill)
 // go in panels, a row a lane, over a tile that was decoded once. A row's arithmetic does not depend on others.
 
 #include <algorithm>
+#include <cstring>
+#include <span>
 
 #include "reader.hpp"
-#include "tile_dots.hpp"
 #include "tile_softmax.hpp"
-#include "tile_values.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// `count` query rows from `row` on, q as the keys' reader packed them, take in n keys and values, of positions from
-// `first` on; all of them see all. `next` are the keys that follow.
-inline void absorb_tile(const query_rows& rows, index_t row, index_t count, const float* q, const extent* extents,
-                        const loaded_rows& k, const loaded_rows& v, index_t offset, position_t first, index_t n,
-                        tile_rows next, const running_states& to, float* logits) noexcept {
+// Rows that lie together: n rows from `row` on of a page; there is only page 0 where a part has no pages.
+struct row_run {
+  index_t page, row, n;
+};
+
+// The runs of a tile, in the order in which its keys are read.
+class tile_runs {
+ public:
+  tile_runs() = default;
+  tile_runs(const kv_part& part, index_t first, index_t n) noexcept { add(part, first, n); }
+
+  // Rows [first, first + n) of a part: cut where pages end.
+  void add(const kv_part& part, index_t first, index_t n) noexcept {
+    n_ += n;
+    if (part.pages.empty()) return push_back({0, part.row + first, n});
+    for (index_t row = part.row + first, some; n > 0; row += some, n -= some) {
+      const index_t in_page = row % part.page_rows;
+      some = std::min(part.page_rows - in_page, n);
+      push_back({part.pages[static_cast<std::size_t>(row / part.page_rows)], in_page, some});
+    }
+  }
+  std::span<const row_run> runs() const { return {runs_, static_cast<std::size_t>(size_)}; }
+  index_t num_rows() const { return n_; }
+
+ private:
+  void push_back(const row_run& run) noexcept { runs_[size_++] = run; }
+
+  row_run runs_[tile_scratch::keys];
+  index_t size_ = 0, n_ = 0;
+};
+
+// Rows as one of the readers can work on them; in_place: where the cache has them.
+struct loaded_rows {
+  const kv_reader* reader;
+  tile_rows rows;
+  bool in_place;
+
+  loaded_rows from_row(index_t i) const { return {reader, rows.from_row(i), in_place}; }
+};
+
+inline bool can_work_in_place(const kv_rows& from, index_t dim) {
+  return from.reader->dots != nullptr && (from.step == 0 || (from.step == from.reader->element_bytes && dim % 16 == 0));
+}
+
+// The rows as floats [n, stride], zero from `dim` on.
+inline tile_rows decoded_rows(const kv_rows& from, const tile_runs& tile, index_t dim, index_t stride,
+                              float* to) noexcept {
+  const index_t bytes = stride * index_t{sizeof(float)};
+  const tile_rows rows{reinterpret_cast<const std::byte*>(to), bytes, bytes};
+  for (const row_run& run : tile.runs()) {
+    kv_rows page = from;
+    page.base += run.page * from.page;
+    from.reader->load(page, run.row, run.n, dim, stride, to);
+    to += run.n * stride;
+  }
+  return rows;
+}
+
+// The rows where they lie, if they lie together and their reader can work there; else brought together as they are, or
+// decoded.
+inline loaded_rows rows_of(const kv_rows& from, const tile_runs& tile, index_t dim, float* scratch) noexcept {
+  if (!can_work_in_place(from, dim))
+    return {&reader_of<f32>, decoded_rows(from, tile, dim, round_up(dim, 16), scratch), false};
+  const auto at = [&](const row_run& run) { return from.base + run.page * from.page + run.row * from.block; };
+  const std::span<const row_run> runs = tile.runs();
+  if (runs.size() == 1) return {from.reader, {at(runs[0]), from.block, from.row_bytes(dim)}, true};
+  const index_t bytes = from.reader->element_bytes * round_up(dim, 16);
+  auto* to = reinterpret_cast<std::byte*>(scratch);
+  for (const row_run& run : runs)
+    for (index_t i = 0; i < run.n; ++i, to += bytes)
+      std::memcpy(to, at(run) + i * from.block, static_cast<std::size_t>(bytes));
+  return {from.reader, {reinterpret_cast<const std::byte*>(scratch), bytes, bytes}, false};
+}
+
+// Where logits are kept for those who ask what a query gives each key: [rows, stride], a part's row 0 as number
+// `first`.
+struct kept_logits {
+  float* to = nullptr;
+  index_t stride = 0, first = 0;
+
+  // Of n rows from `number` on.
+  void keep(const float* logits, index_t row, int rows, index_t number, index_t n) const noexcept {
+    for (int r = 0; r < rows; ++r)
+      for (index_t j = 0; j < n; ++j) to[(row + r) * stride + first + number + j] = logits[j * rows + r];
+  }
+};
+
+// What a part's rows are told apart by: positions, or numbers where each row has a position of its own.
+inline position_t first_of(const kv_part& part) { return part.at.empty() ? part.first : 0; }
+
+// A few rows of one group-by-group tile: logits that are there become weights and take in values.
+inline void absorb_values(const query_rows& rows, index_t row, index_t count, const loaded_rows& v, index_t offset,
+                          index_t n, tile_rows next, const running_states& to, float* logits) noexcept {
   float scale[tile_scratch::max_rows];
-  k.reader->dots(q, count, round_up(rows.head_dim, 16), k.rows, n, v.rows, logits);
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    float* const of_group = logits_of(logits, group);
-    if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<Rows>(rows, row + r, extents, first, n, of_group);
-    weigh<Rows>(of_group, offset, n, to.from_row(row + r), scale + r);
+    weigh<Rows>(logits_of(logits, group), offset, n, to.from_row(row + r), scale + r);
   });
   rescale_values(scale, count, to.from_row(row));
   v.reader->add(logits, count, v.rows, offset, n, round_up(rows.v_head_dim, 16), to.from_row(row), next);
 }
 
-// The positions that a row sees between `first` and `last`.
+// `count` query rows from `row` on, q as the keys' reader packed them, take in n keys and values, from `first` on; all
+// of them see all. `next` are the keys that follow.
+inline void absorb_tile(const query_rows& rows, index_t row, index_t count, const float* q, const extent* extents,
+                        const loaded_rows& k, const loaded_rows& v, index_t offset, position_t first, index_t n,
+                        tile_rows next, const running_states& to, float* logits, const kept_logits& kept,
+                        index_t number) noexcept {
+  k.reader->dots(q, count, round_up(rows.head_dim, 16), k.rows, n, v.rows, logits);
+  if (rows.soft_cap > 0 || rows.terms != nullptr || kept.to != nullptr)
+    in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+      float* const of_group = logits_of(logits, group);
+      if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<Rows>(rows, row + r, extents, first, n, of_group);
+      if (kept.to != nullptr) kept.keep(of_group, row + r, Rows, number, n);
+    });
+  absorb_values(rows, row, count, v, offset, n, next, to, logits);
+}
+
+// What a row sees between `first` and `last`.
 inline position_span seen_of(const extent& extent, position_t first, position_t last) {
   const position_span span{std::max(extent.lo, first), std::min(extent.hi, last)};
   return span.first < span.last ? span : position_span{};
@@ -92,35 +193,36 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   });
 }
 
-// See absorb_fn.
-inline void absorb(const segment& from, const query_rows& rows, const extent* extents, const running_states& to,
-                   const tile_scratch& scratch) noexcept {
-  position_t lo = from.last, hi = from.first;
+// Merges what `rows` see of a part into their states; next_keys: where the keys lie that are read after these, if that
+// is known.
+inline void absorb(const kv_part& part, const query_rows& rows, const extent* extents, const running_states& to,
+                   const tile_scratch& scratch, const std::byte* next_keys, const kept_logits& kept) noexcept {
+  position_t lo = max_position, hi = -1;
   for (index_t r = 0; r < rows.rows; ++r) {
-    const position_span seen = seen_of(extents[r], from.first, from.last);
-    if (seen.size() == 0) continue;
-    lo = std::min(lo, seen.first);
-    hi = std::max(hi, seen.last);
+    if (extents[r].lo >= extents[r].hi) continue;
+    lo = std::min(lo, extents[r].lo);
+    hi = std::max(hi, extents[r].hi);
   }
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
+  const position_t first = first_of(part);
   const float* q = nullptr;
   index_t q_from = 0, q_rows = 0;  // which rows it is of: most often the same for every tile
   // Tiles end where positions are a multiple, whatever is seen of them.
   for (position_t tile = lo, end; tile < hi; tile = end) {
     end = std::min(hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
-    const index_t offset = static_cast<index_t>(tile % tile_scratch::keys);
-    const index_t first_row = from.row + static_cast<index_t>(tile - from.first), n = static_cast<index_t>(end - tile);
+    const index_t offset = static_cast<index_t>(tile % tile_scratch::keys), n = static_cast<index_t>(end - tile);
+    const tile_runs lie(part, static_cast<index_t>(tile - first), n);
     if (rows.in_panels) {
-      const tile_rows k = decoded_rows(from.k, first_row, n, rows.head_dim, dim, scratch.k);
-      const tile_rows v = decoded_rows(from.v, first_row, n, rows.v_head_dim, v_dim + 16, scratch.v);
+      const tile_rows k = decoded_rows(part.k, lie, rows.head_dim, dim, scratch.k);
+      const tile_rows v = decoded_rows(part.v, lie, rows.v_head_dim, v_dim + 16, scratch.v);
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
       continue;
     }
-    const loaded_rows k = rows_of(from.k, first_row, n, rows.head_dim, scratch.k);
-    const loaded_rows v = rows_of(from.v, first_row, n, rows.v_head_dim, scratch.v);
+    const loaded_rows k = rows_of(part.k, lie, rows.head_dim, scratch.k);
+    const loaded_rows v = rows_of(part.v, lie, rows.v_head_dim, scratch.v);
     tile_rows next = k.rows.from_row(n);
-    if (end == hi && !k.decoded) next.data = from.next_keys != nullptr ? from.next_keys : k.rows.data;
+    if (end == hi && k.in_place) next.data = next_keys != nullptr ? next_keys : k.rows.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
@@ -133,7 +235,7 @@ inline void absorb(const segment& from, const query_rows& rows, const extent* ex
       }
       const index_t skipped = static_cast<index_t>(seen.first - tile);
       absorb_tile(rows, r, same, q, extents, k.from_row(skipped), v.from_row(skipped), offset + skipped, seen.first,
-                  seen.size(), next, to, scratch.logits);
+                  seen.size(), next, to, scratch.logits, kept, static_cast<index_t>(seen.first - first));
     }
   }
 }

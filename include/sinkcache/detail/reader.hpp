@@ -7,9 +7,6 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Where a group's logits lie among those of a tile.
-inline float* logits_of(float* logits, index_t group) { return logits + group * 4 * (tile_scratch::keys + 16); }
-
 template <elementwise_format K>
 void group_dots(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
                 float* logits) noexcept {
@@ -46,24 +43,3 @@ template <kv_format F>
 inline constexpr kv_reader reader_of = detail::make_reader<F>();
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
-
-namespace sinkcache::inline SINKCACHE_TAG::detail {
-
-// Rows as one of the readers can work on them.
-struct loaded_rows {
-  const kv_reader* reader;
-  tile_rows rows;
-  bool decoded;
-
-  loaded_rows from_row(index_t i) const { return {reader, rows.from_row(i), decoded}; }
-};
-
-// The rows where they lie, if their reader can work there; else decoded.
-inline loaded_rows rows_of(const stored_rows& from, index_t first, index_t n, index_t dim, float* scratch) noexcept {
-  const kv_reader* const reader = from.reader;
-  if (reader->dots != nullptr && (from.step == 0 || (from.step == reader->element_bytes && dim % 16 == 0)))
-    return {reader, {from.store + first * from.block, from.block, from.row_bytes(dim)}, false};
-  return {&reader_of<f32>, decoded_rows(from, first, n, dim, round_up(dim, 16), scratch), true};
-}
-
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail

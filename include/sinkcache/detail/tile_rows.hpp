@@ -1,23 +1,23 @@
 #pragma once
 
-// The keys or values of a tile: where they lie, if vectors can be loaded there, else decoded.
+// Rows of a tile as floats, whatever their format and however they lie in memory.
 
 #include <algorithm>
 #include <cstring>
 
 #include "../format.hpp"
-#include "../segment.hpp"
+#include "scratch.hpp"
 #include "simd.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
 // The load of a kv_reader.
 template <kv_format F>
-void load_rows(const stored_rows& from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
+void load_rows(const kv_rows& from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept {
   for (index_t i = 0; i < n; ++i) std::fill(to + i * stride + dim, to + i * stride + round_up(dim, 16), 0.f);
   if constexpr (elementwise_format<F>) {
     if (from.step != 0 && from.step != F::element_bytes) {
-      const std::byte* const store = from.store + first * from.block;
+      const std::byte* const store = from.base + first * from.block;
       if (from.block == F::element_bytes) {  // transposed: an element of all rows at a time
         float column[tile_scratch::keys];
         for (index_t d = 0; d < dim; ++d) {
@@ -36,15 +36,7 @@ void load_rows(const stored_rows& from, index_t first, index_t n, index_t dim, i
     }
   }
   for (index_t i = 0; i < n; ++i)
-    F::decode(from.store + (first + i) / F::block_rows * from.block, (first + i) % F::block_rows, dim, to + i * stride);
-}
-
-// Decodes the rows [first, first + n) into floats [n, stride], zero from `dim` on.
-inline tile_rows decoded_rows(const stored_rows& from, index_t first, index_t n, index_t dim, index_t stride,
-                              float* to) noexcept {
-  const index_t bytes = stride * index_t{sizeof(float)};
-  from.reader->load(from, first, n, dim, stride, to);
-  return {reinterpret_cast<const std::byte*>(to), bytes, bytes};
+    F::decode(from.base + (first + i) / F::block_rows * from.block, (first + i) % F::block_rows, dim, to + i * stride);
 }
 
 inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {

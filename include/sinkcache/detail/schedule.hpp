@@ -1,0 +1,244 @@
+#pragma once
+
+// How a call of attention is cut into work items, and where they find memory.
+//
+// Work is cut by positions into items (KV head, block of query rows, slice of the visible tokens), never by threads or
+// rows of storage, and partial states merge in item order: the result is the same to the bit for any number of threads.
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+
+#include "../workspace.hpp"
+#include "query_block.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// One query token: all heads' rows, and where their results go. `into` instead of `out` takes partial states.
+struct decode_job {
+  const float* q;
+  const kv_source* keys;
+  position_t query;
+  float *out, *lse;
+  weight_reader* weights;
+  attention_state* into;
+};
+
+// Neighbouring query tokens, their results, and which KV heads.
+struct rows_job {
+  const float* q;
+  index_t q_stride, tokens;
+  const kv_source* keys;
+  position_t first;
+  float* out;
+  index_t out_stride;
+  float* lse;  // [tokens, num_qo_heads], or null
+  index_t first_kv_head, num_kv_heads;
+  bool in_panels;  // see query_rows
+};
+
+class schedule {
+ public:
+  using shape = worker_scratch::shape;
+
+  schedule(const attention_params& params, workspace& workspace) noexcept : params_(params), workspace_(workspace) {}
+
+  // What decode of one query token needs of the memory that workers share: counters of missing slices, partial states
+  // [num_qo_heads, slices], and logits [num_qo_heads, kept] for those who ask for weights.
+  static index_t decode_bytes(status& found, const attention_params& params, const kv_source& keys,
+                              index_t kept) noexcept {
+    const index_t slices = std::min(max_slices, (keys.capacity() + slice_tokens - 1) / slice_tokens);
+    const index_t group = group_size(params, keys);
+    const index_t counters = keys.geometry().num_kv_heads * row_blocks(group) * index_t{sizeof(int)};
+    const index_t states = checked_product(found, "floats of partial states", slices, state_floats(keys));
+    const index_t floats =
+        checked_product(found, "bytes of partial states", params.num_qo_heads * index_t{sizeof(float)},
+                        checked_sum(found, "floats of partial states", states, kept));
+    return round_up(checked_sum(found, "bytes of partial states", round_up(counters, 64), floats), 64);
+  }
+  static shape shape_of(const attention_params& params, const kv_source& keys, index_t tokens) noexcept {
+    return {rows_of_an_item(std::min(tokens, max_item_rows) * group_size(params, keys)), keys.geometry().head_dim,
+            keys.geometry().v_head_dim, keys.max_parts()};
+  }
+  static index_t batch_bytes(std::size_t size) noexcept {
+    return round_up(static_cast<index_t>(size * sizeof(sequence)), 64);
+  }
+  // Of all workers and what they share.
+  static index_t bytes(status& found, index_t concurrency, const shape& of, index_t shared) noexcept {
+    const index_t scratch = checked_product(found, "bytes of scratch", concurrency, worker_scratch::bytes(of));
+    return checked_sum(found, "bytes of the workspace", scratch, shared);
+  }
+
+  // Takes the memory for the calls below.
+  status reserve(const shape& of, index_t shared) noexcept {
+    status found;
+    const index_t total = bytes(found, workspace_.concurrency(), of, shared);
+    if (found) found = workspace_.try_reserve(total);
+    shape_ = of;
+    shared_ = workspace_.memory_.get() + workspace_.concurrency() * worker_scratch::bytes(of);
+    return found;
+  }
+
+  // For how many queries from `first` on, up to `last`, every KV head's plan holds. For what was reserved.
+  index_t num_planned(const kv_source& keys, position_t first, position_t last) const noexcept {
+    auto queries = static_cast<index_t>(last - first + 1);
+    for (index_t head = 0; head < keys.geometry().num_kv_heads && queries > 1;) {
+      part_list parts(worker(0).parts, keys.max_parts());
+      const plan_end end = keys.plan(head, first, last, parts);
+      queries = std::clamp<index_t>(end.queries, 1, queries);
+      head += std::max<index_t>(1, end.kv_heads);
+    }
+    return queries;
+  }
+
+  // Attends with one token per sequence, in slices of the visible tokens. Whoever ends a head's last slice merges them
+  // all, in their order. job(i) is the i-th of `size`, kept(i) how many logits are kept for it.
+  template <class Job, class Kept>
+  void decode(index_t size, const Job& job, const Kept& kept, index_t first_kv_head, index_t num_kv_heads) noexcept {
+    auto* const sequences = reinterpret_cast<sequence*>(shared_);
+    std::byte* at = shared_ + batch_bytes(static_cast<std::size_t>(size));
+    index_t items = 0;
+    for (index_t i = 0; i < size; ++i) {
+      const decode_job one = job(i);
+      const kv_source& keys = *one.keys;
+      const index_t tokens = keys.num_visible(one.query);
+      const index_t slice = std::max(slice_tokens, round_up((tokens + max_slices - 1) / max_slices, 64));
+      const index_t most =
+          std::max<index_t>(1, std::min(max_slices, (keys.capacity() + slice_tokens - 1) / slice_tokens));
+      const index_t slices = std::clamp<index_t>((tokens + slice - 1) / slice, 1, most);
+      const index_t blocks = row_blocks(group_size(params_, keys)), counters = keys.geometry().num_kv_heads * blocks;
+      status fits;  // was found to fit when memory was reserved
+      sequence& of = sequences[i];
+      of = {items, slices, slice, kept(i), reinterpret_cast<int*>(at), nullptr, nullptr};
+      of.partials = reinterpret_cast<float*>(at + round_up(counters * index_t{sizeof(int)}, 64));
+      of.logits = of.partials + params_.num_qo_heads * most * state_floats(keys);
+      std::fill_n(of.missing, counters, static_cast<int>(slices));
+      if (of.kept > 0) std::fill_n(of.logits, params_.num_qo_heads * of.kept, no_logit);
+      at += decode_bytes(fits, params_, keys, of.kept);
+      items += (num_kv_heads < 0 ? keys.geometry().num_kv_heads : num_kv_heads) * blocks * slices;
+    }
+    workspace_.run(items, [&](index_t item, index_t worker_number) {
+      const sequence* const next = std::upper_bound(sequences, sequences + size, item,
+                                                    [](index_t i, const sequence& s) { return i < s.first_item; });
+      const index_t i = next - sequences - 1;
+      decode_slice(job(i), sequences[i], item - sequences[i].first_item, first_kv_head, worker(worker_number));
+    });
+  }
+
+  // Attends with rows of neighbouring tokens, for all of which one plan holds.
+  void attend(const rows_job& job) const noexcept {
+    const kv_geometry& of = job.keys->geometry();
+    const index_t group = group_size(params_, *job.keys), rows = job.tokens * group;
+    const index_t blocks = (rows + shape_.rows - 1) / shape_.rows;
+    const query_block block{params_, *job.keys, job.q, job.q_stride, job.tokens, job.first, group, job.in_panels};
+    workspace_.run(job.num_kv_heads * blocks, [&](index_t item, index_t worker_number) {
+      const index_t kv_head = job.first_kv_head + item / blocks, row = item % blocks * shape_.rows;
+      const index_t count = std::min(shape_.rows, rows - row);
+      const worker_scratch scratch = worker(worker_number);
+      block.absorb(kv_head, row, count, 0, max_position, scratch);
+      for (index_t r = 0; r < count; ++r) {
+        const index_t token = block.token(row + r), head = block.head(kv_head, row + r);
+        const finished result = finish_state(scratch.state.from_row(r), params_.softmax.sink(head), of.v_head_dim,
+                                             job.out + token * job.out_stride + head * of.v_head_dim);
+        if (job.lse != nullptr) job.lse[token * params_.num_qo_heads + head] = result.lse;
+      }
+    });
+  }
+
+  // Calls work(kv_head) for each, on the executor.
+  template <class F>
+  void for_heads(index_t num_kv_heads, const F& work) const noexcept {
+    workspace_.run(num_kv_heads, [&](index_t head, index_t) { work(head); });
+  }
+
+ private:
+  static constexpr index_t slice_tokens = 512, max_slices = 16;
+
+  // Where one sequence of a batch begins among the work items, and its part of the shared memory.
+  struct sequence {
+    index_t first_item, slices, slice, kept;
+    int* missing;  // slices, of each KV head and block of rows
+    float *partials, *logits;
+  };
+
+  static index_t group_size(const attention_params& params, const kv_source& keys) noexcept {
+    return params.num_qo_heads / keys.geometry().num_kv_heads;
+  }
+  // Row blocks of a KV head's group, and floats of one partial state: m and d, then o on the next cache line.
+  static index_t row_blocks(index_t group) noexcept { return (group + max_item_rows - 1) / max_item_rows; }
+  static index_t state_floats(const kv_source& keys) noexcept { return round_up(keys.geometry().v_head_dim, 16) + 16; }
+
+  worker_scratch worker(index_t i) const noexcept {
+    return {shape_, workspace_.memory_.get() + i * worker_scratch::bytes(shape_)};
+  }
+
+  void decode_slice(const decode_job& job, const sequence& of, index_t number, index_t first_kv_head,
+                    const worker_scratch& scratch) const noexcept {
+    const kv_source& keys = *job.keys;
+    const index_t group = group_size(params_, keys), blocks = row_blocks(group), floats = state_floats(keys);
+    const index_t i = number % of.slices, block = number / of.slices % blocks;
+    const index_t kv_head = first_kv_head + number / of.slices / blocks, row = block * max_item_rows;
+    const index_t count = std::min(max_item_rows, group - row);
+    const query_block call{params_, keys, job.q, 0, 1, job.query, group, group >= query_rows::panel && of.kept == 0};
+    const index_t first_head = call.head(kv_head, row);
+    float* const logits = of.logits + first_head * of.kept;
+    call.absorb(kv_head, row, count, i * of.slice, i + 1 < of.slices ? (i + 1) * of.slice : max_position, scratch,
+                {of.kept > 0 ? logits : nullptr, of.kept, 0});
+    const auto partial = [&](index_t head, index_t slice) {
+      float* const at = of.partials + (head * of.slices + slice) * floats;
+      return states{at, at + 1, at + 16, floats - 16};
+    };
+    const bool whole = of.slices == 1;
+    if (!whole) {
+      for (index_t r = 0; r < count; ++r)
+        copy_state(partial(first_head + r, i), scratch.state.from_row(r), floats - 16);
+      if (__atomic_sub_fetch(of.missing + kv_head * blocks + block, 1, __ATOMIC_ACQ_REL) > 0) return;
+    }
+    for (index_t r = 0; r < count; ++r) {
+      const index_t head = first_head + r;
+      if (!whole)
+        for (index_t slice = 1; slice < of.slices; ++slice)
+          merge_state(partial(head, 0), partial(head, slice), floats - 16);
+      const states state = whole ? scratch.state.from_row(r) : partial(head, 0);
+      if (job.into != nullptr) {
+        merge_state(job.into->row(head), state, keys.geometry().v_head_dim);
+        continue;
+      }
+      const index_t dim = keys.geometry().v_head_dim;
+      const finished result = finish_state(state, params_.softmax.sink(head), dim, job.out + head * dim);
+      if (job.lse != nullptr) job.lse[head] = result.lse;
+      if (of.kept > 0) to_weights(logits + r * of.kept, of.kept, *state.m, result.weight);
+    }
+    if (of.kept > 0) tell(job, kv_head, first_head, count, logits, of.kept, scratch);
+  }
+
+  // Logits, relative to m and in base 2, become normalised weights.
+  static void to_weights(float* logits, index_t n, float m, float weight) noexcept {
+    if (m == no_logit) return static_cast<void>(std::fill_n(logits, n, 0.f));  // nothing was seen
+    index_t i = 0;
+    for (; i + lanes <= n; i += lanes) store(logits + i, exp2_nonpositive(load(logits + i) - m) * weight);
+    for (; i < n; ++i) logits[i] = exp2_nonpositive(logits[i] - m) * weight;
+  }
+
+  // Hands a head's weights on, part by part in tiles.
+  void tell(const decode_job& job, index_t kv_head, index_t first_head, index_t count, const float* weights,
+            index_t stride, const worker_scratch& scratch) const noexcept {
+    part_list parts(scratch.parts, job.keys->max_parts());
+    job.keys->plan(kv_head, job.query, job.query, parts);
+    for (const kv_part& part : parts) {
+      const position_span span = span_of(part, job.query);
+      const auto floats = static_cast<std::size_t>((count - 1) * stride + span.size());
+      if (span.size() > 0)
+        job.weights->read({kv_head, job.query, &part, static_cast<index_t>(span.first - first_of(part)), span.size(),
+                           first_head, count, stride, std::span(weights, floats)});
+      weights += span.size();
+    }
+  }
+
+  const attention_params& params_;
+  workspace& workspace_;
+  shape shape_{};
+  std::byte* shared_ = nullptr;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail

@@ -1,0 +1,215 @@
+#pragma once
+
+// Sources made of sources: tokens that many sequences share, or tokens without positions, in front of a cache's own.
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory_resource>
+#include <vector>
+
+#include "any_kv_cache.hpp"
+#include "detail/reader.hpp"
+#include "storage.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG {
+
+// Keys with values that every query sees, wherever it stands: learned sink keys with values (openPangu), meta tokens,
+// soft prompts. They have no positions: a query meets them without its rotary position, and they count nowhere, in no
+// distance and no eviction. (Keys that were trained at position 0, and meet rotated queries, are pinned tokens of a
+// kv_view.) Holds a copy, in formats K and V.
+template <kv_format K, kv_format V = K>
+class static_tokens final : public kv_source {
+  static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: static_tokens stores tokens one by one");
+
+ public:
+  // k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim], neither rotated. Of the configuration
+  // sizes, positions, inputs and rope are read, which have to be those of the cache behind; rope has to be given, for
+  // rotated queries are rotated back.
+  static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
+                std::pmr::memory_resource* resource = default_resource())
+      : static_tokens(checked(config, k, v, resource), k, v, resource, 0) {}
+  static_tokens(static_tokens&&) noexcept = default;
+  static_tokens& operator=(static_tokens&&) noexcept = default;
+
+  static status validate(const cache_config& config, const_matrix_view k, const_matrix_view v) noexcept {
+    status found;
+    const kv_geometry of = detail::geometry_of(config);
+    detail::require_geometry(found, of);
+    found.require(of.rope.has_value(), "rope", "absent", "given (rope::none() counts)");
+    found.require(k.rows() >= 1, "k.rows()", k.rows(), "at least 1");
+    detail::require_shape(found, "k", k, k.rows(), of.num_kv_heads * of.head_dim);
+    detail::require_shape(found, "v", v, k.rows(), of.num_kv_heads * of.v_head_dim);
+    if (found) detail::storage<K, V>::required_bytes(found, of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim);
+    return found;
+  }
+
+  std::size_t nbytes() const noexcept { return rows_.nbytes(); }
+  index_t capacity() const noexcept override { return num_tokens_; }
+  index_t num_visible(position_t) const noexcept override { return num_tokens_; }
+  position_t min_truncate() const noexcept override { return 0; }
+  index_t max_parts() const noexcept override { return 1; }
+
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    kv_part part;
+    if (nbytes() > 0) {
+      part.k = {&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block(), 0, rows_.k(1, 0) - rows_.k(0, 0)};
+      part.v = {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block(), 0, rows_.v(1, 0) - rows_.v(0, 0)};
+      part.rows = num_tokens_;
+      part.placeless = true;
+    }
+    parts.push_back(part);
+    return {geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+  }
+
+ private:
+  static const cache_config& checked(const cache_config& config, const_matrix_view k, const_matrix_view v,
+                                     const std::pmr::memory_resource* resource) {
+    status found = validate(config, k, v);
+    found.require(resource != nullptr, "resource", "null", "a memory resource");
+    found.or_fail();
+    return config;
+  }
+
+  static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
+                std::pmr::memory_resource* resource, int)
+      : kv_source(detail::geometry_of(config)),
+        num_tokens_(k.rows()),
+        rows_(geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim, resource) {
+    for (index_t i = 0; i < num_tokens_; ++i)
+      for (index_t head = 0; head < geometry_.num_kv_heads; ++head) {
+        K::encode(k.row(i) + head * geometry_.head_dim, geometry_.head_dim, rows_.k(head, i));
+        V::encode(v.row(i) + head * geometry_.v_head_dim, geometry_.v_head_dim, rows_.v(head, i));
+      }
+  }
+
+  index_t num_tokens_;
+  detail::storage<K, V> rows_;
+};
+
+// Several sources in a row, the last of which may grow: its tokens come after all tokens of those in front, which are
+// seen for ever. So many sequences share one prefix. Each source counts its tokens from 0; first_position of one that
+// follows others has to be where those end. The sources stay the caller's, outlive this, and those in front must not
+// change while it is used.
+class joined_source final : public kv_source {
+ public:
+  joined_source(std::initializer_list<const kv_source*> sources) : joined_source(std::vector(sources)) {}
+  explicit joined_source(std::vector<const kv_source*> sources) : joined_source(std::move(sources), checked(sources)) {}
+
+  // Whether these can be joined.
+  static status validate(std::span<const kv_source* const> sources) noexcept {
+    status found;
+    found.require(!sources.empty(), "sources", sources.size(), "at least 1");
+    for (const kv_source* source : sources) found.require(source != nullptr, "a source", "null", "not null");
+    if (!found) return found;
+    const kv_geometry& last = sources.back()->geometry();
+    position_t before = 0, from = -1;
+    for (const kv_source* source : sources) {
+      const kv_geometry& of = source->geometry();
+      found.require(of.num_kv_heads == last.num_kv_heads, "a source's num_kv_heads", of.num_kv_heads,
+                    "that of the last,", last.num_kv_heads);
+      found.require(of.head_dim == last.head_dim, "a source's head_dim", of.head_dim, "that of the last,",
+                    last.head_dim);
+      found.require(of.v_head_dim == last.v_head_dim, "a source's v_head_dim", of.v_head_dim, "that of the last,",
+                    last.v_head_dim);
+      found.require(of.positions == last.positions, "a source's positions", "others", "those of the last");
+      found.require(of.inputs == last.inputs, "a source's inputs", "others", "those of the last");
+      found.require(of.k_transform == last.k_transform && of.v_transform == last.v_transform,
+                    "a source's row transform", "another", "that of the last");
+      if (source->seen() == 0 && source != sources.back()) continue;  // tokens without positions
+      if (from < 0) from = of.first_position;
+      found.require(of.first_position - from == before, "a source's first_position", of.first_position,
+                    "where the sources before it end,", from + before);
+      before += source->seen();
+    }
+    return found;
+  }
+
+  position_t seen() const noexcept override { return before_ + sources_.back()->seen(); }
+  index_t capacity() const noexcept override {
+    return sum([](const kv_source& s) { return s.capacity(); });
+  }
+  index_t num_visible(position_t query) const noexcept override {
+    const kv_source& grows = *sources_.back();
+    index_t n = grows.num_visible(query - before_);
+    for (const kv_source* s : front()) n += s->num_visible(s->seen() - 1);
+    return n;
+  }
+  position_t min_truncate() const noexcept override {
+    const position_t smallest = sources_.back()->min_truncate();
+    return smallest == 0 ? before_ : before_ + smallest;
+  }
+  index_t max_parts() const noexcept override {
+    return sum([](const kv_source& s) { return s.max_parts(); });
+  }
+
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+    position_t before = 0;
+    for (const kv_source* source : front()) {
+      const index_t from = parts.size();
+      const position_t newest = source->seen() - 1;
+      end.kv_heads = std::min(end.kv_heads, source->plan(kv_head, newest, newest, parts).kv_heads);
+      for (index_t i = from; i < parts.size(); ++i) see_for_ever(parts[i], newest);
+      shift(parts, from, before);
+      before += source->seen();
+    }
+    const index_t from = parts.size();
+    const plan_end of_last = sources_.back()->plan(kv_head, first - before_, last - before_, parts);
+    shift(parts, from, before_);
+    return {std::min(end.kv_heads, of_last.kv_heads), std::min(end.queries, of_last.queries)};
+  }
+
+ private:
+  joined_source(std::vector<const kv_source*>&& sources, const kv_geometry& geometry)
+      : kv_source(geometry), sources_(std::move(sources)) {
+    for (const kv_source* source : front()) before_ += source->seen();
+  }
+
+  static kv_geometry checked(const std::vector<const kv_source*>& sources) {
+    validate(sources).or_fail();
+    kv_geometry geometry = sources.back()->geometry();
+    for (const kv_source* source : sources)
+      if (source->seen() > 0) {
+        geometry.first_position = source->geometry().first_position;
+        break;
+      }
+    return geometry;
+  }
+
+  std::span<const kv_source* const> front() const noexcept { return {sources_.data(), sources_.size() - 1}; }
+  template <class F>
+  index_t sum(const F& f) const noexcept {
+    index_t n = 0;
+    for (const kv_source* source : sources_) n += f(*source);
+    return n;
+  }
+
+  // What the query at `newest` sees of a part, every later one does.
+  static void see_for_ever(kv_part& part, position_t newest) noexcept {
+    if (part.placeless) return;
+    if (part.at.empty()) {
+      const position_t from = std::max(part.first, newest - part.far + 1);
+      const position_t to = std::min(part.end(), newest - part.near + 1);
+      const auto skipped = static_cast<index_t>(from - part.first);
+      part.row += skipped;
+      part.pinned = std::max<index_t>(0, part.pinned - skipped);
+      part.rows = static_cast<index_t>(std::max<position_t>(0, to - from));
+      part.first = from;
+    }
+    part.near = 0;
+    part.far = kv_part::always;
+  }
+  static void shift(part_list& parts, index_t from, position_t by) noexcept {
+    for (index_t i = from; i < parts.size(); ++i) {
+      if (parts[i].placeless) continue;
+      parts[i].first += by;
+      parts[i].last += by;
+      parts[i].at_offset += by;
+    }
+  }
+
+  std::vector<const kv_source*> sources_;
+  position_t before_ = 0;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG

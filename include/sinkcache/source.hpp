@@ -1,0 +1,227 @@
+#pragma once
+
+// The contract between what keeps tokens and the attention that reads them (docs/architecture.md has it on one page).
+//
+// A source answers one question: which rows hold the tokens that these queries of this KV head may see? The answer is a
+// short list of parts, plain data that points into the source's memory. A part is rows that lie alike and are seen by
+// one rule: the query at p sees the row at x if near <= p - x < far. A pinned prefix, half a ring, a paged pool, a
+// scattered kept set are one part each. Positions in cache order are derived by attention, which counts the tokens of
+// later parts; so sources are joined by listing the parts of one after those of another.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "format.hpp"
+#include "rope.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG {
+
+enum class positions {
+  in_cache,  // tokens count as neighbours of those that are still visible before and after them (StreamingLLM)
+  absolute   // tokens keep their true positions (gpt-oss and other models trained with a window)
+};
+
+enum class inputs {
+  raw,     // keys and queries come without rotary positions; the library rotates them
+  rotated  // the engine has rotated them, at their true positions
+};
+
+// An orthogonal transform of a row of `dim` floats, in place: stored rows may be transformed, for formats that spread
+// outliers over a row (a Hadamard transform). Queries then go through that of keys after their rotary position, outputs
+// back through that of values.
+struct row_transform {
+  void (*apply)(float* row, index_t dim) noexcept;
+  void (*undo)(float* row, index_t dim) noexcept;
+};
+
+// What attention has to know of every source: sizes, and what positions mean.
+struct kv_geometry {
+  index_t num_kv_heads = 0, head_dim = 0, v_head_dim = 0;
+  sinkcache::positions positions = sinkcache::positions::in_cache;
+  sinkcache::inputs inputs = sinkcache::inputs::raw;
+  std::optional<sinkcache::rope> rope = std::nullopt;  // may be absent where positions are absolute and inputs rotated
+  position_t first_position = 0;                       // true position of token 0
+  const row_transform *k_transform = nullptr, *v_transform = nullptr;  // of stored rows; null: none
+
+  bool rotates() const { return rope.has_value() && rope->width() > 0; }
+};
+
+namespace detail {
+struct running_states;
+}
+
+// Rows of a tile where a kernel reads them: `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements.
+struct tile_rows {
+  const std::byte* data;
+  index_t stride, bytes;
+
+  const std::byte* row(index_t i) const { return data + i * stride; }
+  tile_rows from_row(index_t i) const { return {row(i), stride, bytes}; }
+};
+
+struct kv_rows;
+
+// How rows of one format are read; reader_of<F> is that of a format F.
+//   load   the rows [first, first + n) as floats [n, stride], zero from `dim` to round_up(dim, 16).
+// The others work on rows where they lie, and are null where a format is only loaded. `dim` is a multiple of 16,
+// `count` at most 32.
+//   pack   lays `count` query rows [count, dim] out for dots, in `to` or where they are;
+//   dots   logits [n, rows of a group] of each group of up to four query rows;
+//   add    adds values times weights, which lie as dots' logits do, to the query rows' sums.
+// Both prefetch `next` meanwhile.
+struct kv_reader {
+  index_t block_rows, element_bytes;
+  void (*load)(const kv_rows& from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept;
+  const float* (*pack)(const float* rows, index_t count, index_t dim, float* to) noexcept;
+  void (*dots)(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
+               float* logits) noexcept;
+  void (*add)(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
+              const detail::running_states& to, tile_rows next) noexcept;
+};
+
+// Where the keys, or the values, of a part lie. Strides in bytes.
+struct kv_rows {
+  const kv_reader* reader = nullptr;  // of keys and values both null: tokens that lie elsewhere, counted but not read
+  const std::byte* base = nullptr;    // row 0 of the KV head that was asked for (of page 0, where there are pages)
+  index_t block = 0;                  // from row to row; from block to block where the format has several rows a block
+  index_t step = 0;  // from element to element, in an engine's memory; 0: rows as the format wrote them
+  index_t head = 0;  // from KV head to KV head
+  index_t page = 0;  // from page to page
+
+  // What a row takes of a processor's cache: an engine's rows may lie far apart.
+  index_t row_bytes(index_t dim) const { return step == 0 ? block : dim * std::min(step, index_t{sizeof(float)}); }
+};
+
+// Rows [row, row + rows) that lie alike and are seen by one rule.
+struct kv_part {
+  static constexpr position_t always = max_position;  // farther than any token
+
+  kv_rows k, v;
+  index_t row = 0, rows = 0;
+  position_t first = 0;  // position of the first row, the others follow one by one; with `at`, of the oldest
+
+  // For rows in any order: the position of each, and what is added to it; `last` comes after the newest. `rank` is each
+  // row's place by age, from 0, where they do not lie in that order. Under in_cache `far` has to be `always` then.
+  std::span<const position_t> at = {};
+  position_t at_offset = 0, last = 0;
+  std::span<const std::int32_t> rank = {};
+
+  // For rows in pages: row r lies in page pages[r / page_rows] as its row r % page_rows.
+  std::span<const std::int32_t> pages = {};
+  index_t page_rows = 0;
+
+  position_t near = 0, far = always;  // the query at p sees the row at x if near <= p - x < far
+  index_t pinned = 0;                 // so many of the first rows take sink_bias
+  bool placeless = false;             // no positions: always seen, by queries as they were before rope; counts nowhere
+  std::int32_t mark = 0;              // the source's own; comes back with weights
+
+  position_t position(index_t i) const { return at.empty() ? first + i : at[static_cast<std::size_t>(i)] + at_offset; }
+  position_t end() const { return at.empty() ? first + rows : last; }
+};
+
+// The parts of a plan, oldest first, in memory of the caller's. What one query sees of a part is older than what it
+// sees of the next.
+class part_list {
+ public:
+  part_list(kv_part* memory, index_t capacity) noexcept : parts_(memory), capacity_(capacity) {}
+
+  // Parts without rows are left out. A source that lists more than its max_parts() ends the program.
+  void push_back(const kv_part& part) noexcept {
+    if (part.rows <= 0) return;
+    if (size_ == capacity_) detail::broken_source("a plan has more parts than the source's max_parts()");
+    parts_[size_++] = part;
+  }
+  void clear() noexcept { size_ = 0; }
+  index_t size() const { return size_; }
+  kv_part& operator[](index_t i) { return parts_[i]; }
+  const kv_part& operator[](index_t i) const { return parts_[i]; }
+  const kv_part* begin() const { return parts_; }
+  const kv_part* end() const { return parts_ + size_; }
+
+ private:
+  kv_part* parts_;
+  index_t capacity_, size_ = 0;
+};
+
+// How far a plan holds: for so many KV heads from the one asked for (the base of the i-th is `i * head` further), and
+// so many queries from the first. At least 1 of each.
+struct plan_end {
+  index_t kv_heads, queries;
+};
+
+// Stored tokens of one sequence and layer, as attention reads them: those of a cache, of an engine's own memory, or of
+// several sources in a row. Const calls may run concurrently.
+class kv_source {
+ public:
+  const kv_geometry& geometry() const { return geometry_; }
+  virtual position_t seen() const noexcept { return seen_; }         // tokens stored so far, less those taken back
+  index_t size() const noexcept { return num_visible(seen() - 1); }  // tokens visible now
+
+  // Most tokens that a query can see, in any KV head; of a part whose rows have positions of their own, all rows count.
+  virtual index_t capacity() const noexcept = 0;
+
+  // How many the query at `query` sees, in the KV head where that is most. Work is cut by it, results do not need it.
+  virtual index_t num_visible(position_t query) const noexcept {
+    return static_cast<index_t>(std::clamp<position_t>(query + 1, 0, capacity()));
+  }
+
+  // The smallest count of tokens from which on all that was visible after so many is still stored.
+  virtual position_t min_truncate() const noexcept = 0;
+
+  // Most parts of a plan.
+  virtual index_t max_parts() const noexcept = 0;
+
+  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen, and min_truncate() <= first
+  // +
+  // 1. What is listed may reach further than what any of them sees; the parts' rules say what each does. Parts are
+  // valid until the source changes.
+  virtual plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept = 0;
+
+ protected:
+  explicit kv_source(const kv_geometry& geometry) noexcept : geometry_(geometry) {}
+  kv_source(kv_source&& from) noexcept : geometry_(from.geometry_), seen_(from.seen_) { from.seen_ = 0; }
+  kv_source& operator=(kv_source&& from) noexcept {
+    geometry_ = from.geometry_;
+    seen_ = from.seen_;
+    from.seen_ = 0;
+    return *this;
+  }
+  ~kv_source() = default;
+
+  kv_geometry geometry_;
+  position_t seen_ = 0;
+};
+
+// What one query gives tokens [first, first + n) of a part, normalised with the model's own denominator: of a query's
+// weights and the sink's share the sum is 1. w[i * stride + j] is what query head first_qo_head + i gives token first +
+// j of the part; 0 where the query does not see it.
+struct weight_tile {
+  index_t kv_head;
+  position_t query;
+  const kv_part* part;
+  index_t first, n;
+  index_t first_qo_head, num_qo_heads, stride;
+  std::span<const float> w;
+
+  position_t position(index_t j) const { return part->position(first + j); }
+  float weight(index_t j, index_t head) const { return w[static_cast<std::size_t>(head * stride + j)]; }
+};
+
+// Who wants to know what queries give tokens. Tiles of one KV head come one after the other, those of others may come
+// from other threads meanwhile.
+class weight_reader {
+ public:
+  virtual bool wants(position_t query) const noexcept = 0;
+  virtual void read(const weight_tile& tile) noexcept = 0;
+
+ protected:
+  weight_reader() = default;
+  weight_reader(const weight_reader&) = default;
+  weight_reader& operator=(const weight_reader&) = default;
+  ~weight_reader() = default;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG
