@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "attention_params.hpp"
+#include "detail/macros_off.hpp"
 #include "detail/query_pass.hpp"
 #include "kv_cache.hpp"
 #include "workspace.hpp"
@@ -335,3 +336,5 @@ class attention {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -11,6 +11,7 @@
 
 #include "any_kv_cache.hpp"
 #include "detail/absorb.hpp"
+#include "detail/macros_off.hpp"
 #include "format.hpp"
 #include "storage.hpp"
 
@@ -309,3 +310,5 @@ class kv_cache final : public any_kv_cache {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

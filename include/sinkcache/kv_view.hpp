@@ -15,6 +15,7 @@
 
 #include "any_kv_cache.hpp"
 #include "detail/absorb.hpp"
+#include "detail/macros_off.hpp"
 #include "format.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -317,3 +318,5 @@ class kv_view final : public kv_source {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "config.hpp"
+#include "detail/macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
@@ -103,3 +104,5 @@ void require_shape(status& found, const char* name, const basic_matrix_view<Floa
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "detail/macros_off.hpp"
 #include "policy.hpp"
 #include "softmax.hpp"
 
@@ -86,3 +87,5 @@ class segment_source {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -9,6 +9,7 @@
 #include <new>
 #include <optional>
 
+#include "detail/macros_off.hpp"
 #include "segment.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -133,3 +134,5 @@ class workspace {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

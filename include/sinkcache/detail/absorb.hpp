@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "macros_off.hpp"
 #include "tile_dots.hpp"
 #include "tile_softmax.hpp"
 #include "tile_values.hpp"
@@ -161,3 +162,5 @@ void absorb(const segment& from, const query_rows& rows, const extent* extents, 
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "../attention_params.hpp"
+#include "macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -200,3 +201,5 @@ struct query_block {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../config.hpp"
+#include "macros_off.hpp"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -276,3 +277,5 @@ template <class F>
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -7,6 +7,7 @@
 
 #include "../format.hpp"
 #include "../segment.hpp"
+#include "macros_off.hpp"
 #include "simd.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -84,3 +85,5 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"
