@@ -8,10 +8,12 @@
 #define SINKCACHE_VERSION_PATCH 0
 
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "sinkcache: lse is -inf where nothing is visible; compile without -ffast-math and -ffinite-math-only, in a file of its own to which only plain pointers cross"
+#error "sinkcache: lse is -inf where nothing is visible; compile without -ffast-math and -ffinite-math-only"
+#error "sinkcache: a host that needs it compiles our caller without, as a file of its own to which plain pointers cross"
 #endif
 #if defined(__ASSOCIATIVE_MATH__)
-#error "sinkcache: exp relies on how sums round; compile without -ffast-math and -fassociative-math, in a file of its own to which only plain pointers cross"
+#error "sinkcache: exp relies on how sums round; compile without -ffast-math and -fassociative-math"
+#error "sinkcache: a host that needs it compiles our caller without, as a file of its own to which plain pointers cross"
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "sinkcache: 16-bit floats are read in pairs, which would swap; big-endian processors are not supported"
