@@ -27,10 +27,13 @@ class matrix : public Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen
 
 namespace detail {
 
-// Of Eigen's, or derived from such a class.
+template <class D>
+void take_dense(const Eigen::DenseBase<D>&);
+
+// A class of Eigen's, or derived from one.
 template <class M>
 concept eigen_dense = requires(const std::remove_cvref_t<M>& m) {
-  []<class D>(const Eigen::DenseBase<D>&) {}(m);
+  take_dense(m);
 };
 
 template <class M>
