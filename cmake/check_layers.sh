@@ -4,8 +4,10 @@
 set -eu
 cd "$(dirname -- "$0")/../include/sinkcache"
 
-order='version config policy matrix detail/simd detail/halves format rope softmax segment detail/tile_rows
-       detail/tile detail/tile_dots detail/tile_softmax detail/tile_values detail/absorb workspace storage any_kv_cache kv_cache kv_view attention_params detail/query_pass attention fmt sinkcache'
+order='detail/macros_off detail/macros_on version config policy matrix detail/simd detail/halves format rope softmax source
+       detail/scratch detail/tile_rows detail/tile detail/tile_dots detail/tile_softmax detail/tile_values detail/reader
+       detail/absorb workspace storage any_kv_cache kv_cache kv_memory kv_view joined attention_params
+       detail/query_block detail/schedule attention fmt sinkcache'
 
 # shellcheck disable=SC2016 # awk's own variables
 find . -name '*.hpp' | sort | xargs awk -v order="$order" '
@@ -34,3 +36,14 @@ find . -name '*.hpp' | sort | xargs awk -v order="$order" '
     }
   }
   END { exit faults }'
+
+# A host's macros are out of the way of every header that declares something.
+faults=$(for header in *.hpp detail/*.hpp; do
+  if [ "$header" = version.hpp ] || ! grep -q '^namespace' "$header"; then continue; fi
+  grep -q 'macros_off.hpp"$' "$header" || echo "include/sinkcache/$header: does not include detail/macros_off.hpp"
+  tail -n 1 "$header" | grep -q 'macros_on.hpp"$' || echo "include/sinkcache/$header: does not end with detail/macros_on.hpp"
+done)
+if [ -n "$faults" ]; then
+  echo "$faults"
+  exit 1
+fi

@@ -531,7 +531,7 @@ struct framed {
   framed(index_t r, index_t c) : canvas(matrix::Constant(r + 2, c + 7, 77.f)), rows(r), cols(c) {}
   explicit framed(const matrix& m) : framed(m.rows(), m.cols()) { block() = m; }
 
-  Eigen::Block<matrix> block() { return canvas.block(1, 3, rows, cols); }
+  Eigen::Block<matrix::Matrix> block() { return canvas.block(1, 3, rows, cols); }
   bool frame_is_untouched() const {
     matrix erased = canvas;
     erased.block(1, 3, rows, cols).setConstant(77.f);

@@ -30,7 +30,8 @@ concept explicitly_from = std::constructible_from<T, Arguments...> && !(std::con
 
 // Matrices and numbers.
 
-static_assert(same_as<sc::matrix, Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>);
+static_assert(std::derived_from<sc::matrix, Eigen::MatrixBase<sc::matrix::Matrix>> && sc::matrix::IsRowMajor);
+static_assert(same_as<sc::matrix::Scalar, float> && sc::matrix::SizeAtCompileTime == Eigen::Dynamic);
 static_assert(same_as<sc::position_t, std::int64_t>);
 static_assert(std::signed_integral<sc::index_t> && sizeof(sc::index_t) == sizeof(std::ptrdiff_t));
 

@@ -439,6 +439,23 @@ TEST_CASE("kv_view: OpenVINO's and InfiniLM's pages as pieces of their own, keys
   for (index_t rows : some_rows) CHECK(vino.check(view, rows) == "");
 }
 
+TEST_CASE("kv_view: MLA in its absorbed form, latent rows of 576 whose first 512 are the values") {
+  constexpr index_t dim = 576, v_dim = 512, tokens = 150;
+  cache_config config = engine_rotated(1, dim);
+  config.v_head_dim = v_dim;
+  for (index_t window : {0, 40}) {
+    config.window = window;
+    host<bf16> deepseek(config, {.num_qo_heads = 16, .sm_scale = 0.07f}, tokens);
+    for (index_t t = 0; t < tokens; ++t)
+      std::copy_n(deepseek.keys.begin() + t * dim, v_dim, deepseek.values.begin() + t * v_dim);
+    buffer<bf16> latent(tokens * dim);
+    deepseek.put_keys(latent, [](index_t t, index_t, index_t d) { return t * dim + d; });
+    const kv_strides rows{.token = dim};
+    const kv_view<bf16> view(config, {rows, rows}, kv_piece{0, tokens, latent.at(0), latent.at(0)}, tokens);
+    for (index_t n : some_rows) CHECK(deepseek.check(view, n) == "");
+  }
+}
+
 TEST_CASE("kv_view: mlx RotatingKVCache, kept tokens and a ring in one [head][max_size][dim]") {
   constexpr index_t heads = 2, dim = 64, keep = 4, max_size = 64, ring = max_size - keep, tokens = 171;
   for (const positions where : {positions::in_cache, positions::absolute})

@@ -140,4 +140,26 @@ TEST_CASE("matrix views: what is written can be read") {
   for (index_t i = 0; i < 3; ++i) CHECK(read.row(i) == written.row(i));
 }
 
+float sum(Eigen::Ref<matrix> m) { return m.sum(); }
+float sum_of_const(const Eigen::Ref<const matrix>& m) { return m.sum(); }
+
+TEST_CASE("matrix: does what Eigen's does") {
+  static_assert(std::is_nothrow_move_constructible_v<matrix> && sizeof(matrix) == sizeof(matrix::Matrix));
+  matrix a(2, 3), listed{{1.f, 2.f}, {3.f, 4.f}};
+  a << 1, 2, 3, 4, 5, 6;
+  CHECK((listed(1, 0) == 3.f && a(1, 2) == 6.f));
+  const column_major converted = a;
+  matrix b = a * a.transpose(), c = converted, d(std::move(c));
+  CHECK((b(0, 1) == 32.f && d == a));
+  b.noalias() = a * a.transpose() + matrix::Ones(2, 2);
+  CHECK(b(1, 0) == 33.f);
+  a.swap(b);
+  CHECK((a.cols() == 2 && b.cols() == 3));
+  Eigen::Map<matrix> mapped(b.data(), 3, 2);
+  mapped.row(0) = Eigen::Map<const matrix>(listed.data(), 1, 2);
+  b = 2 * mapped;
+  CHECK((b.rows() == 3 && b(0, 1) == 4.f && b(2, 1) == 12.f));
+  CHECK((sum(b) == b.sum() && sum_of_const(converted.transpose()) == 21.f));
+}
+
 }  // namespace

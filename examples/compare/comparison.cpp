@@ -1,6 +1,7 @@
-#include "comparison.hpp"
-
+// First: fmt 9 would take the namespace compare for its own function of that name.
 #include <fmt/format.h>
+
+#include "comparison.hpp"
 
 #include <algorithm>
 #include <cctype>

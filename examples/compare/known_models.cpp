@@ -1,6 +1,8 @@
+// First: fmt 9 would take the namespace compare for its own function of that name.
+#include <fmt/format.h>
+
 #include "known_models.hpp"
 
-#include <fmt/format.h>
 #include <sys/wait.h>
 #include <unistd.h>
 

@@ -1,6 +1,7 @@
-#include "loaded_model.hpp"
-
+// First: fmt 9 would take the namespace compare for its own function of that name.
 #include <fmt/format.h>
+
+#include "loaded_model.hpp"
 
 #include <filesystem>
 #include <stdexcept>

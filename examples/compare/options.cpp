@@ -1,6 +1,7 @@
-#include "options.hpp"
-
+// First: fmt 9 would take the namespace compare for its own function of that name.
 #include <fmt/format.h>
+
+#include "options.hpp"
 
 #include <algorithm>
 #include <set>

@@ -1,6 +1,7 @@
-#include "report.hpp"
-
+// First: fmt 9 would take the namespace compare for its own function of that name.
 #include <fmt/format.h>
+
+#include "report.hpp"
 
 #include <algorithm>
 #include <cmath>

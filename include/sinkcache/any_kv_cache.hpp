@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 
+#include "detail/macros_off.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"
 #include "source.hpp"
@@ -155,3 +156,5 @@ class any_kv_cache : public kv_source {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "attention_params.hpp"
+#include "detail/macros_off.hpp"
 #include "detail/schedule.hpp"
 #include "kv_cache.hpp"
 #include "workspace.hpp"
@@ -281,3 +282,5 @@ class attention {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "any_kv_cache.hpp"
+#include "detail/macros_off.hpp"
 #include "softmax.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -148,3 +149,5 @@ Part whole_part(status& found, Part part, index_t num_kv_heads, index_t num_rows
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -17,6 +17,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "detail/macros_off.hpp"
 #include "version.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -180,3 +181,5 @@ constexpr index_t round_up(index_t n, index_t multiple) { return (n + multiple -
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -5,6 +5,8 @@
 //
 // The only header that needs fmt (https://fmt.dev, 9 or newer): link fmt::fmt, or define FMT_HEADER_ONLY.
 
+#include "detail/macros_off.hpp"
+
 #include <fmt/format.h>
 
 #include <concepts>
@@ -100,3 +102,5 @@ struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
     return fmt::format_to(out, "{}, {:.1f} MB}}", any ? "" : "empty", static_cast<double>(cache.nbytes()) * 1e-6);
   }
 };
+
+#include "detail/macros_on.hpp"

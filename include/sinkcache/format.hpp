@@ -13,6 +13,7 @@
 
 #include "config.hpp"
 #include "detail/halves.hpp"
+#include "detail/macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
@@ -193,3 +194,5 @@ status try_with_formats(std::string_view k, std::string_view v, F&& f) {
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "any_kv_cache.hpp"
+#include "detail/macros_off.hpp"
 #include "detail/reader.hpp"
 #include "storage.hpp"
 
@@ -213,3 +214,5 @@ class joined_source final : public kv_source {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

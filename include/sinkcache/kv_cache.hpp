@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "any_kv_cache.hpp"
+#include "detail/macros_off.hpp"
 #include "detail/reader.hpp"
 #include "format.hpp"
 #include "storage.hpp"
@@ -336,3 +337,5 @@ class kv_cache final : public any_kv_cache {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -8,15 +8,33 @@
 #include <type_traits>
 
 #include "config.hpp"
+#include "detail/macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+// Floats, row-major: an Eigen matrix in all that it does. A class of ours, so that the linker refuses a function that
+// takes one where the caller is compiled for another instruction set, which would take Eigen's memory to be aligned
+// otherwise. A struct that holds one tells the linker nothing, so that memory is not aligned, but malloc's own, too.
+// Between such files let plain pointers cross.
+class matrix : public Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor | Eigen::DontAlign> {
+ public:
+  using Matrix::Matrix;
+  using Matrix::operator=;
+  matrix() = default;
+  template <class Expression>
+  matrix(const Eigen::EigenBase<Expression>& e) : Matrix(e) {}  // NOLINT(google-explicit-constructor)
+};
 
 namespace detail {
 
+template <class D>
+void take_dense(const Eigen::DenseBase<D>&);
+
+// A class of Eigen's, or derived from one.
 template <class M>
-concept eigen_dense = std::derived_from<std::remove_cvref_t<M>, Eigen::DenseBase<std::remove_cvref_t<M>>>;
+concept eigen_dense = requires(const std::remove_cvref_t<M>& m) {
+  take_dense(m);
+};
 
 template <class M>
 concept has_memory = bool(std::remove_cvref_t<M>::Flags& Eigen::DirectAccessBit) &&
@@ -103,3 +121,13 @@ void require_shape(status& found, const char* name, const basic_matrix_view<Floa
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+// What Eigen asks of a type that it maps or refers to.
+template <>
+struct Eigen::internal::traits<sinkcache::matrix> : traits<sinkcache::matrix::Matrix> {};
+template <>
+struct Eigen::internal::evaluator<sinkcache::matrix> : evaluator<sinkcache::matrix::Matrix> {
+  using evaluator<sinkcache::matrix::Matrix>::evaluator;
+};
+
+#include "detail/macros_on.hpp"

@@ -8,6 +8,7 @@
 #include <concepts>
 
 #include "config.hpp"
+#include "detail/macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
@@ -171,3 +172,5 @@ constexpr position_t min_truncate(const P& policy, position_t seen, position_t h
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -18,6 +18,7 @@
 #include <span>
 
 #include "config.hpp"
+#include "detail/macros_off.hpp"
 #include "detail/simd.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -269,3 +270,5 @@ class rope {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -5,6 +5,7 @@
 //   kv_cache.hpp          the cache: append, truncate, what is kept
 //   any_kv_cache.hpp      its configuration, and a cache whose formats were chosen at run time
 //   kv_view.hpp           keys and values in an engine's own memory, read in place
+//   kv_memory.hpp         how that memory is described
 //   joined.hpp            a shared prefix, or tokens without positions, in front of a cache
 //   attention.hpp         decode and prefill over them, for standard softmax, softmax1 and learned sink logits
 //   attention_params.hpp  what an attention layer is told once
@@ -30,6 +31,7 @@
 #include "format.hpp"
 #include "joined.hpp"
 #include "kv_cache.hpp"
+#include "kv_memory.hpp"
 #include "kv_view.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "config.hpp"
+#include "detail/macros_off.hpp"
 #include "detail/simd.hpp"
 #include "matrix.hpp"
 
@@ -185,3 +186,5 @@ class attention_state {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

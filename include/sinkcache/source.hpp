@@ -14,6 +14,7 @@
 #include <optional>
 #include <span>
 
+#include "detail/macros_off.hpp"
 #include "format.hpp"
 #include "rope.hpp"
 
@@ -64,7 +65,8 @@ struct tile_rows {
 
 struct kv_rows;
 
-// How rows of one format are read; reader_of<F> is that of a format F.
+// How rows of one format are read; reader_of<F> is that of a format F. `block_bytes` is the format's, `element_bytes` 0
+// where rows cannot be read element by element.
 //   load   the rows [first, first + n) as floats [n, stride], zero from `dim` to round_up(dim, 16).
 // The others work on rows where they lie, and are null where a format is only loaded. `dim` is a multiple of 16,
 // `count` at most 32.
@@ -74,6 +76,7 @@ struct kv_rows;
 // Both prefetch `next` meanwhile.
 struct kv_reader {
   index_t block_rows, element_bytes;
+  index_t (*block_bytes)(index_t dim);
   void (*load)(const kv_rows& from, index_t first, index_t n, index_t dim, index_t stride, float* to) noexcept;
   const float* (*pack)(const float* rows, index_t count, index_t dim, float* to) noexcept;
   void (*dots)(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
@@ -90,9 +93,6 @@ struct kv_rows {
   index_t step = 0;  // from element to element, in an engine's memory; 0: rows as the format wrote them
   index_t head = 0;  // from KV head to KV head
   index_t page = 0;  // from page to page
-
-  // What a row takes of a processor's cache: an engine's rows may lie far apart.
-  index_t row_bytes(index_t dim) const { return step == 0 ? block : dim * std::min(step, index_t{sizeof(float)}); }
 };
 
 // Rows [row, row + rows) that lie alike and are seen by one rule.
@@ -225,3 +225,5 @@ class weight_reader {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "detail/macros_off.hpp"
 #include "format.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -118,3 +119,5 @@ class storage {
 
 }  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -9,9 +9,20 @@
 
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #error "sinkcache: lse is -inf where nothing is visible; compile without -ffast-math and -ffinite-math-only"
+#error "sinkcache: a host that needs it compiles our caller without, as a file of its own to which plain pointers cross"
 #endif
 #if defined(__ASSOCIATIVE_MATH__)
 #error "sinkcache: exp relies on how sums round; compile without -ffast-math and -fassociative-math"
+#error "sinkcache: a host that needs it compiles our caller without, as a file of its own to which plain pointers cross"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "sinkcache: 16-bit floats are read in pairs, which would swap; big-endian processors are not supported"
+#endif
+#if defined(__SIZEOF_POINTER__) && __SIZEOF_POINTER__ < 8
+#error "sinkcache: sizes and positions take 64 bits; 32-bit targets are not supported"
+#endif
+#if defined(__FLT_EVAL_METHOD__) && (__FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2)
+#error "sinkcache: exp relies on floats that round to 24 bits; compile without -mfpmath=387"
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "config.hpp"
+#include "detail/macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
@@ -137,3 +138,5 @@ class workspace {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

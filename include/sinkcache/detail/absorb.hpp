@@ -7,43 +7,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <span>
 
+#include "macros_off.hpp"
 #include "reader.hpp"
 #include "tile_softmax.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
-
-// Rows that lie together: n rows from `row` on of a page; there is only page 0 where a part has no pages.
-struct row_run {
-  index_t page, row, n;
-};
-
-// The runs of a tile, in the order in which its keys are read.
-class tile_runs {
- public:
-  tile_runs() = default;
-  tile_runs(const kv_part& part, index_t first, index_t n) noexcept { add(part, first, n); }
-
-  // Rows [first, first + n) of a part: cut where pages end.
-  void add(const kv_part& part, index_t first, index_t n) noexcept {
-    n_ += n;
-    if (part.pages.empty()) return push_back({0, part.row + first, n});
-    for (index_t row = part.row + first, some; n > 0; row += some, n -= some) {
-      const index_t in_page = row % part.page_rows;
-      some = std::min(part.page_rows - in_page, n);
-      push_back({part.pages[static_cast<std::size_t>(row / part.page_rows)], in_page, some});
-    }
-  }
-  std::span<const row_run> runs() const { return {runs_, static_cast<std::size_t>(size_)}; }
-  index_t num_rows() const { return n_; }
-
- private:
-  void push_back(const row_run& run) noexcept { runs_[size_++] = run; }
-
-  row_run runs_[tile_scratch::keys];
-  index_t size_ = 0, n_ = 0;
-};
 
 // Rows as one of the readers can work on them; in_place: where the cache has them.
 struct loaded_rows {
@@ -54,8 +23,16 @@ struct loaded_rows {
   loaded_rows from_row(index_t i) const { return {reader, rows.from_row(i), in_place}; }
 };
 
+// What a row takes by itself: an engine's may lie far apart.
+inline index_t row_bytes(const kv_rows& from, index_t dim) {
+  return from.step == 0 ? from.reader->block_bytes(dim) : dim * from.reader->element_bytes;
+}
+
+// Whether the reader can work on rows as they are: where they lie, or brought together in a tile of floats.
 inline bool can_work_in_place(const kv_rows& from, index_t dim) {
-  return from.reader->dots != nullptr && (from.step == 0 || (from.step == from.reader->element_bytes && dim % 16 == 0));
+  return from.reader->dots != nullptr &&
+         (from.step == 0 || (from.step == from.reader->element_bytes && dim % 16 == 0)) &&
+         row_bytes(from, dim) <= round_up(dim, 16) * index_t{sizeof(float)};
 }
 
 // The rows as floats [n, stride], zero from `dim` on.
@@ -79,8 +56,8 @@ inline loaded_rows rows_of(const kv_rows& from, const tile_runs& tile, index_t d
     return {&reader_of<f32>, decoded_rows(from, tile, dim, round_up(dim, 16), scratch), false};
   const auto at = [&](const row_run& run) { return from.base + run.page * from.page + run.row * from.block; };
   const std::span<const row_run> runs = tile.runs();
-  if (runs.size() == 1) return {from.reader, {at(runs[0]), from.block, from.row_bytes(dim)}, true};
-  const index_t bytes = from.reader->element_bytes * round_up(dim, 16);
+  if (runs.size() == 1) return {from.reader, {at(runs[0]), from.block, row_bytes(from, dim)}, true};
+  const index_t bytes = row_bytes(from, dim);
   auto* to = reinterpret_cast<std::byte*>(scratch);
   for (const row_run& run : runs)
     for (index_t i = 0; i < run.n; ++i, to += bytes)
@@ -241,3 +218,5 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "macros_off.hpp"
 #include "simd.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -102,3 +103,5 @@ typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint1
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

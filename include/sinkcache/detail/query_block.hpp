@@ -9,6 +9,7 @@
 
 #include "../attention_params.hpp"
 #include "absorb.hpp"
+#include "macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -289,3 +290,5 @@ struct query_block {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

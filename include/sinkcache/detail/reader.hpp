@@ -2,6 +2,7 @@
 
 // How a format's rows are read: what the kernel knows of formats.
 
+#include "macros_off.hpp"
 #include "tile_dots.hpp"
 #include "tile_values.hpp"
 
@@ -30,9 +31,10 @@ void group_add(const float* weights, index_t count, tile_rows v, index_t offset,
 template <kv_format F>
 constexpr kv_reader make_reader() {
   if constexpr (elementwise_format<F>)
-    return {F::block_rows, F::element_bytes, &load_rows<F>, &packed_rows<F>, &group_dots<F>, &group_add<F>};
+    return {F::block_rows,   F::element_bytes, &F::block_bytes, &load_rows<F>,
+            &packed_rows<F>, &group_dots<F>,   &group_add<F>};
   else
-    return {F::block_rows, 0, &load_rows<F>, nullptr, nullptr, nullptr};
+    return {F::block_rows, 0, &F::block_bytes, &load_rows<F>, nullptr, nullptr, nullptr};
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
@@ -43,3 +45,5 @@ template <kv_format F>
 inline constexpr kv_reader reader_of = detail::make_reader<F>();
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "macros_on.hpp"

@@ -10,6 +10,7 @@
 #include <span>
 
 #include "../workspace.hpp"
+#include "macros_off.hpp"
 #include "query_block.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -242,3 +243,5 @@ class schedule {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -8,6 +8,7 @@
 
 #include "../softmax.hpp"
 #include "../source.hpp"
+#include "macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -124,3 +125,5 @@ struct worker_scratch {
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

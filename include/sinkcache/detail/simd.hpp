@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../config.hpp"
+#include "macros_off.hpp"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -107,22 +108,35 @@ template <class V>
 #endif
 }
 
-// 0 to lanes - 1, for what shuffles.
+// The number of lanes of what shuffles.
 inline constexpr std::make_index_sequence<lanes> lane_numbers;
+
+// Width of the lanes of a, then those of b: the i-th is number at(i). Written out: nvcc loses packs among a builtin's
+// arguments.
+template <int Width, auto at, class V>
+[[gnu::always_inline]] inline auto shuffled(V a, V b) noexcept {
+  if constexpr (Width == 4)
+    return __builtin_shufflevector(a, b, at(0), at(1), at(2), at(3));
+  else if constexpr (Width == 8)
+    return __builtin_shufflevector(a, b, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+  else
+    return __builtin_shufflevector(a, b, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10),
+                                   at(11), at(12), at(13), at(14), at(15));
+}
 
 // Sums across vectors, of any width: join_pair two by two, join_pairs of two of those, then sums_of_lanes, whose lane i
 // is the sum of the lanes of the i-th vector. Every sum is associated alike, whatever i is.
 template <class V, std::size_t... I>
 [[gnu::always_inline]] inline V join_pair(V v0, V v1, std::index_sequence<I...>) noexcept {
   constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * n)...) +
-         __builtin_shufflevector(v0, v1, (int(I) / 4 * 4 + int(I) % 4 / 2 + int(I) % 2 * n + 2)...);
+  return shuffled<n, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * n; }>(v0, v1) +
+         shuffled<n, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * n + 2; }>(v0, v1);
 }
 template <class V, std::size_t... I>
 [[gnu::always_inline]] inline V join_pairs(V v01, V v23, std::index_sequence<I...>) noexcept {
   constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * n)...) +
-         __builtin_shufflevector(v01, v23, (int(I) / 4 * 4 + int(I) % 2 + int(I) % 4 / 2 * n + 2)...);
+  return shuffled<n, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * n; }>(v01, v23) +
+         shuffled<n, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * n + 2; }>(v01, v23);
 }
 template <class V>
 [[gnu::always_inline]] inline vquad sums_of_lanes(V joined) noexcept {
@@ -138,18 +152,18 @@ template <class V>
 // Of the lanes of a, then those of b: as many as a vector has, from number First on.
 template <int First, std::size_t... I>
 [[gnu::always_inline]] inline vfloat from_lane(vfloat a, vfloat b, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(a, b, ((int(I) + First) % (2 * lanes))...);
+  return shuffled<lanes, [](int i) { return (i + First) % (2 * lanes); }>(a, b);
 }
 
 // Of the lanes of a, then those of b: every second, from number First on.
 template <int First, std::size_t... I>
 [[gnu::always_inline]] inline vfloat every_second(vfloat a, vfloat b, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(a, b, (2 * int(I) + First)...);
+  return shuffled<lanes, [](int i) { return 2 * i + First; }>(a, b);
 }
 // The reverse: lanes of `even` and `odd` by turns, from number First on.
 template <int First, std::size_t... I>
 [[gnu::always_inline]] inline vfloat by_turns(vfloat even, vfloat odd, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(even, odd, ((First + int(I)) / 2 + int(I) % 2 * lanes)...);
+  return shuffled<lanes, [](int i) { return (First + i) / 2 + i % 2 * lanes; }>(even, odd);
 }
 
 // The lanes of a number of all vectors, in each.
@@ -170,7 +184,7 @@ template <int First, std::size_t... I>
 // The first Period lanes over and over, from number First on.
 template <int Period, int First = 0, class V, std::size_t... I>
 [[gnu::always_inline]] inline auto repeated(V v, std::index_sequence<I...>) noexcept {
-  return __builtin_shufflevector(v, v, ((First + int(I)) % Period)...);
+  return shuffled<sizeof...(I), [](int i) { return (First + i) % Period; }>(v, v);
 }
 // The first Period of the four floats there, over and over.
 template <int Period>
@@ -263,3 +277,5 @@ template <class F>
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "macros_off.hpp"
 #include "tile_rows.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -83,3 +84,5 @@ void in_groups(index_t count, const F& f) {
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "macros_off.hpp"
 #include "tile.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -263,3 +264,5 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

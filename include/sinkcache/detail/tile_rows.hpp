@@ -4,12 +4,45 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 
 #include "../format.hpp"
+#include "macros_off.hpp"
 #include "scratch.hpp"
 #include "simd.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// Rows that lie together: n rows from `row` on of a page; there is only page 0 where a part has no pages.
+struct row_run {
+  index_t page, row, n;
+};
+
+// The runs of a tile, in the order in which its keys are read.
+class tile_runs {
+ public:
+  tile_runs() = default;
+  tile_runs(const kv_part& part, index_t first, index_t n) noexcept { add(part, first, n); }
+
+  // Rows [first, first + n) of a part: cut where pages end.
+  void add(const kv_part& part, index_t first, index_t n) noexcept {
+    n_ += n;
+    if (part.pages.empty()) return push_back({0, part.row + first, n});
+    for (index_t row = part.row + first, some; n > 0; row += some, n -= some) {
+      const index_t in_page = row % part.page_rows;
+      some = std::min(part.page_rows - in_page, n);
+      push_back({part.pages[static_cast<std::size_t>(row / part.page_rows)], in_page, some});
+    }
+  }
+  std::span<const row_run> runs() const { return {runs_, static_cast<std::size_t>(size_)}; }
+  index_t num_rows() const { return n_; }
+
+ private:
+  void push_back(const row_run& run) noexcept { runs_[size_++] = run; }
+
+  row_run runs_[tile_scratch::keys];
+  index_t size_ = 0, n_ = 0;
+};
 
 // The load of a kv_reader.
 template <kv_format F>
@@ -52,3 +85,5 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

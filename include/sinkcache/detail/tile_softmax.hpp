@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+#include "macros_off.hpp"
 #include "tile.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -170,3 +171,5 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

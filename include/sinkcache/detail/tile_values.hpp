@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "macros_off.hpp"
 #include "tile.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -130,3 +131,5 @@ void in_strips(index_t dim, const F& f) {
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -1,0 +1,265 @@
+// The contract: what caches and views list for which queries, how far that holds, and the ways in which attention reads
+// what it is given that no cache of the library needs yet.
+
+#include <sinkcache/sinkcache.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "effort.hpp"
+#include "oracle.hpp"
+#include "random_case.hpp"
+
+using namespace sinkcache;
+
+namespace {
+
+std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
+
+matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
+  matrix m(rows, cols);
+  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = 2 * dice.signed_unit();
+  return m;
+}
+
+// A plan, as text: "first-last@row near..far pinned" for each part, and for how many heads and queries it holds.
+std::string plan_of(const kv_source& s, index_t kv_head, position_t first, position_t last) {
+  std::vector<kv_part> memory(as_size(s.max_parts()));
+  part_list parts(memory.data(), s.max_parts());
+  const plan_end end = s.plan(kv_head, first, last, parts);
+  std::string text;
+  for (const kv_part& part : parts) {
+    text += std::to_string(part.first) + "-" + std::to_string(part.end() - 1) + "@" + std::to_string(part.row);
+    if (part.far != kv_part::always) text += "<" + std::to_string(part.far);
+    if (part.pinned > 0) text += " " + std::to_string(part.pinned) + " pinned";
+    text += ", ";
+  }
+  return text + std::to_string(end.kv_heads) + " heads, " + std::to_string(end.queries) + " queries";
+}
+
+TEST_CASE("source: what a window lists before and after evictions, and where its ring wraps") {
+  kv_cache<f32> cache(
+      {.num_kv_heads = 3, .head_dim = 2, .num_sink_tokens = 2, .window = 5, .rope = rope::none(), .rollback = 3});
+  const matrix rows = matrix::Ones(1, 6);
+  const auto append_until = [&](position_t seen) {
+    while (cache.seen() < seen) cache.append(rows, rows);
+  };
+  append_until(1);
+  CHECK(plan_of(cache, 0, 0, 0) == "0-0@0 1 pinned, 3 heads, 1 queries");
+  append_until(7);
+  CHECK(plan_of(cache, 1, 6, 6) == "0-6@0 2 pinned, 2 heads, 1 queries");
+  CHECK(plan_of(cache, 1, 3, 6) == "0-6@0 2 pinned, 2 heads, 4 queries");
+  append_until(9);  // tokens 7 and 8 no longer see all: a plan for those that do
+  CHECK(plan_of(cache, 0, 5, 8) == "0-6@0 2 pinned, 3 heads, 2 queries");
+  CHECK(plan_of(cache, 0, 7, 8) == "0-1@0 2 pinned, 3-8@3<5, 3 heads, 2 queries");
+  append_until(12);  // position 10 lies in row 2 again
+  CHECK(plan_of(cache, 2, 11, 11) == "0-1@0 2 pinned, 7-9@7<5, 10-11@2<5, 1 heads, 1 queries");
+  CHECK(cache.room() == 4);
+  cache.clear();
+  CHECK(cache.room() == 10);
+  CHECK(plan_of(cache, 0, -1, -1) == "3 heads, 1 queries");
+}
+
+TEST_CASE("source: a policy's plan holds while only the newest span grows") {
+  struct pages {  // the newest two pages of three tokens
+    index_t capacity() const { return 9; }
+    span_list visible(position_t seen) const {
+      span_list spans;
+      spans.push_back({std::max<position_t>(0, (seen + 2) / 3 - 2) * 3, seen});
+      return spans;
+    }
+    placed place(position_t p) const { return {static_cast<index_t>(p % 9), static_cast<index_t>(8 - p % 9)}; }
+  };
+  kv_cache<f32, f32, pages> cache({.num_kv_heads = 1, .head_dim = 2, .rope = rope::none()}, {});
+  const matrix rows = matrix::Ones(12, 2);
+  cache.append(rows, rows);
+  CHECK(plan_of(cache, 0, 6, 11) == "3-8@3, 1 heads, 3 queries");
+  CHECK(plan_of(cache, 0, 9, 11) == "6-8@6, 9-11@0, 1 heads, 3 queries");
+  CHECK(cache.room() == 6);  // the next token sees from 9 on; so many free rows are left
+}
+
+TEST_CASE("source: views list pieces and pages as they are seen") {
+  const float row[2] = {};
+  const cache_config config{.num_kv_heads = 1,
+                            .head_dim = 2,
+                            .num_sink_tokens = 1,
+                            .window = 4,
+                            .positions = positions::absolute,
+                            .inputs = inputs::rotated};
+  const kv_piece pieces[] = {{0, 3, row, row}, {5, 10, row, row}};
+  const kv_view<f32> view(config, {{.token = 2}, {.token = 2}}, pieces, 12);
+  CHECK(plan_of(view, 0, 11, 11) == "0-0@0 1 pinned, 8-11@3<4, 1 heads, 1 queries");
+  CHECK(plan_of(view, 0, 6, 8) == "0-0@0 1 pinned, 5-8@0<4, 1 heads, 3 queries");
+  CHECK(plan_of(view, 0, 2, 6) == "0-2@0 1 pinned, 1 heads, 3 queries");
+  CHECK(view.num_visible(11) == 5);
+  CHECK(view.num_visible(6) == 3);
+  const std::int32_t table[] = {1, 0, 2};
+  const kv_view<f32> paged(config, {{.token = 2}, {.token = 2}}, kv_pages{row, row, 8, 8, 3, 4, table}, 12);
+  CHECK(plan_of(paged, 0, 11, 11) == "0-0@0 1 pinned, 8-11@8<4, 1 heads, 1 queries");
+}
+
+TEST_CASE("source: parts know positions, and lists leave out what is empty") {
+  const position_t at[] = {7, 3, 9};
+  kv_part scattered;
+  scattered.rows = 3, scattered.at = at, scattered.at_offset = 100, scattered.last = 110;
+  CHECK((scattered.position(1) == 103 && scattered.end() == 110));
+  kv_part straight;
+  straight.rows = 4, straight.first = 20;
+  CHECK((straight.position(3) == 23 && straight.end() == 24));
+  kv_part memory[2];
+  part_list parts(memory, 2);
+  parts.push_back(kv_part());
+  parts.push_back(straight);
+  CHECK(parts.size() == 1);
+  parts.clear();
+  CHECK(parts.size() == 0);
+}
+
+// Rows that lie on two machines: each reads its own and counts the other's.
+class half_of final : public kv_source {
+ public:
+  half_of(const kv_source& whole, bool older) : kv_source(whole.geometry()), whole_(whole), older_(older) {
+    seen_ = whole.seen();
+  }
+  index_t capacity() const noexcept override { return whole_.capacity(); }
+  position_t min_truncate() const noexcept override { return whole_.min_truncate(); }
+  index_t max_parts() const noexcept override { return whole_.max_parts(); }
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    const plan_end end = whole_.plan(kv_head, first, last, parts);
+    for (index_t i = 0; i < parts.size(); ++i)
+      if ((i == 0) != older_) parts[i].k.reader = parts[i].v.reader = nullptr;
+    return end;
+  }
+
+ private:
+  const kv_source& whole_;
+  bool older_;
+};
+
+TEST_CASE("source: parts that are elsewhere are counted, and partial states of both machines merge") {
+  effort::dice dice(3);
+  for (const positions kept : {positions::in_cache, positions::absolute}) {
+    kv_cache<f32> cache({.num_kv_heads = 2,
+                         .head_dim = 8,
+                         .num_sink_tokens = 3,
+                         .window = 20,
+                         .positions = kept,
+                         .rope = rope::plain(8, 100.0)});
+    cache.append(random_matrix(dice, 200, 16), random_matrix(dice, 200, 16));
+    const attention attention({.num_qo_heads = 4, .softmax = softmax_variant::softmax1()});
+    const matrix q = random_matrix(dice, 1, 32);
+    matrix whole(1, 32);
+    workspace scratch;
+    attention.decode(q, cache, whole, scratch);
+    attention_state state(4, 8);
+    for (const bool older : {true, false}) attention.attend(q, half_of(cache, older), state, scratch);
+    for (index_t head = 0; head < 4; ++head)
+      CHECK(
+          (state.finish(softmax_variant::softmax1(), head).out - whole.middleCols(head * 8, 8)).cwiseAbs().maxCoeff() <
+          1e-6f);
+  }
+}
+
+// Stored rows may have gone through an orthogonal transform: here every second sign, and pairs rotated by 45 degrees.
+void apply(float* row, index_t dim) noexcept {
+  for (index_t i = 0; i + 1 < dim; i += 2) {
+    const float a = row[i], b = row[i + 1];
+    row[i] = (a + b) * std::sqrt(0.5f), row[i + 1] = (b - a) * std::sqrt(0.5f);
+  }
+  if (dim % 2 == 1) row[dim - 1] = -row[dim - 1];
+}
+void undo(float* row, index_t dim) noexcept {
+  for (index_t i = 0; i + 1 < dim; i += 2) {
+    const float a = row[i], b = row[i + 1];
+    row[i] = (a - b) * std::sqrt(0.5f), row[i + 1] = (a + b) * std::sqrt(0.5f);
+  }
+  if (dim % 2 == 1) row[dim - 1] = -row[dim - 1];
+}
+constexpr row_transform eighth_turn{&apply, &undo};
+
+// The rows of a cache, transformed.
+class transformed final : public kv_source {
+ public:
+  explicit transformed(const kv_cache<f32>& from) : kv_source(from.geometry()), from_(from) {
+    geometry_.k_transform = geometry_.v_transform = &eighth_turn;
+    seen_ = from.seen();
+    const index_t rows = from.policy().capacity();
+    bytes_.resize(as_size(geometry_.num_kv_heads * rows * (k_block() + v_block())));
+    for (index_t h = 0; h < geometry_.num_kv_heads; ++h) {
+      std::vector<kv_part> memory(3);
+      part_list parts(memory.data(), 3);
+      from.plan(h, std::max<position_t>(0, seen_ - 4), seen_ - 1, parts);
+      for (const kv_part& part : parts)
+        for (index_t row = part.row; row < part.row + part.rows; ++row) {
+          float k[64], v[64];
+          f32::decode(part.k.base + row * part.k.block, 0, geometry_.head_dim, k);
+          f32::decode(part.v.base + row * part.v.block, 0, geometry_.v_head_dim, v);
+          apply(k, geometry_.head_dim), apply(v, geometry_.v_head_dim);
+          f32::encode(k, geometry_.head_dim, bytes_.data() + k_at(h) + row * k_block());
+          f32::encode(v, geometry_.v_head_dim, bytes_.data() + v_at(h) + row * v_block());
+        }
+    }
+  }
+  index_t capacity() const noexcept override { return from_.capacity(); }
+  position_t min_truncate() const noexcept override { return seen_ - 3; }
+  index_t max_parts() const noexcept override { return 3; }
+  plan_end plan(index_t h, position_t first, position_t last, part_list& parts) const noexcept override {
+    const plan_end end = from_.plan(h, first, last, parts);
+    for (index_t i = 0; i < parts.size(); ++i) {
+      parts[i].k = {&reader_of<f32>, bytes_.data() + k_at(h), k_block()};
+      parts[i].v = {&reader_of<f32>, bytes_.data() + v_at(h), v_block()};
+    }
+    return {1, end.queries};
+  }
+
+ private:
+  index_t k_block() const { return f32::block_bytes(geometry_.head_dim); }
+  index_t v_block() const { return f32::block_bytes(geometry_.v_head_dim); }
+  index_t k_at(index_t h) const { return h * from_.policy().capacity() * (k_block() + v_block()); }
+  index_t v_at(index_t h) const { return k_at(h) + from_.policy().capacity() * k_block(); }
+
+  const kv_cache<f32>& from_;
+  std::vector<std::byte> bytes_;
+};
+
+TEST_CASE("source: transformed rows give what the rows themselves give") {
+  effort::dice dice(4);
+  for (const index_t group : {1, 3, 40})  // 40 go in panels
+    for (const index_t dim : {7, 32}) {
+      kv_cache<f32> cache({.num_kv_heads = 2,
+                           .head_dim = dim,
+                           .v_head_dim = 9,
+                           .num_sink_tokens = 2,
+                           .window = 30,
+                           .rope = rope::plain(4, 100.0)});
+      cache.append(random_matrix(dice, 100, 2 * dim), random_matrix(dice, 100, 2 * 9));
+      const transformed other(cache);
+      const attention attention({.num_qo_heads = 2 * group});
+      workspace scratch;
+      for (const index_t rows : {1, 3}) {
+        const matrix q = random_matrix(dice, rows, 2 * group * dim);
+        matrix a(rows, 2 * group * 9), b = a;
+        attention.attend(q, cache, a, scratch);
+        attention.attend(q, other, b, scratch);
+        CHECK((a - b).cwiseAbs().maxCoeff() < 2e-5f);
+      }
+    }
+}
+
+TEST_CASE("source: static tokens hold what they were given, and say what does not fit") {
+  const cache_config config{.num_kv_heads = 2, .head_dim = 8, .window = 5, .rope = rope::none()};
+  effort::dice dice(5);
+  const matrix k = random_matrix(dice, 3, 16), v = random_matrix(dice, 3, 16);
+  const static_tokens<f16, bf16> tokens(config, k, v);
+  CHECK((tokens.capacity() == 3 && tokens.seen() == 0 && tokens.nbytes() == 2 * 3 * 128));
+  CHECK(static_tokens<f32>::validate(config, k.topRows(0), v.topRows(0)).message() ==
+        "sinkcache: k.rows() was 0, had to be at least 1");
+  CHECK(static_tokens<f32>::validate(config, k, v.topRows(2)).message() ==
+        "sinkcache: v.rows() was 2, had to be exactly 3");
+  CHECK_THROWS_AS((static_tokens<f32>(config, k.leftCols(8), v)), std::invalid_argument);
+}
+
+}  // namespace
