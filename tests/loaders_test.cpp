@@ -90,7 +90,7 @@ TEST_CASE("a safetensors file is one whatever length its header begins with") {
     std::string header = R"({"__metadata__":{"hidden_size":"0"}})";
     header.resize(length, ' ');
     if (length < 0x100) header = "{}" + std::string(length - 2, ' ');
-    CHECK_THAT(refusal(small_length(length) + header), Catch::StartsWith("metadata: "));
+    CHECK_THAT(refusal(small_length(length) + header), Catch::Contains("metadata"));
   }
 }
 
