@@ -8,88 +8,37 @@
 #include <exception>
 #include <optional>
 #include <span>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "chat/options.hpp"
 #include "chat/sampler.hpp"
 #include "chat/terminal.hpp"
+#include "chat/text_model.hpp"
 #include "compare/caches.hpp"
 #include "compare/known_models.hpp"
 #include "compare/options.hpp"
 #include "engine/model.hpp"
-#include "loaders/gguf.hpp"
-#include "text/tokenizer.hpp"
 #include "text/utf8.hpp"
 
 namespace {
 
-using chat::options, compare::usage_error;
+using chat::options, chat::text_model, compare::usage_error;
 using sinkcache::index_t;
 using text::tokenizer;
-
-// A model, and how its tokens stand for text: by the tokenizer of a GGUF file, or a byte a token.
-class text_model {
- public:
-  explicit text_model(const std::string& file) : model_(file) {
-    if (!loaders::gguf::is_gguf(file)) return;
-    const loaders::gguf metadata = loaders::gguf::load(file);
-    tokenizer_.emplace(metadata);
-    if (tokenizer_->size() != model_.config().vocab_size)
-      metadata.fail(fmt::format("tokenizer.ggml.tokens has {} tokens, the model {}", tokenizer_->size(),
-                                model_.config().vocab_size));
-    chat_template_ = metadata.string("tokenizer.chat_template").value_or("");
-  }
-
-  const engine::model& model() const { return model_; }
-
-  std::vector<int> encode(const std::string& text, tokenizer::special mode = tokenizer::special::as_text) const {
-    if (tokenizer_) return tokenizer_->encode(text, mode);
-    std::vector<int> tokens;
-    for (const char c : text) {
-      tokens.push_back(static_cast<unsigned char>(c));
-      if (tokens.back() >= model_.config().vocab_size)
-        throw std::runtime_error(
-            fmt::format("byte {} is none of the model's {} tokens", tokens.back(), model_.config().vocab_size));
-    }
-    return tokens;
-  }
-
-  std::string bytes(int token) const {
-    return tokenizer_ ? std::string(tokenizer_->bytes(token)) : std::string(1, static_cast<char>(token));
-  }
-  bool is_special(int token) const { return tokenizer_ ? tokenizer_->is_special(token) : token > 255; }
-
-  // The file's template is a program in Jinja. It is not run, only searched for the marks of ChatML and for the message
-  // that it puts first where there is none.
-  std::string system_turn(const std::string& file) const {
-    const std::string start = "<|im_start|>", end = "<|im_end|>", system = start + "system\n";
-    if (!tokenizer_ || chat_template_.find(start) == std::string::npos || !tokenizer_->find_special(start) ||
-        !tokenizer_->find_special(end))
-      throw std::runtime_error(file + ": has no ChatML template, so it can only --write");
-    const std::size_t first = chat_template_.find(system), last = chat_template_.find(end, first);
-    return last == std::string::npos ? "" : chat_template_.substr(first, last - first) + end + "\n";
-  }
-
- private:
-  engine::model model_;
-  std::optional<tokenizer> tokenizer_;
-  std::string chat_template_;
-};
 
 // One endless stream of tokens, read or written.
 class stream {
  public:
-  stream(const text_model& text, const options& o, chat::terminal& terminal)
+  stream(const text_model& text, const options& o, index_t pinned, chat::terminal& terminal)
       : text_(text),
         terminal_(terminal),
         policy_(o.policy),
+        pinned_(pinned),
         capacity_(o.cache.value_or(o.policy == "full"
                                        ? text.model().config().max_position_embeddings.value_or(chat::default_cache)
                                        : chat::default_cache)),
-        session_(text.model(), compare::sink_window(o.num_sink_tokens, capacity_ - o.num_sink_tokens),
-                 {.threads = o.threads}),
+        session_(text.model(), compare::sink_window(pinned, capacity_ - pinned), {.threads = o.threads}),
         sampler_(o.sampling),
         tokens_left_(o.tokens) {}
 
@@ -116,7 +65,8 @@ class stream {
   bool is_full() const { return is_full_; }
 
   std::string status() const {
-    return fmt::format("{:.1f} tokens/s, {}: {:.1f} MB hold {} tokens, {} evicted", tokens_per_second_, policy_,
+    const std::string policy = policy_ == "sinks:system" ? fmt::format("{} ({})", policy_, pinned_) : policy_;
+    return fmt::format("{:.1f} tokens/s, {}: {:.1f} MB hold {} tokens, {} evicted", tokens_per_second_, policy,
                        static_cast<double>(session_.cache_bytes()) / 1e6, std::min(seen_, capacity_),
                        std::max<index_t>(0, seen_ - capacity_));
   }
@@ -155,7 +105,7 @@ class stream {
   const text_model& text_;
   chat::terminal& terminal_;
   std::string policy_;
-  index_t capacity_;
+  index_t pinned_, capacity_;
   engine::session session_;
   chat::sampler sampler_;
   std::optional<index_t> tokens_left_;
@@ -166,44 +116,41 @@ class stream {
   bool is_full_ = false;
 };
 
-std::vector<bool> special_tokens(const text_model& text) {
-  std::vector<bool> special(static_cast<std::size_t>(text.model().config().vocab_size));
-  for (std::size_t i = 0; i < special.size(); ++i) special[i] = text.is_special(static_cast<int>(i));
-  return special;
-}
-
 void write_on(stream& s, const text_model& text, const std::string& prompt, chat::terminal& terminal) {
   std::vector<int> tokens = text.encode(prompt);
   if (const auto bos = text.model().config().bos_token_id) tokens.insert(tokens.begin(), *bos);
   if (tokens.empty()) throw usage_error("--write has none of the model's tokens");
-  if (terminal.write(text::valid_utf8(prompt)) && s.read(tokens)) s.write(special_tokens(text));
+  if (terminal.write(text::valid_utf8(prompt)) && s.read(tokens)) s.write(text.banned(true));
 }
 
-void talk(stream& s, const text_model& text, const std::string& system_turn, chat::terminal& terminal) {
+void talk(stream& s, const text_model& text, std::vector<int> turn, chat::terminal& terminal) {
   constexpr auto parsed = tokenizer::special::parsed;
-  const std::vector<bool> none_banned(static_cast<std::size_t>(text.model().config().vocab_size));
-  std::vector<int> turn = text.encode(system_turn, parsed);
+  const std::vector<bool> banned = text.banned(false);
   while (const auto line = terminal.read_line("> ")) {
     if (line->empty()) continue;
     for (const std::vector<int>& part : {text.encode("<|im_start|>user\n", parsed), text.encode(*line),
                                          text.encode("<|im_end|>\n<|im_start|>assistant\n", parsed)})
       turn.insert(turn.end(), part.begin(), part.end());
-    if (!s.read(turn) || !s.write(none_banned) || !terminal.write("\n")) return;
+    if (!s.read(turn) || !s.write(banned) || !terminal.write("\n")) return;
     turn = text.encode("<|im_end|>\n", parsed);
   }
 }
 
 void run(const options& o) {
-  compare::offer_missing_model(o.model);
+  compare::offer_missing_model(o.model);  // while Ctrl-C still ends the program
   std::string report;
   {
     chat::terminal terminal;
     const text_model text(o.model);
-    stream s(text, o, terminal);
+    const std::vector<int> system = o.prompt ? std::vector<int>() : text.system_turn();
+    const auto system_tokens = static_cast<index_t>(system.size());
+    stream s(text, o, pinned_tokens(o, system_tokens), terminal);
+    if (const std::string hint = pinning_hint(o, system_tokens); !hint.empty())
+      fmt::print(stderr, "stream_chat: {}\n", hint);
     if (o.prompt)
       write_on(s, text, *o.prompt, terminal);
     else
-      talk(s, text, text.system_turn(o.model), terminal);
+      talk(s, text, system, terminal);
     if (terminal.has_status() && s.has_begun()) report = s.status() + "\n";
     if (s.is_full()) report += "stream_chat: the cache is full, and --policy full evicts nothing\n";
   }
