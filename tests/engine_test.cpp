@@ -239,6 +239,7 @@ TEST_CASE("ropes that frequencies cannot tell are refused by name, bad ones with
       {{{"rope_scaling", R"({"rope_type": "spiral"})"}},
        "metadata: rope_scaling.rope_type is 'spiral', had to be default, linear, llama3 or yarn"},
       {{{"rope_scaling", R"({"rope_type": 3})"}}, "metadata: rope_scaling.rope_type is '3', had to be default"},
+      {{{"rope_scaling", R"({"type": "linear", "factor": 1e999})"}}, "is JSON with a number that no double holds"},
       {{{"rope_scaling", "8"}}, "metadata: rope_scaling is '8', had to be null or a JSON object"},
       {{{"rope_scaling", "{'type': 'linear'}"}}, "metadata: rope_scaling is '{'type': 'linear'}', had to be null or a"},
       {{{"rope_scaling", R"({"factor": 8})"}},
@@ -290,8 +291,8 @@ TEST_CASE("what says nothing about the result may be in a file") {
                                                        {"hidden_activation", "silu"},
                                                        {"max_window_layers", "24"},
                                                        {"rope_interleaved", "false"}};
-  for (const auto& [key, value] : harmless)
-    CHECK(changed([&](plain_model& m) { m.metadata[key] = value; }) == "accepted");
+  for (const auto& entry : harmless)
+    CHECK(changed([&](plain_model& m) { m.metadata[entry.first] = entry.second; }) == "accepted");
   for (const char* no : {"false", "False"})
     CHECK(changed([&](plain_model& m) {
             m.metadata["sliding_window"] = "4096", m.metadata["use_sliding_window"] = no;

@@ -137,6 +137,7 @@ TEST_CASE("JSON of strangers is shallow, has no key twice, and is JSON") {
   CHECK_THROWS_WITH(loaders::parse_json(R"({"b": [{"a": {}, "c": 1, "a": 2}]})"), "an object that has 'a' twice");
   for (const char* text : {"", "{", "{'a': 1}", "\xff", "[1]]"})
     CHECK_THROWS_WITH(loaders::parse_json(text), "no JSON");
+  CHECK_THROWS_WITH(loaders::parse_json("[1e999]"), "JSON with a number that no double holds");
 }
 
 TEST_CASE("text that goes to a terminal cannot control it") {
