@@ -34,13 +34,6 @@ class tensor_reader {
  public:
   tensor_reader(const std::string& path, const weights& file) : path_(path), file_(file) {}
 
-  std::vector<float> read(const std::string& name, const std::vector<std::int64_t>& shape) {
-    const std::string own_name = taken(name, shape);
-    std::vector<float> values = values_of(own_name);
-    check_values(own_name, values);
-    return values;
-  }
-
   // A logit of -inf means that a head has no sink.
   std::vector<float> sinks(const std::string& name, index_t heads) {
     const std::string own_name = taken(name, {heads});
@@ -52,7 +45,9 @@ class tensor_reader {
   }
 
   Eigen::RowVectorXf vector(const std::string& name, index_t size) {
-    const std::vector<float> values = read(name, {size});
+    const std::string own_name = taken(name, {size});
+    const std::vector<float> values = values_of(own_name);
+    check_values(own_name, values);
     return Eigen::Map<const Eigen::RowVectorXf>(values.data(), size);
   }
 
