@@ -20,7 +20,7 @@
 #include "compare/report.hpp"
 #include "compare/svg.hpp"
 #include "effort.hpp"
-#include "gguf_writer.hpp"
+#include "llama_gguf.hpp"
 
 namespace {
 
@@ -94,29 +94,11 @@ struct environment {
   std::optional<std::string> before;
 };
 
-// A vocabulary of the bytes, "th" and "the", in a file without tensors.
+// A vocabulary in a file without tensors.
 std::string small_vocabulary() {
-  namespace w = gguf_writer;
-  std::vector<std::string> tokens;
-  int others = 256;
-  for (int byte = 0; byte < 256; ++byte) {
-    const bool shown = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
-    const int code = shown ? byte : others++;  // the alphabet that GPT-2 spells bytes in
-    tokens.push_back(code < 128
-                         ? std::string(1, static_cast<char>(code))
-                         : std::string{static_cast<char>(0xc0 | code >> 6), static_cast<char>(0x80 | (code & 63))});
-  }
-  tokens.insert(tokens.end(), {"th", "the", "<bos>"});
-  std::string texts, types;
-  for (const std::string& token : tokens) texts += w::string(token), types += w::u32(token == "<bos>" ? 3 : 1);
-  w::file file;
-  file.metadata = {w::metadata("tokenizer.ggml.model", "gpt2"),
-                   w::metadata("tokenizer.ggml.pre", "smollm"),
-                   w::metadata("tokenizer.ggml.tokens", w::array, w::u32(w::text) + w::u64(tokens.size()) + texts),
-                   w::metadata("tokenizer.ggml.token_type", w::array, w::u32(w::int32) + w::u64(tokens.size()) + types),
-                   w::metadata("tokenizer.ggml.merges", w::array,
-                               w::u32(w::text) + w::u64(2) + w::string("t h") + w::string("th e")),
-                   w::metadata("tokenizer.ggml.bos_token_id", 258u)};
+  gguf_writer::file file;
+  file.metadata = plain::vocabulary_metadata({{"<bos>", 3}});
+  file.metadata.push_back(gguf_writer::metadata("tokenizer.ggml.bos_token_id", 258u));
   return file.bytes();
 }
 

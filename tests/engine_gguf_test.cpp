@@ -14,67 +14,12 @@
 
 #include "catch.hpp"
 #include "engine/model.hpp"
-#include "gguf_writer.hpp"
+#include "llama_gguf.hpp"
 #include "loaders/gguf.hpp"
-#include "plain_model.hpp"
 
 namespace {
 
 using namespace plain;
-namespace w = gguf_writer;
-
-std::uint32_t u32_of(const plain_model& m, const std::string& key) { return static_cast<std::uint32_t>(m.size(key)); }
-
-// A plain model's metadata and tensors by the names of GGUF.
-std::vector<std::string> llama_metadata(const plain_model& m) {
-  return {w::metadata("general.architecture", "llama"),
-          w::metadata("llama.block_count", u32_of(m, "num_hidden_layers")),
-          w::metadata("llama.context_length", 64u),
-          w::metadata("llama.embedding_length", u32_of(m, "hidden_size")),
-          w::metadata("llama.feed_forward_length", u32_of(m, "intermediate_size")),
-          w::metadata("llama.attention.head_count", u32_of(m, "num_attention_heads")),
-          w::metadata("llama.attention.head_count_kv", u32_of(m, "num_key_value_heads")),
-          w::metadata("llama.attention.key_length", static_cast<std::uint32_t>(m.head_dim())),
-          w::metadata("llama.attention.value_length", static_cast<std::uint32_t>(m.head_dim())),
-          w::metadata("llama.rope.freq_base", 5000.f),
-          w::metadata("llama.attention.layer_norm_rms_epsilon", 1e-5f)};
-}
-
-std::string llama_name(std::string name) {
-  const std::array<std::pair<std::string, std::string>, 13> words = {{{"model.embed_tokens", "token_embd"},
-                                                                      {"model.norm", "output_norm"},
-                                                                      {"lm_head", "output"},
-                                                                      {"model.layers", "blk"},
-                                                                      {"input_layernorm", "attn_norm"},
-                                                                      {"post_attention_layernorm", "ffn_norm"},
-                                                                      {"self_attn.q_proj", "attn_q"},
-                                                                      {"self_attn.k_proj", "attn_k"},
-                                                                      {"self_attn.v_proj", "attn_v"},
-                                                                      {"self_attn.o_proj", "attn_output"},
-                                                                      {"mlp.gate_proj", "ffn_gate"},
-                                                                      {"mlp.up_proj", "ffn_up"},
-                                                                      {"mlp.down_proj", "ffn_down"}}};
-  for (const auto& [from, to] : words)
-    if (const std::size_t at = name.find(from); at != std::string::npos) name.replace(at, from.size(), to);
-  return name;
-}
-
-std::vector<std::uint64_t> dims_of(const plain_model::tensor& t) { return {t.shape.rbegin(), t.shape.rend()}; }
-
-std::string f32_bytes(const std::vector<float>& values) {
-  std::string bytes;
-  for (const float value : values) bytes += w::f32(value);
-  return bytes;
-}
-
-w::file llama_file(const plain_model& m) {
-  w::file file;
-  file.metadata = llama_metadata(m);
-  for (const auto& [name, t] : m.tensors) file.add(llama_name(name), dims_of(t), w::F32, f32_bytes(t.values));
-  return file;
-}
-
-void write(const std::string& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
 // Random blocks, with scales that give the values about the same size as in a random model.
 std::string random_blocks(std::uint32_t type, std::size_t values, double rms, effort::dice& dice) {
@@ -84,14 +29,20 @@ std::string random_blocks(std::uint32_t type, std::size_t values, double rms, ef
     double scale;          // of the values' root mean square
     double min_per_scale;  // 0: no minimum; it lies behind the scale
   };
-  const std::array<layout, 8> layouts = {{{w::F16, 1, 2, 0, 1, 0},
-                                          {w::BF16, 1, 2, 0, 1, 0},
-                                          {w::F32, 1, 4, 0, 1, 0},
-                                          {w::Q8_0, 32, 34, 0, 1 / 74., 0},
-                                          {w::Q4_0, 32, 18, 0, 1 / 4.6, 0},
-                                          {w::Q4_1, 32, 20, 0, 1 / 4.6, -7.5},
-                                          {w::Q4_K, 256, 144, 0, 1 / 250., 7.5},
-                                          {w::Q6_K, 256, 210, 208, 1 / 1350., 0}}};
+  const std::array<layout, 14> layouts = {{{w::F16, 1, 2, 0, 1, 0},
+                                           {w::BF16, 1, 2, 0, 1, 0},
+                                           {w::F32, 1, 4, 0, 1, 0},
+                                           {w::Q8_0, 32, 34, 0, 1 / 74., 0},
+                                           {w::Q4_0, 32, 18, 0, 1 / 4.6, 0},
+                                           {w::Q4_1, 32, 20, 0, 1 / 4.6, -7.5},
+                                           {w::Q4_K, 256, 144, 0, 1 / 250., 7.5},
+                                           {w::Q6_K, 256, 210, 208, 1 / 1350., 0},
+                                           {w::Q5_0, 32, 22, 0, 1 / 9.2, 0},
+                                           {w::Q5_1, 32, 24, 0, 1 / 9.2, -15.5},
+                                           {w::IQ4_NL, 32, 18, 0, 1 / 65., 0},
+                                           {w::Q2_K, 256, 84, 80, 1 / 17., 1.5},
+                                           {w::Q3_K, 256, 110, 108, 1 / 43., 0},
+                                           {w::Q5_K, 256, 176, 0, 1 / 500., 15.5}}};
   const layout& l =
       *std::find_if(layouts.begin(), layouts.end(), [=](const layout& each) { return each.type == type; });
   const auto f16 = [](double value) {  // normal ones only, rounded towards 0
@@ -110,7 +61,7 @@ std::string random_blocks(std::uint32_t type, std::size_t values, double rms, ef
       std::string bytes;
       for (std::size_t i = 0; i < l.bytes; ++i) bytes += static_cast<char>(dice.bits() & 255);
       bytes.replace(l.scale_at, 2, std::abs(scale) < 1e-4 ? w::u16(0) : f16(scale));
-      if (l.min_per_scale != 0) bytes.replace(2, 2, f16(scale * l.min_per_scale));
+      if (l.min_per_scale != 0) bytes.replace(l.scale_at + 2, 2, f16(scale * l.min_per_scale));
       out += bytes;
     }
   }
@@ -161,9 +112,22 @@ std::string refusal(const std::string& bytes) {
 
 TEST_CASE("a GGUF model of every tensor type computes what plain loops in double compute of its weights") {
   const std::vector<std::vector<std::uint32_t>> types = {
-      {w::F32},  {w::F16},  {w::BF16},
-      {w::Q8_0}, {w::Q4_0}, {w::Q4_1},
-      {w::Q4_K}, {w::Q6_K}, {w::Q8_0, w::Q4_1, w::F16, w::Q4_K, w::BF16, w::Q6_K, w::Q4_0}};
+      {w::F32},
+      {w::F16},
+      {w::BF16},
+      {w::Q8_0},
+      {w::Q4_0},
+      {w::Q4_1},
+      {w::Q4_K},
+      {w::Q6_K},
+      {w::Q8_0, w::Q4_1, w::F16, w::Q4_K, w::BF16, w::Q6_K, w::Q4_0},
+      {w::Q5_0},
+      {w::Q5_1},
+      {w::Q5_K},
+      {w::Q2_K},
+      {w::Q3_K},
+      {w::IQ4_NL},
+      {w::Q5_0, w::Q8_0, w::Q3_K, w::Q5_1, w::IQ4_NL, w::Q2_K, w::Q5_K}};
   for (std::size_t i = 0; i < types.size(); ++i) {
     plain_model m = random_model({1 + static_cast<index_t>(i % 2), 256, 4, 2, 64, 256, 50, i % 3 != 0, "softmax"}, i);
     const temporary_file file;
@@ -310,6 +274,11 @@ TEST_CASE("a GGUF file that asks for what the decoder does not do is refused by 
       {with({w::metadata("general.architecture", "qwen2")}),
        "metadata: general.architecture is 'qwen2', had to be llama"},
       {without("general.architecture"), "metadata: general.architecture is missing, had to be llama"},
+      {with({w::metadata("general.type", "adapter")}),
+       "metadata: general.type is 'adapter', had to be model: an adapter, a projector or a matrix of importance is "
+       "none"},
+      {with({w::metadata("split.count", w::uint16, w::u16(2)), w::metadata("split.no", w::uint16, w::u16(0))}),
+       "metadata: split.count is 2 (uint16), had to be 1: this is one shard of several, which `llama-gguf-split"},
       {without("llama.block_count"), "metadata: llama.block_count is missing, had to be a whole number from 1 to 1024"},
       {with({w::metadata("llama.block_count", 0u)}), "metadata: llama.block_count is 0 (uint32), had to be a whole"},
       {with({w::metadata("llama.block_count", ~0u)}), "metadata: llama.block_count is 4294967295 (uint32), had to be"},
@@ -374,6 +343,19 @@ TEST_CASE("a GGUF file that asks for what the decoder does not do is refused by 
   };
   for (const auto& [error, message] : cases) CHECK_THAT(error, Catch::Contains(message));
 
+  // What there is to say of the file as a whole comes before anything about its tensors.
+  w::file other;
+  other.add("rwkv.weight", {32}, 23, std::string(64, '\0'));
+  CHECK_THAT(refusal(other.bytes()), Catch::Contains("general.architecture is missing"));
+  other.metadata = {w::metadata("general.architecture", "gemma3")};
+  CHECK_THAT(refusal(other.bytes()), Catch::Contains("general.architecture is 'gemma3', had to be llama"));
+  other.metadata = {w::metadata("split.count", w::uint16, w::u16(2))};
+  CHECK_THAT(refusal(other.bytes()), Catch::Contains("one shard of several"));
+  other.metadata = {w::metadata("general.architecture", "llama")};
+  CHECK_THAT(refusal(other.bytes()), Catch::Contains("has type IQ4_XS, not supported"));
+  other = {};
+  other.metadata = llama_metadata(m);
+  CHECK_THAT(refusal(other.bytes()), Catch::Contains("holds metadata only, a vocabulary say, had to hold the tensors"));
   for (const float bad : {NAN, -INFINITY}) {
     w::file unnormed = good;
     unnormed.data.replace(0, 4, w::f32(bad));

@@ -239,6 +239,7 @@ TEST_CASE("ropes that frequencies cannot tell are refused by name, bad ones with
       {{{"rope_scaling", R"({"rope_type": "spiral"})"}},
        "metadata: rope_scaling.rope_type is 'spiral', had to be default, linear, llama3 or yarn"},
       {{{"rope_scaling", R"({"rope_type": 3})"}}, "metadata: rope_scaling.rope_type is '3', had to be default"},
+      {{{"rope_scaling", R"({"type": "linear", "factor": 1e999})"}}, "is JSON with a number that no double holds"},
       {{{"rope_scaling", "8"}}, "metadata: rope_scaling is '8', had to be null or a JSON object"},
       {{{"rope_scaling", "{'type': 'linear'}"}}, "metadata: rope_scaling is '{'type': 'linear'}', had to be null or a"},
       {{{"rope_scaling", R"({"factor": 8})"}},
@@ -272,6 +273,71 @@ TEST_CASE("ropes that frequencies cannot tell are refused by name, bad ones with
     for (const auto& [key, value] : metadata) bad.metadata[key] = value;
     CHECK_THAT(refusal(bad), Catch::Contains(message));
   }
+}
+
+TEST_CASE("what says nothing about the result may be in a file") {
+  const auto changed = [](const auto& change) {
+    plain_model m = random_model({2, 8, 2, 1, 4, 6, 20, true, "softmax"}, 9);
+    change(m);
+    return refusal(m);
+  };
+  const std::map<std::string, std::string> harmless = {{"model_type", "llama"},
+                                                       {"architectures", R"(["LlamaForCausalLM"])"},
+                                                       {"torch_dtype", "bfloat16"},
+                                                       {"use_cache", "true"},
+                                                       {"transformers_version", "4.48.0"},
+                                                       {"eos_token_id", "[128001, 128008]"},
+                                                       {"attention_bias", "null"},
+                                                       {"hidden_activation", "silu"},
+                                                       {"max_window_layers", "24"},
+                                                       {"rope_interleaved", "false"}};
+  for (const auto& entry : harmless)
+    CHECK(changed([&](plain_model& m) { m.metadata[entry.first] = entry.second; }) == "accepted");
+  for (const char* no : {"false", "False"})
+    CHECK(changed([&](plain_model& m) {
+            m.metadata["sliding_window"] = "4096", m.metadata["use_sliding_window"] = no;
+          }) == "accepted");
+  CHECK_THAT(
+      changed([](plain_model& m) { m.metadata["sliding_window"] = "4096", m.metadata["use_sliding_window"] = "true"; }),
+      Catch::Contains("metadata: sliding_window is '4096', had to be null"));
+
+  // The embedding, saved twice.
+  const auto with_head = [](float off) {
+    return [=](plain_model& m) {
+      m.tensors["lm_head.weight"] = m.tensors.at("model.embed_tokens.weight");
+      m.tensors.at("lm_head.weight").values[5] += off;
+    };
+  };
+  CHECK(changed(with_head(0)) == "accepted");
+  CHECK_THAT(changed(with_head(0.5f)), Catch::Contains("tensor lm_head.weight had to equal model.embed_tokens.weight"));
+  CHECK_THAT(changed([](plain_model& m) {
+               m.tensors["lm_head.weight"] = {{20}, std::vector<float>(20)};
+             }),
+             Catch::Contains("tensor lm_head.weight is [20], had to be [20, 8]"));
+
+  // The frequencies, as old checkpoints keep them. 5000^(-2/4) is 0.01414.
+  const auto with_frequencies = [](std::vector<float> values) {
+    return [=](plain_model& m) {
+      for (const char* layer : {"model.layers.0.self_attn.", "model.layers.1.self_attn."})
+        m.tensors[std::string(layer) + "rotary_emb.inv_freq"] = {{static_cast<std::int64_t>(values.size())}, values};
+    };
+  };
+  CHECK(changed(with_frequencies({1, 0.0141421f})) == "accepted");
+  CHECK(changed(with_frequencies({1, 0.01416f})) == "accepted");  // rounded to bf16
+  for (const std::vector<float>& bad : {std::vector{1, 0.0145f}, {1}, {1, 0.0141421f, 0}, {NAN, 0.0141421f}})
+    CHECK_THAT(changed(with_frequencies(bad)),
+               Catch::Contains("tensor 'model.layers.0.self_attn.rotary_emb.inv_freq' is not what it had to be, the 2 "
+                               "frequencies of rope_theta, 5000"));
+}
+
+TEST_CASE("a file without a configuration says where one was looked for, a shard what it is") {
+  plain_model m = random_model({1, 8, 2, 1, 4, 6, 20, true, "softmax"}, 9);
+  m.metadata = {{"format", "pt"}};
+  CHECK_THAT(refusal(m), Catch::Contains("has no configuration in its metadata"));
+  const temporary_file shard{std::filesystem::temp_directory_path() /
+                             ("sinkcache_" + std::to_string(getpid()) + "-00001-of-00002.safetensors")};
+  m.write(shard.path);
+  CHECK(refusal(shard) == shard.path + ": is one shard of several, had to be a whole model");
 }
 
 TEST_CASE("a sink logit of -inf means that a head has no sink, any other that is not finite is refused") {
@@ -354,7 +420,22 @@ TEST_CASE("a file that is not such a model is refused, and says why") {
       {set("tokenizer", "bpe"), "metadata: tokenizer is 'bpe', had to be byte"},
       {set("bos_token_id", "20"), "metadata: bos_token_id is '20', had to be a whole number from 0 to 19"},
       {set("tie_word_embeddings", "maybe"), "metadata: tie_word_embeddings"},
-      {set("tie_word_embeddings", "true"), "tensor 'lm_head.weight' is unexpected"},
+      {set("tie_word_embeddings", "true"),
+       "tensor lm_head.weight had to equal model.embed_tokens.weight, as tie_word_embeddings is true"},
+      // Another architecture, in Llama's names, and keys that are not known.
+      {set("model_type", "qwen2"), "metadata: model_type is 'qwen2', had to be llama or tiny-llama-sink"},
+      {set("model_type", "smollm3"), "metadata: model_type is 'smollm3', had to be llama"},
+      {set("architectures", R"(["GemmaForCausalLM"])"),
+       R"(metadata: architectures is '["GemmaForCausalLM"]', had to be)"},
+      {set("scale_emb", "12"),
+       "metadata: scale_emb is '12', had to be absent: this decoder does not know what it asks"},
+      {set("residual_multiplier", "0.22"), "metadata: residual_multiplier is '0.22', had to be 1.0"},
+      {set("no_rope_layers", "[1, 0]"), "metadata: no_rope_layers is '[1, 0]', had to be null"},
+      {set("no_rope_layer_interval", "4"), "metadata: no_rope_layer_interval is '4', had to be null"},
+      {set("layer_types", R"(["sliding_attention"])"), "metadata: layer_types"},
+      {set("hidden_activation", "gelu_pytorch_tanh"), "metadata: hidden_activation is 'gelu_pytorch_tanh', had to be"},
+      {set("sliding_window", "4096"), "metadata: sliding_window is '4096', had to be null"},
+      {set("\u009b2J", "1"), "metadata: \\xc2\\x9b2J is '1', had to be absent"},
       // Bounded memory: refused before anything of such a size is asked for.
       {set("intermediate_size", "1048576"),
        "tensor model.layers.0.mlp.gate_proj.weight is [6, 8], had to be [1048576, 8]"},

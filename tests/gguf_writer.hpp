@@ -50,7 +50,22 @@ inline std::string metadata(const std::string& key, std::uint32_t value) { retur
 inline std::string metadata(const std::string& key, float value) { return metadata(key, float32, f32(value)); }
 inline std::string metadata(const std::string& key, bool value) { return metadata(key, boolean, u8(value)); }
 
-enum type : std::uint32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, BF16 = 30 };
+enum type : std::uint32_t {
+  F32 = 0,
+  F16 = 1,
+  Q4_0 = 2,
+  Q4_1 = 3,
+  Q5_0 = 6,
+  Q5_1 = 7,
+  Q8_0 = 8,
+  Q2_K = 10,
+  Q3_K = 11,
+  Q4_K = 12,
+  Q5_K = 13,
+  Q6_K = 14,
+  IQ4_NL = 20,
+  BF16 = 30
+};
 
 // `dims` as in the file: the rows' size first.
 inline std::string tensor(const std::string& name, const std::vector<std::uint64_t>& dims, std::uint32_t type,

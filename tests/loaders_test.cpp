@@ -90,7 +90,7 @@ TEST_CASE("a safetensors file is one whatever length its header begins with") {
     std::string header = R"({"__metadata__":{"hidden_size":"0"}})";
     header.resize(length, ' ');
     if (length < 0x100) header = "{}" + std::string(length - 2, ' ');
-    CHECK_THAT(refusal(small_length(length) + header), Catch::StartsWith("metadata: "));
+    CHECK_THAT(refusal(small_length(length) + header), Catch::Contains("metadata"));
   }
 }
 
@@ -137,6 +137,7 @@ TEST_CASE("JSON of strangers is shallow, has no key twice, and is JSON") {
   CHECK_THROWS_WITH(loaders::parse_json(R"({"b": [{"a": {}, "c": 1, "a": 2}]})"), "an object that has 'a' twice");
   for (const char* text : {"", "{", "{'a': 1}", "\xff", "[1]]"})
     CHECK_THROWS_WITH(loaders::parse_json(text), "no JSON");
+  CHECK_THROWS_WITH(loaders::parse_json("[1e999]"), "JSON with a number that no double holds");
 }
 
 TEST_CASE("text that goes to a terminal cannot control it") {

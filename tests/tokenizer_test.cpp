@@ -276,6 +276,22 @@ TEST_CASE("the longest special token wins") {
   CHECK_THROWS_AS(t.bytes(-1), std::out_of_range);
 }
 
+TEST_CASE("words that fine-tuning has added are found in any text, and padding nowhere") {
+  vocabulary v;
+  v.tokens = {"<|end|>", "a", "b", "c", "ab", "abc", "Ġ", "Ġa", "<think>", "ab c", "<", "[PAD]", "[PAD]", "a", ""};
+  v.types = {3, 1, 1, 1, 1, 1, 1, 1, 4, 4, 1, 5, 5, 5, 5};
+  const tokenizer t = v.build();
+  CHECK(t.encode("a<think>b") == std::vector{1, 8, 2});
+  CHECK(t.encode("abc<think>ab cab") == std::vector{5, 8, 9, 4});  // before the merges, as special tokens are
+  CHECK(t.encode("<thin<think><|end|>") == std::vector{10, 8, 10});
+  CHECK(t.encode("<think><|end|>", tokenizer::special::parsed) == std::vector{8, 0});
+  CHECK(t.decode(std::vector{1, 8, 9, 11, 14, 1}) == "a<think>ab ca");
+  CHECK_FALSE(t.is_special(8));
+  CHECK_FALSE(t.find_special("<think>").has_value());
+  CHECK_FALSE(t.is_unused(10));
+  for (int token = 11; token < 15; ++token) CHECK(t.is_unused(token));
+}
+
 TEST_CASE("a vocabulary that is not one is refused by name") {
   const std::string text = "tokenizer.ggml.tokens", merges = "tokenizer.ggml.merges";
   CHECK(refusal(vocabulary().file()) == "accepted");
@@ -290,6 +306,12 @@ TEST_CASE("a vocabulary that is not one is refused by name") {
   check_refused([](vocabulary& v) { v.types.pop_back(); }, {"tokenizer.ggml.token_type", "8 integers"});
   check_refused([](vocabulary& v) { v.types[2] = 6; }, {text + " 2", "'b'", "type 6"});
   check_refused([](vocabulary& v) { v.types[2] = -1; }, {text + " 2", "type -1"});
+  check_refused([](vocabulary& v) { v.types[2] = 2; }, {text + " 2", "type 2", "5 (unused)"});
+  check_refused([](vocabulary& v) { v.types[2] = 259; }, {text + " 2", "type 259"});
+  check_refused([](vocabulary& v) { v.tokens[2] = "\xff", v.types[2] = 4; }, {text + " 2", "\\xff", "UTF-8"});
+  check_refused([](vocabulary& v) { v.tokens[2] = "a", v.types[2] = 4; }, {text + " 1 and 2", "unique"});
+  check_refused([](vocabulary& v) { v.types[2] = 4; }, {merges + " 0", "needs 'b'", "normal"});
+  check_refused([](vocabulary& v) { v.types[2] = 5; }, {merges + " 0", "needs 'b'", "normal"});
   check_refused([](vocabulary& v) { v.tokens[3] = ""; }, {text + " 3", "0 bytes"});
   check_refused([](vocabulary& v) { v.tokens[3] = std::string(1025, 'c'); }, {text + " 3", "1025 bytes", "1024"});
   check_refused([](vocabulary& v) { v.tokens[3] = "c d"; }, {text + " 3", "stand for bytes"});
@@ -343,7 +365,7 @@ TEST_CASE("random damage to a vocabulary is refused or harmless") {
           v.tokens[dice.bits() % v.tokens.size()] = bit;
           break;
         case 1:
-          v.types[dice.bits() % v.types.size()] = static_cast<std::int32_t>(dice.from_to(0, 4));
+          v.types[dice.bits() % v.types.size()] = static_cast<std::int32_t>(dice.from_to(0, 6));
           break;
         case 2:
           v.merges[dice.bits() % v.merges.size()] = bit + " " + bits[dice.bits() % bits.size()];

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "../compare/command_line.hpp"
@@ -12,17 +13,42 @@ namespace {
 
 using compare::usage_error;
 
-index_t parse_sinks(const std::string& policy, index_t cache) {
-  if (policy == "window" || policy == "full") return 0;
-  const std::optional<index_t> sinks =
-      policy.starts_with("sinks:") ? loaders::whole_number<index_t>(policy.substr(6), 1, cache - 1) : std::nullopt;
-  if (!sinks)
-    throw usage_error(
-        fmt::format("--policy is '{}', had to be window, sinks:N with N from 1 to {}, or full", policy, cache - 1));
-  return *sinks;
+// The number of sinks:N; nothing of another policy.
+std::optional<index_t> counted_sinks(const std::string& policy, index_t cache) {
+  if (!policy.starts_with("sinks:")) return {};
+  return loaders::whole_number<index_t>(policy.substr(6), 1, cache - 1);
+}
+
+void check_policy(const options& o) {
+  const index_t cache = o.cache.value_or(default_cache);
+  if (o.policy == "window" || o.policy == "full" || counted_sinks(o.policy, cache)) return;
+  if (o.policy == "sinks:system" && !o.prompt) return;
+  throw usage_error(fmt::format("--policy is '{}', had to be window, sinks:N with N from 1 to {}{}, or full", o.policy,
+                                cache - 1, o.prompt ? "" : ", sinks:system"));
 }
 
 }  // namespace
+
+index_t pinned_tokens(const options& o, index_t system_tokens) {
+  const index_t cache = o.cache.value_or(default_cache);
+  if (o.policy != "sinks:system") return counted_sinks(o.policy, cache).value_or(0);
+  // Without a system turn, as many as do in other texts.
+  if (system_tokens == 0) return std::min<index_t>(4, cache - 1);
+  if (system_tokens >= cache)
+    throw usage_error(
+        fmt::format("--cache is {}, had to be above {}, the tokens of the system turn that sinks:system pins", cache,
+                    system_tokens));
+  return system_tokens;
+}
+
+std::string pinning_hint(const options& o, index_t system_tokens) {
+  const index_t pinned = pinned_tokens(o, system_tokens);
+  if (o.policy == "full" || pinned >= system_tokens) return {};
+  return fmt::format(
+      "--policy {} pins {} of the {} tokens of the system turn, and the model will forget the others: "
+      "sinks:system pins all",
+      o.policy, pinned, system_tokens);
+}
 
 std::optional<options> parse_options(int argc, const char* const* argv) {
   options o;
@@ -37,7 +63,8 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   app.add_option("--write", o.prompt, "continue this text instead of talking")->type_name("TEXT");
   app.add_option("--policy", o.policy,
                  "window: keep the newest tokens\n"
-                 "sinks:N: keep the first N tokens for ever, and the newest (default: sinks:4)\n"
+                 "sinks:N: keep the first N tokens for ever, and the newest (default with --write: sinks:4)\n"
+                 "sinks:system: as many as the system turn has (default in a chat)\n"
                  "full: keep all, and end when the cache is full")
       ->type_name("POLICY");
   compare::add_count<index_t>(app, "--cache", 2, index_t{1} << 20,
@@ -66,7 +93,8 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                               [&o](index_t n) { o.threads = n; });
   if (!compare::parse(app, argc, argv)) return {};
   if (o.prompt && o.prompt->empty()) throw usage_error("--write is empty, had to be the beginning of a text");
-  o.num_sink_tokens = parse_sinks(o.policy, o.cache.value_or(default_cache));
+  if (o.policy.empty()) o.policy = o.prompt ? "sinks:4" : "sinks:system";
+  check_policy(o);
   o.model = compare::model_file(o.model);
   o.sampling.temperature = temperature.value_or(o.prompt ? 1 : 0.6);
   return o;

@@ -42,7 +42,7 @@ bool run(const char* program, const char* argument) {
 
 std::string model_file(const std::string& name) {
   if (name == "smollm2") return smollm2_file();
-  if (name.find('/') != std::string::npos || name.ends_with(".safetensors") || name.ends_with(".gguf")) return name;
+  if (name.find_first_of("./") != std::string::npos || std::filesystem::is_directory(name)) return name;
   return SINKCACHE_SOURCE_DIR "/examples/models/" + name + ".safetensors";
 }
 

@@ -34,13 +34,6 @@ class tensor_reader {
  public:
   tensor_reader(const std::string& path, const weights& file) : path_(path), file_(file) {}
 
-  std::vector<float> read(const std::string& name, const std::vector<std::int64_t>& shape) {
-    const std::string own_name = taken(name, shape);
-    std::vector<float> values = values_of(own_name);
-    check_values(own_name, values);
-    return values;
-  }
-
   // A logit of -inf means that a head has no sink.
   std::vector<float> sinks(const std::string& name, index_t heads) {
     const std::string own_name = taken(name, {heads});
@@ -52,7 +45,9 @@ class tensor_reader {
   }
 
   Eigen::RowVectorXf vector(const std::string& name, index_t size) {
-    const std::vector<float> values = read(name, {size});
+    const std::string own_name = taken(name, {size});
+    const std::vector<float> values = values_of(own_name);
+    check_values(own_name, values);
     return Eigen::Map<const Eigen::RowVectorXf>(values.data(), size);
   }
 
@@ -76,6 +71,15 @@ class tensor_reader {
   }
 
   linear whole(const std::string& name, index_t rows, index_t cols) { return stacked({name}, {rows}, cols); }
+
+  // A file may have one twice, by two names.
+  void require_equal(const std::string& copy, const std::string& name, const std::vector<std::int64_t>& shape) {
+    if (!file_.contains(file_.own_name(copy))) return;
+    check_shape(copy, shape);
+    names_.insert(file_.own_name(copy));
+    if (values_of(file_.own_name(copy)) != values_of(file_.own_name(name)))
+      fail(path_, fmt::format("tensor {} had to equal {}, as tie_word_embeddings is true", copy, name));
+  }
 
   // A tensor that nobody asked for, a bias say, would silently change the result.
   void refuse_others() const {
@@ -158,7 +162,10 @@ model::model(const std::string& path) {
   const index_t q_size = c.num_attention_heads * c.head_dim, kv_size = c.num_key_value_heads * c.head_dim;
   tensor_reader tensors(path, *file);
   embed_ = tensors.whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
-  if (!c.tie_word_embeddings) lm_head_ = tensors.whole("lm_head.weight", c.vocab_size, c.hidden_size);
+  if (c.tie_word_embeddings)
+    tensors.require_equal("lm_head.weight", "model.embed_tokens.weight", {c.vocab_size, c.hidden_size});
+  else
+    lm_head_ = tensors.whole("lm_head.weight", c.vocab_size, c.hidden_size);
   norm_ = tensors.vector("model.norm.weight", c.hidden_size);
   for (index_t i = 0; i < c.num_hidden_layers; ++i) {
     const std::string prefix = fmt::format("model.layers.{}.", i);

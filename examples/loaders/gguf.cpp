@@ -23,10 +23,11 @@ constexpr std::uint64_t kind_bytes[] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8}; 
 // Of the types that are not read here, so that one of them is told from nonsense.
 std::string_view other_type(std::uint32_t id) {
   constexpr std::pair<std::uint32_t, std::string_view> known[] = {
-      {6, "Q5_0"},     {7, "Q5_1"},    {9, "Q8_1"},     {10, "Q2_K"},  {11, "Q3_K"},   {13, "Q5_K"},  {15, "Q8_K"},
-      {16, "IQ2_XXS"}, {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"}, {20, "IQ4_NL"}, {21, "IQ3_S"}, {22, "IQ2_S"},
-      {23, "IQ4_XS"},  {24, "I8"},     {25, "I16"},     {26, "I32"},   {27, "I64"},    {28, "F64"},   {29, "IQ1_M"},
-      {34, "TQ1_0"},   {35, "TQ2_0"},  {39, "MXFP4"},   {40, "NVFP4"}};
+      {4, "Q4_2"},        {5, "Q4_3"},      {9, "Q8_1"},   {15, "Q8_K"},  {16, "IQ2_XXS"},    {17, "IQ2_XS"},
+      {18, "IQ3_XXS"},    {19, "IQ1_S"},    {21, "IQ3_S"}, {22, "IQ2_S"}, {23, "IQ4_XS"},     {24, "I8"},
+      {25, "I16"},        {26, "I32"},      {27, "I64"},   {28, "F64"},   {29, "IQ1_M"},      {31, "Q4_0_4_4"},
+      {32, "Q4_0_4_8"},   {33, "Q4_0_8_8"}, {34, "TQ1_0"}, {35, "TQ2_0"}, {36, "IQ4_NL_4_4"}, {37, "IQ4_NL_4_8"},
+      {38, "IQ4_NL_8_8"}, {39, "MXFP4"},    {40, "NVFP4"}, {41, "Q1_0"},  {42, "Q2_0"}};
   for (const auto& [number, name] : known) {
     if (number == id) return name;
   }
@@ -59,9 +60,33 @@ struct gguf::types {
     for (int i = 0; i < 16; ++i) codes[i] = low(from[4 + i]), codes[i + 16] = high(from[4 + i]);
   }
 
+  // As q4_0 and q4_1, with a fifth bit of each value in 4 bytes before the nibbles.
+  static void fifth_bits(const std::byte* from, std::int8_t* codes, int less_by) {
+    const std::uint32_t bits = little_endian<std::uint32_t>(from);
+    for (int i = 0; i < 32; ++i) {
+      const std::byte nibbles = from[4 + i % 16];
+      codes[i] = less(i < 16 ? low(nibbles) : high(nibbles), less_by - 16 * static_cast<int>(bits >> i & 1));
+    }
+  }
+  static void q5_0(const std::byte* from, std::int8_t* codes, float* scale, float* offset) {
+    *scale = f16(from), *offset = 0;
+    fifth_bits(from + 2, codes, 16);
+  }
+  static void q5_1(const std::byte* from, std::int8_t* codes, float* scale, float* offset) {
+    *scale = f16(from), *offset = f16(from + 2);
+    fifth_bits(from + 4, codes, 0);
+  }
+
+  // As q4_0, where a nibble is the place of a value in a table.
+  static void iq4_nl(const std::byte* from, std::int8_t* codes, float* scale, float* offset) {
+    constexpr std::int8_t table[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    *scale = f16(from), *offset = 0;
+    for (int i = 0; i < 16; ++i) codes[i] = table[low(from[2 + i])], codes[i + 16] = table[high(from[2 + i])];
+  }
+
   // 256 values in 8 groups of 32, each with a scale and a minimum of 6 bits: the first four of each in 4 bytes, the
-  // upper two bits of which belong to the last four, whose lower four bits are in the 4 bytes behind both.
-  static void q4_k(const std::byte* from, std::int8_t* codes, float* scales, float* offsets) {
+  // upper two bits of which belong to the last four, whose lower four bits are in the 4 bytes after both.
+  static void eight_scales(const std::byte* from, float* scales, float* offsets) {
     const float d = f16(from), d_min = f16(from + 2);
     const auto packed = [&](int i) { return unsigned{byte_of(from[4 + i])}; };
     for (int group = 0; group < 8; ++group) {
@@ -69,9 +94,49 @@ struct gguf::types {
       const unsigned scale = group < 4 ? packed(i) & 63 : (packed(8 + i) & 15) | (packed(i) >> 6 << 4);
       const unsigned min = group < 4 ? packed(4 + i) & 63 : packed(8 + i) >> 4 | (packed(4 + i) >> 6 << 4);
       scales[group] = d * static_cast<float>(scale), offsets[group] = -(d_min * static_cast<float>(min));
-      const std::byte* const nibbles = from + 16 + group / 2 * 32;
-      for (int j = 0; j < 32; ++j) codes[group * 32 + j] = group % 2 == 0 ? low(nibbles[j]) : high(nibbles[j]);
     }
+  }
+  // Two groups share 32 bytes.
+  static std::int8_t nibble(const std::byte* from, int group, int i) {
+    const std::byte both = from[group / 2 * 32 + i];
+    return group % 2 == 0 ? low(both) : high(both);
+  }
+  static void q4_k(const std::byte* from, std::int8_t* codes, float* scales, float* offsets) {
+    eight_scales(from, scales, offsets);
+    for (int i = 0; i < 256; ++i) codes[i] = nibble(from + 16, i / 32, i % 32);
+  }
+  // The fifth bits of the i-th values of all groups are one byte.
+  static void q5_k(const std::byte* from, std::int8_t* codes, float* scales, float* offsets) {
+    eight_scales(from, scales, offsets);
+    for (int i = 0; i < 256; ++i)
+      codes[i] = less(nibble(from + 48, i / 32, i % 32), -16 * (byte_of(from[16 + i % 32]) >> (i / 32) & 1));
+  }
+
+  // 256 values in 16 groups. Four values, 32 apart, share a byte; each half of 128 has 32 of them.
+  static int two_bits(const std::byte* from, int i) {
+    return byte_of(from[i / 128 * 32 + i % 32]) >> (i % 128 / 32 * 2) & 3;
+  }
+  // A scale and a minimum of 4 bits in a byte, the values, and the scales of both.
+  static void q2_k(const std::byte* from, std::int8_t* codes, float* scales, float* offsets) {
+    const float d = f16(from + 80), d_min = f16(from + 82);
+    for (int group = 0; group < 16; ++group) {
+      scales[group] = d * static_cast<float>(low(from[group]));
+      offsets[group] = -(d_min * static_cast<float>(high(from[group])));
+    }
+    for (int i = 0; i < 256; ++i) codes[i] = static_cast<std::int8_t>(two_bits(from + 16, i));
+  }
+  // The third bits, those of the i-th values of eight stretches of 32 a byte; the other two; scales of 6 bits, the low
+  // four of scales i and i + 8 a byte, the high two of i, i + 4, i + 8 and i + 12 another; the scale of those.
+  static void q3_k(const std::byte* from, std::int8_t* codes, float* scales, float* offsets) {
+    const float d = f16(from + 108);
+    for (int group = 0; group < 16; ++group) {
+      const std::byte low_bits = from[96 + group % 8];
+      const int high_bits = byte_of(from[104 + group % 4]) >> (group / 4 * 2) & 3;
+      scales[group] = d * static_cast<float>((group < 8 ? low(low_bits) : high(low_bits)) + 16 * high_bits - 32);
+      offsets[group] = 0;
+    }
+    for (int i = 0; i < 256; ++i)
+      codes[i] = static_cast<std::int8_t>(two_bits(from + 32, i) - 4 + 4 * (byte_of(from[i % 32]) >> (i / 32) & 1));
   }
 
   // 256 values of 6 bits: the low four of two halves of 128, their high two, 16 scales of 8 bits, and the scale of
@@ -88,10 +153,13 @@ struct gguf::types {
   }
 
   static constexpr tensor_type all[] = {
-      {0, "F32", 1, 4, f32, 0, nullptr},         {1, "F16", 1, 2, f16, 0, nullptr},
-      {2, "Q4_0", 32, 18, nullptr, 32, q4_0},    {3, "Q4_1", 32, 20, nullptr, 32, q4_1},
-      {8, "Q8_0", 32, 34, nullptr, 32, q8_0},    {12, "Q4_K", 256, 144, nullptr, 32, q4_k},
-      {14, "Q6_K", 256, 210, nullptr, 16, q6_k}, {30, "BF16", 1, 2, bf16, 0, nullptr}};
+      {0, "F32", 1, 4, f32, 0, nullptr},           {1, "F16", 1, 2, f16, 0, nullptr},
+      {2, "Q4_0", 32, 18, nullptr, 32, q4_0},      {3, "Q4_1", 32, 20, nullptr, 32, q4_1},
+      {6, "Q5_0", 32, 22, nullptr, 32, q5_0},      {7, "Q5_1", 32, 24, nullptr, 32, q5_1},
+      {8, "Q8_0", 32, 34, nullptr, 32, q8_0},      {10, "Q2_K", 256, 84, nullptr, 16, q2_k},
+      {11, "Q3_K", 256, 110, nullptr, 16, q3_k},   {12, "Q4_K", 256, 144, nullptr, 32, q4_k},
+      {13, "Q5_K", 256, 176, nullptr, 32, q5_k},   {14, "Q6_K", 256, 210, nullptr, 16, q6_k},
+      {20, "IQ4_NL", 32, 18, nullptr, 32, iq4_nl}, {30, "BF16", 1, 2, bf16, 0, nullptr}};
 };
 
 // Reads on only as far as the file and the limits go, whatever the file promises.
@@ -99,7 +167,7 @@ class gguf::header_reader {
  public:
   explicit header_reader(gguf& to) : to_(to) {}
 
-  void read() {
+  void read(const std::function<void(const gguf&)>& accepts) {
     within_ = "its first 24 bytes";
     const std::byte* const magic = take(4);
     if (std::string_view(reinterpret_cast<const char*>(magic), 4) != "GGUF")
@@ -112,6 +180,7 @@ class gguf::header_reader {
     const std::uint64_t num_metadata = count("metadata", max_metadata, 8 + 1 + 4 + 1);
     for (std::uint64_t i = 0; i < num_metadata; ++i) read_metadata(i);
     read_alignment();
+    if (accepts) accepts(to_);
     for (std::uint64_t i = 0; i < num_tensors; ++i) read_tensor(i);
     check_data();
     to_.header_.resize(static_cast<std::size_t>(at_));
@@ -246,7 +315,7 @@ class gguf::header_reader {
     e.begin = number<std::uint64_t>();
     const std::uint64_t must_begin = padded(data_end_, alignment_);
     if (e.begin != must_begin)
-      fail(fmt::format("{} begins at {} of the data, must begin at {}, behind the one before", within_, e.begin,
+      fail(fmt::format("{} begins at {} of the data, must begin at {}, after the one before", within_, e.begin,
                        must_begin));
     data_end_ = e.begin + e.bytes;
     if (data_end_ > to_.source_.size)  // so that the next sum does not overflow either
@@ -262,8 +331,12 @@ class gguf::header_reader {
       if (type.id == id) return &type;
     }
     const std::string_view known = other_type(id);
-    fail(fmt::format("{} has type {}, must be F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K", within_,
-                     known.empty() ? fmt::format("{}, which is none", id) : fmt::format("{}, not supported", known)));
+    std::string names;
+    for (const tensor_type& type : types::all) names.append(names.empty() ? "" : ", ").append(type.name);
+    fail(fmt::format(
+        "{} has type {}, must be one of {}", within_,
+        known.empty() ? fmt::format("{}, newer than this reader", id) : fmt::format("{}, not supported", known),
+        names));
   }
 
   void check_data() {
@@ -282,8 +355,9 @@ class gguf::header_reader {
   std::string within_;
 };
 
-gguf::gguf(const std::string& file, byte_source source) : file_(file), source_(std::move(source)) {
-  header_reader(*this).read();
+gguf::gguf(const std::string& file, byte_source source, const std::function<void(const gguf&)>& accepts)
+    : file_(file), source_(std::move(source)) {
+  header_reader(*this).read(accepts);
 }
 
 bool gguf::is_gguf(const std::string& path) {
@@ -294,7 +368,9 @@ bool gguf::is_gguf(const std::string& path) {
   return little_endian<std::uint32_t>(magic.data()) == 0x46554747;  // "GGUF"
 }
 
-gguf gguf::load(const std::string& path) { return gguf(path, open_source(path)); }
+gguf gguf::load(const std::string& path, const std::function<void(const gguf&)>& accepts) {
+  return gguf(path, open_source(path), accepts);
+}
 
 gguf gguf::parse(std::span<const std::byte> file, const std::string& name) { return gguf(name, memory_source(file)); }
 

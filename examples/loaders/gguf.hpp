@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -27,7 +28,9 @@ class gguf {
   static constexpr std::int64_t max_dim = std::int64_t{1} << 40;
 
   static bool is_gguf(const std::string& path);  // by its first four bytes; file_error where it cannot be read
-  static gguf load(const std::string& path);
+  // `accepts` is called with the metadata, before tensors are looked at: what it throws is told before anything about
+  // them.
+  static gguf load(const std::string& path, const std::function<void(const gguf&)>& accepts = {});
   // The same on a copy of `file`; `name` stands for the path in messages.
   static gguf parse(std::span<const std::byte> file, const std::string& name);
 
@@ -82,7 +85,7 @@ class gguf {
   class header_reader;
   struct types;
 
-  gguf(const std::string& file, byte_source);
+  gguf(const std::string& file, byte_source, const std::function<void(const gguf&)>& accepts = {});
   const entry& find(const std::string& name) const;
   const value* find_value(const std::string& key, bool is_array) const;
   const std::byte* at(std::size_t offset) const { return reinterpret_cast<const std::byte*>(header_.data()) + offset; }

@@ -31,6 +31,8 @@ nlohmann::json parse_json(const std::string& text) {
     return nlohmann::json::parse(text, check);
   } catch (const nlohmann::json::parse_error&) {
     throw std::runtime_error("no JSON");
+  } catch (const nlohmann::json::out_of_range&) {
+    throw std::runtime_error("JSON with a number that no double holds");
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <regex>
 #include <string_view>
 #include <utility>
 
@@ -62,6 +63,12 @@ std::string_view known_as(std::string_view begin) {
   return {};
 }
 
+// By its name: model-00001-of-00002.safetensors. GGUF's shards say so themselves.
+bool is_shard(const std::string& path) {
+  static const std::regex shard(".*-[0-9]{5}-of-[0-9]{5}\\.safetensors");
+  return std::regex_match(path, shard);
+}
+
 }  // namespace
 
 std::unique_ptr<weights> weights::open(const std::string& path) {
@@ -69,6 +76,7 @@ std::unique_ptr<weights> weights::open(const std::string& path) {
   const std::string begin = first_bytes(file, 64);
   require_memory(path, file.size);
   if (begin.starts_with("GGUF")) return open_gguf_weights(path);
+  if (is_shard(path)) fail(path, "is one shard of several, had to be a whole model");
   if (looks_like_safetensors(begin)) return open_safetensors_weights(path);
   if (begin.empty()) fail(path, "is empty, had to be a GGUF or safetensors file");
   const std::string_view text =

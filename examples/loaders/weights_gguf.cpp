@@ -79,9 +79,17 @@ void check_nothing_else_is_asked_for(const gguf& file) {
                       key));
 }
 
+// Before any tensor is looked at: what else there is may be unlike a model in every other way too.
+void require_model(const gguf& file) {
+  if (file.has("general.type") && file.string("general.type") != "model")
+    file.refuse("general.type", "model: an adapter, a projector or a matrix of importance is none by itself");
+  if (file.integer("split.count", 0, 1 << 16).value_or(1) > 1)
+    file.refuse("split.count", "1: this is one shard of several, which `llama-gguf-split --merge` makes one file of");
+  if (file.string("general.architecture") != "llama") file.refuse("general.architecture", "llama");
+}
+
 model_config read_config(const gguf& file) {
-  if (const auto architecture = file.string("general.architecture"); architecture != "llama")
-    file.refuse("general.architecture", "llama");
+  if (file.names().empty()) file.fail("holds metadata only, a vocabulary say, had to hold the tensors of a model");
   check_nothing_else_is_asked_for(file);
   model_config c{};
   c.num_hidden_layers = size(file, "llama.block_count", 1024);
@@ -172,7 +180,7 @@ sinkcache::rope read_rope(const gguf& file, const model_config& c) {
 
 class gguf_weights final : public weights {
  public:
-  explicit gguf_weights(const std::string& path) : file_(gguf::load(path)) {
+  explicit gguf_weights(const std::string& path) : file_(gguf::load(path, require_model)) {
     config = read_config(file_);
     rope = read_rope(file_, config);
   }

@@ -1,6 +1,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
 #include <set>
 #include <stdexcept>
 #include <string_view>
@@ -19,6 +21,8 @@ std::string joined(const std::vector<std::string>& parts, const char* between) {
   for (const std::string& part : parts) all += (all.empty() ? "" : between) + part;
   return all;
 }
+
+bool is_known(const std::string& key);
 
 // The file's metadata, strings all of them, as what they stand for.
 class metadata_reader {
@@ -62,6 +66,11 @@ class metadata_reader {
     return static_cast<std::size_t>(it - allowed.begin());
   }
 
+  void refuse_unknown() const {
+    for (const auto& [key, text] : metadata_)
+      if (!is_known(key)) refuse(key, text, "absent: this decoder does not know what it asks for");
+  }
+
   [[noreturn]] void refuse(const std::string& key, std::string_view text, const std::string& had_to_be) const {
     fail(path_, fmt::format("metadata: {} is {}, had to be {}", printable(key), quote(text), had_to_be));
   }
@@ -77,13 +86,42 @@ class metadata_reader {
   const std::map<std::string, std::string>& metadata_;
 };
 
+// Keys that are read below, and those that say nothing about what to compute. Any other is refused: it might change the
+// result.
+bool is_known(const std::string& key) {
+  static const std::set<std::string, std::less<>> known = {
+      "attention", "bos_token_id", "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings",
+      "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "partial_rotary_factor", "rms_norm_eps",
+      "rope_parameters", "rope_scaling", "rope_style", "rope_theta", "rotary_pct", "tie_word_embeddings", "vocab_size",
+      // checked by check_nothing_else_is_asked_for
+      "architectures", "attention_bias", "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
+      "embscale", "final_logit_softcapping", "hidden_act", "hidden_activation", "kv_lora_rank", "layer_types",
+      "logits_scaling", "mlp_bias", "model_type", "no_rope_layer_interval", "no_rope_layers", "qk_rope_head_dim",
+      "query_pre_attn_scalar", "residual_multiplier", "rope_interleaved", "rope_local_base_freq", "sliding_window",
+      "tokenizer", "use_dynamic_ntk", "use_sliding_window",
+      // training, text and file
+      "_name_or_path", "attention_dropout", "dtype", "eos_token_id", "format", "initializer_range", "is_llama_config",
+      "max_window_layers", "pad_token_id", "pretraining_tp", "torch_dtype", "train_args", "train_step",
+      "transformers_version", "unk_token_id", "use_cache"};
+  return known.contains(key);
+}
+
 // Keys that change what a model computes, with what this decoder computes, which is what a missing key means too.
 void check_nothing_else_is_asked_for(const metadata_reader& metadata) {
-  metadata.one_of("hidden_act", {"silu"});
+  metadata.one_of("model_type", {"llama", "tiny-llama-sink"});  // the second: examples/models
+  metadata.one_of("architectures", {R"(["LlamaForCausalLM"])", "LlamaForCausalLM"});
+  metadata.refuse_unknown();
+  for (const char* key : {"hidden_act", "hidden_activation"}) metadata.one_of(key, {"silu", "null", "None"});
   metadata.one_of("tokenizer", {"byte"});
-  for (const char* key : {"attention_bias", "mlp_bias", "use_dynamic_ntk"}) metadata.one_of(key, {"false", "False"});
-  for (const char* key : {"sliding_window", "rope_local_base_freq", "attention_multiplier", "query_pre_attn_scalar",
-                          "attn_logit_softcapping", "final_logit_softcapping"})
+  for (const char* key : {"attention_bias", "mlp_bias", "use_dynamic_ntk", "rope_interleaved"})
+    metadata.one_of(key, {"false", "False", "null", "None"});
+  // Qwen2's configurations name a window that they do not use.
+  const std::string* const uses_window = metadata.find("use_sliding_window");
+  if (metadata.one_of("use_sliding_window", {"false", "False", "true", "True"}) >= 2 || !uses_window)
+    metadata.one_of("sliding_window", {"null", "None"});
+  for (const char* key :
+       {"rope_local_base_freq", "attention_multiplier", "query_pre_attn_scalar", "attn_logit_softcapping",
+        "final_logit_softcapping", "no_rope_layers", "no_rope_layer_interval", "layer_types"})
     metadata.one_of(key, {"null", "None"});
   for (const char* key : {"embscale", "embedding_multiplier", "residual_multiplier", "logits_scaling"})
     metadata.one_of(key, {"1.0", "1"});
@@ -110,6 +148,9 @@ class rope_reader {
         metadata.refuse(key, *text, fmt::format("null or a JSON object, is {}", error.what()));
       }
       if (!object_.is_object()) metadata.refuse(key, *text, "null or a JSON object");
+      for (const auto& [name, value] : object_.items())
+        if (value.is_object())
+          metadata.refuse("a key of " + key_, name, "one that its type has: ropes that differ by layer are not done");
     }
   }
 
@@ -248,6 +289,10 @@ sinkcache::rope read_rope(const metadata_reader& metadata, const model_config& c
 }
 
 model_config read_config(const metadata_reader& metadata, bool has_lm_head) {
+  if (!metadata.find("num_hidden_layers") && !metadata.find("hidden_size"))
+    fail(metadata.path(),
+         "has no configuration in its metadata, which had to hold num_hidden_layers, hidden_size and the other keys of "
+         "config.json: such a file beside it is not read");
   check_nothing_else_is_asked_for(metadata);
   model_config c{};
   c.num_hidden_layers = metadata.size("num_hidden_layers", 1024);
@@ -284,21 +329,47 @@ model_config read_config(const metadata_reader& metadata, bool has_lm_head) {
 
 class safetensors_weights final : public weights {
  public:
-  explicit safetensors_weights(const std::string& path) : file_(safetensors::load(path)) {
+  explicit safetensors_weights(const std::string& path) : path_(path), file_(safetensors::load(path)) {
     metadata = file_.metadata();
     const metadata_reader reader(path, metadata);
     config = read_config(reader, contains("lm_head.weight"));
     rope = read_rope(reader, config);
+    check_frequencies(rope.width());
   }
 
   std::string own_name(const std::string& name) const override { return name; }
-  std::vector<std::string> own_names() const override { return file_.names(); }
+  // Frequencies are checked with the metadata.
+  std::vector<std::string> own_names() const override {
+    std::vector<std::string> names = file_.names();
+    std::erase_if(names, is_frequencies);
+    return names;
+  }
   bool contains(const std::string& name) const override { return file_.contains(name); }
   const std::vector<std::int64_t>& shape(const std::string& name) const override { return file_.shape(name); }
   tensor read(const std::string& name) const override { return file_.read(name); }
   std::optional<coded_tensor> read_coded(const std::string&) const override { return {}; }
 
  private:
+  // A buffer that old checkpoints have, in each layer or once.
+  static bool is_frequencies(const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); }
+
+  // They say again what rope_theta says, maybe rounded to 16 bits.
+  void check_frequencies(index_t width) const {
+    for (const std::string& name : file_.names()) {
+      if (!is_frequencies(name)) continue;
+      const std::vector<float> values = file_.read(name).values;
+      bool equal = values.size() == static_cast<std::size_t>(width / 2);
+      for (std::size_t i = 0; equal && i < values.size(); ++i) {
+        const double wanted = std::pow(config.rope_theta, -2 * static_cast<double>(i) / static_cast<double>(width));
+        equal = std::abs(static_cast<double>(values[i]) - wanted) <= 0.01 * wanted + 1e-7;
+      }
+      if (!equal)
+        fail(path_, fmt::format("tensor {} is not what it had to be, the {} frequencies of rope_theta, {}", quote(name),
+                                width / 2, config.rope_theta));
+    }
+  }
+
+  std::string path_;
   safetensors file_;
 };
 

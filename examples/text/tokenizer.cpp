@@ -50,11 +50,11 @@ std::optional<std::string> spelled_bytes(std::string_view text, const std::vecto
   return bytes;
 }
 
-// Spellings of tokens, to find them by. Sorted, not hashed: no choice of names makes it slow.
+// Spellings of `tokens`, to find them by. Sorted, not hashed: no choice of names makes it slow.
 class spelling_index {
  public:
-  spelling_index(const gguf& file, const std::vector<std::string_view>& spellings) : spellings_(spellings) {
-    for (std::size_t i = 0; i < spellings.size(); ++i) sorted_.push_back(static_cast<int>(i));
+  spelling_index(const gguf& file, const std::vector<std::string_view>& spellings, std::vector<int> tokens)
+      : spellings_(spellings), sorted_(std::move(tokens)) {
     std::stable_sort(sorted_.begin(), sorted_.end(), [this](int a, int b) { return spelling(a) < spelling(b); });
     const auto twice =
         std::adjacent_find(sorted_.begin(), sorted_.end(), [this](int a, int b) { return spelling(a) == spelling(b); });
@@ -254,11 +254,11 @@ tokenizer::tokenizer(const gguf& file) {
   bos_ = file.integer("tokenizer.ggml.bos_token_id", 0, size() - 1);
   eos_ = file.integer("tokenizer.ggml.eos_token_id", 0, size() - 1);
   adds_bos_ = file.flag("tokenizer.ggml.add_bos_token").value_or(false);
+  chat_template_ = file.string("tokenizer.chat_template").value_or("");
   if (adds_bos_ && !bos_) file.refuse("tokenizer.ggml.bos_token_id", "given, as add_bos_token is true");
 }
 
 void tokenizer::read_tokens(const gguf& file) {
-  constexpr std::int64_t normal = 1, control = 3;  // of the format's token types
   const auto spellings = file.strings("tokenizer.ggml.tokens");
   const auto types = file.integers("tokenizer.ggml.token_type");
   if (!spellings || spellings->empty() || spellings->size() > max_tokens)
@@ -274,14 +274,21 @@ void tokenizer::read_tokens(const gguf& file) {
     const auto fail = [&](const std::string& what) {
       file.fail(fmt::format("tokenizer.ggml.tokens {}, {}, {}", i, quote(spelling), what));
     };
+    if ((*types)[i] < 1 || (*types)[i] > 5 || (*types)[i] == 2)
+      fail(fmt::format("has the type {}, must have 1 (normal), 3 (control), 4 (user defined) or 5 (unused)",
+                       (*types)[i]));
+    const auto type = static_cast<kind>((*types)[i]);
+    kinds_.push_back(type);
+    if (type == kind::unused) {  // whatever it is called
+      tokens_.emplace_back();
+      continue;
+    }
     if (spelling.empty() || spelling.size() > max_token_bytes)
       fail(fmt::format("has {} bytes, must have 1 to {}", spelling.size(), max_token_bytes));
-    if ((*types)[i] != normal && (*types)[i] != control)
-      fail(fmt::format("has the type {}, must have {} (normal) or {} (control)", (*types)[i], normal, control));
-    is_special_.push_back((*types)[i] == control);
-    if (is_special_.back()) {
+    if (type != kind::normal) {
       if (valid_utf8(spelling) != spelling) fail("must be UTF-8");
-      specials_.push_back(static_cast<int>(i));
+      parsed_.push_back(static_cast<int>(i));
+      if (type == kind::user_defined) added_.push_back(static_cast<int>(i));
       tokens_.emplace_back(spelling);
       continue;
     }
@@ -290,7 +297,8 @@ void tokenizer::read_tokens(const gguf& file) {
     if (bytes->size() == 1) byte_tokens_[static_cast<unsigned char>(bytes->front())] = static_cast<int>(i);
     tokens_.push_back(std::move(*bytes));
   }
-  std::sort(specials_.begin(), specials_.end(), [this](int a, int b) { return bytes(a) < bytes(b); });
+  for (std::vector<int>* found : {&parsed_, &added_})
+    std::sort(found->begin(), found->end(), [this](int a, int b) { return bytes(a) < bytes(b); });
 }
 
 void tokenizer::read_merges(const gguf& file) {
@@ -299,7 +307,10 @@ void tokenizer::read_merges(const gguf& file) {
   if (!rules || rules->size() > max_tokens)
     file.refuse("tokenizer.ggml.merges", fmt::format("at most {} strings", max_tokens));
 
-  const spelling_index index(file, spellings);
+  std::vector<int> used;
+  for (int token = 0; token < size(); ++token)
+    if (!is_unused(token)) used.push_back(token);
+  const spelling_index index(file, spellings, std::move(used));
   for (std::size_t i = 0; i < rules->size(); ++i) {
     const std::string_view rule = (*rules)[i];
     const auto fail = [&](const std::string& what) {
@@ -310,7 +321,8 @@ void tokenizer::read_merges(const gguf& file) {
       fail("must be two tokens with a space between them");
     const auto token = [&](const std::string& spelling) {
       const std::optional<int> found = index.find(spelling);
-      if (!found || is_special(*found)) fail(fmt::format("needs {}, which must be a normal token", quote(spelling)));
+      if (!found || kinds_[static_cast<std::size_t>(*found)] != kind::normal)
+        fail(fmt::format("needs {}, which must be a normal token", quote(spelling)));
       return *found;
     };
     const std::string left(rule.substr(0, space)), right(rule.substr(space + 1));
@@ -337,9 +349,9 @@ const tokenizer::merge* tokenizer::find_merge(int left, int right) const {
 }
 
 // In the sorted texts, those that begin with the first n bytes of `text` are neighbours, the one of n bytes before all.
-std::optional<int> tokenizer::special_at(std::string_view text) const {
+std::optional<int> tokenizer::longest_at(std::string_view text, const std::vector<int>& sorted) const {
   std::optional<int> longest;
-  auto first = specials_.begin(), last = specials_.end();
+  auto first = sorted.begin(), last = sorted.end();
   for (std::size_t n = 0; first != last; ++n) {
     if (bytes(*first).size() == n) longest = *first++;
     if (n == text.size()) break;
@@ -352,17 +364,18 @@ std::optional<int> tokenizer::special_at(std::string_view text) const {
 }
 
 std::optional<int> tokenizer::find_special(std::string_view text) const {
-  const std::optional<int> found = special_at(text);
-  return found && bytes(*found) == text ? found : std::nullopt;
+  const std::optional<int> found = longest_at(text, parsed_);
+  return found && is_special(*found) && bytes(*found) == text ? found : std::nullopt;
 }
 
 std::vector<int> tokenizer::encode(std::string_view text, special mode) const {
   const std::string whole = valid_utf8(text);
   const std::string_view valid = whole;
   word_merger merger(*this);
+  const std::vector<int>& whole_tokens = mode == special::parsed ? parsed_ : added_;
   std::size_t first = 0;  // of what was not encoded yet
-  for (std::size_t i = 0; mode == special::parsed && i < valid.size();) {
-    const std::optional<int> token = special_at(valid.substr(i));
+  for (std::size_t i = 0; !whole_tokens.empty() && i < valid.size();) {
+    const std::optional<int> token = longest_at(valid.substr(i), whole_tokens);
     if (!token) {
       ++i;
       continue;

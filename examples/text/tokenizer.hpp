@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
@@ -24,7 +25,8 @@ class tokenizer {
   explicit tokenizer(const loaders::gguf& file);
 
   // What the text of a special token is read as, "<|im_end|>" say. Only a program's own text may be parsed: in text
-  // from elsewhere it would let a stranger end the turn.
+  // from elsewhere it would let a stranger end the turn. Words that fine-tuning has added (user-defined tokens) are
+  // found in any text, before it is split.
   enum class special { as_text, parsed };
   std::vector<int> encode(std::string_view text, special = special::as_text) const;
 
@@ -33,14 +35,18 @@ class tokenizer {
   std::string_view bytes(int token) const { return tokens_.at(static_cast<std::size_t>(token)); }
 
   int size() const { return static_cast<int>(tokens_.size()); }
-  bool is_special(int token) const { return is_special_.at(static_cast<std::size_t>(token)); }
+  bool is_special(int token) const { return kinds_.at(static_cast<std::size_t>(token)) == kind::control; }
+  bool is_unused(int token) const { return kinds_.at(static_cast<std::size_t>(token)) == kind::unused; }  // padding
   std::optional<int> find_special(std::string_view text) const;
+  const std::string& chat_template() const { return chat_template_; }  // empty where there is none
   // Of the metadata.
   std::optional<int> bos() const { return bos_; }
   std::optional<int> eos() const { return eos_; }
   bool adds_bos() const { return adds_bos_; }  // whether the model expects it in front of a text; encode never adds it
 
  private:
+  // The format's own numbers; it has others, which are refused.
+  enum class kind : std::uint8_t { normal = 1, control = 3, user_defined = 4, unused = 5 };
   struct merge {
     int left, right, merged, rank;
   };
@@ -49,17 +55,19 @@ class tokenizer {
   void read_tokens(const loaders::gguf& file);
   void read_merges(const loaders::gguf& file);
   void encode_text(std::string_view valid, word_merger&) const;
-  // The longest special token that the text starts with.
-  std::optional<int> special_at(std::string_view text) const;
+  // The longest of them that the text starts with.
+  std::optional<int> longest_at(std::string_view text, const std::vector<int>& sorted) const;
   const merge* find_merge(int left, int right) const;
 
   std::vector<std::string> tokens_;  // as bytes, not in the alphabet of the file
-  std::vector<bool> is_special_;
-  std::vector<int> specials_;     // sorted by their text
+  std::vector<kind> kinds_;
+  std::vector<int> added_;        // user-defined ones, sorted by their text
+  std::vector<int> parsed_;       // these and control ones, likewise
   std::vector<int> byte_tokens_;  // [256], -1 where there is none
   std::vector<merge> merges_;     // sorted by left, then by right
   std::optional<int> bos_, eos_;
   bool adds_bos_ = false;
+  std::string chat_template_;
 };
 
 }  // namespace text

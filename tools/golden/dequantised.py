@@ -14,7 +14,8 @@ from gguf.quants import dequantize
 
 ROWS, COLS = 3, 512
 # Where a block has its float16 scales; every other byte may be anything.
-SCALES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208]}
+SCALES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208], "Q5_0": [0], "Q5_1": [0, 2],
+          "Q5_K": [0, 2], "Q2_K": [80, 82], "Q3_K": [108], "IQ4_NL": [0]}
 
 rng = np.random.default_rng(5)
 writer = GGUFWriter(sys.argv[1], "golden")
