@@ -264,4 +264,49 @@ TEST_CASE("going back: how far is known without a walk over the stream") {
     }
 }
 
+struct says_nothing {
+  index_t capacity() const { return 4; }
+  span_list visible(position_t seen) const {
+    span_list spans;
+    spans.push_back({std::max<position_t>(0, seen - 4), seen});
+    return spans;
+  }
+  placed place(position_t p) const { return {static_cast<index_t>(p % 4), static_cast<index_t>(3 - p % 4)}; }
+};
+
+TEST_CASE("policy: pinned tokens are those that a policy tells of") {
+  CHECK(detail::num_pinned(sink_window{3, 8}) == 3);
+  CHECK(detail::num_pinned(says_nothing()) == 0);
+}
+
+TEST_CASE("policy: spans only grew if nothing but the newest end moved") {
+  const auto spans = [](std::initializer_list<position_span> list) {
+    span_list result;
+    for (const position_span& span : list) result.push_back(span);
+    return result;
+  };
+  const span_list before = spans({{0, 4}, {10, 20}});
+  CHECK(detail::only_grew(before, before));
+  CHECK(detail::only_grew(before, spans({{0, 4}, {10, 25}})));
+  CHECK(!detail::only_grew(before, spans({{0, 4}, {11, 21}})));
+  CHECK(!detail::only_grew(before, spans({{0, 5}, {10, 21}})));
+  CHECK(!detail::only_grew(before, spans({{0, 4}})));
+  CHECK(!detail::only_grew(before, spans({{0, 4}, {10, 20}, {30, 31}})));
+}
+
+TEST_CASE("policy: what is stored over one of the spans' positions") {
+  const sink_window policy{2, 4, 1};  // positions 2, 7, 12, ... share a row
+  span_list kept;
+  kept.push_back({0, 2});
+  kept.push_back({8, 12});
+  for (position_t next = 12; next < 40; ++next) {
+    bool over = false;
+    for (const position_span& span : kept)
+      for (position_t p = span.first; p < span.last; ++p) over = over || (next - p) % 5 == 0;
+    over =
+        over && (next - 2) % 5 != 0;  // the first two have rows of their own; 7, 12, ... is the row that nobody needs
+    CHECK(detail::stored_over(policy, kept, next) == over);
+  }
+}
+
 }  // namespace
