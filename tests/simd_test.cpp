@@ -229,7 +229,7 @@ TEST_CASE("simd: add_product") {
       const double exact = static_cast<double>(a[j]) + static_cast<double>(b[j]) * static_cast<double>(c[j]);
       REQUIRE(std::abs(static_cast<double>(sum[j]) - exact) <= 0x1p-23 * (std::abs(exact) + 1e4));
     }
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
     for (const float& factor : c) {
       const floats by_memory = lanes_of(detail::add_product(vector_of(a), vector_of(b), &factor)),
                    by_register = lanes_of(detail::add_product(vector_of(a), vector_of(b), detail::broadcast(factor)));
@@ -390,7 +390,7 @@ void compare_conversions(const ToHalf& to_half, const FromHalf& from_half) {
 TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
   compare_conversions<f16>(to_f16, from_f16);
   compare_conversions<bf16>(to_bf16, from_bf16);
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
   compare_loads(f16::load_eight, from_f16);
 #endif
 }

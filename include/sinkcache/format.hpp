@@ -93,7 +93,7 @@ struct half_row {
 struct f16 : detail::half_row<f16> {
   static constexpr std::string_view name = "f16";
   [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_f16(from); }
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
   [[gnu::always_inline]] static detail::voct load_eight(const std::byte* from) noexcept {
     return detail::load_eight_f16(from);
   }

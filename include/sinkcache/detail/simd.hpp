@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../config.hpp"
@@ -21,13 +22,31 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-inline constexpr int lanes = 16;
+// What the kernel is arranged for: all that it knows of a processor but single instructions.
+struct processor {
+  int lanes;        // floats of a vector
+  int registers;    // for vectors
+  bool halves;      // takes a vector in two halves
+  bool in_pairs;    // elements of even and of odd number are loaded with fewer instructions than neighbours
+  bool joins_late;  // sums of keys are joined among the products of the next: when all are done, those are out of reach
+
+  // Sums in registers hide the latency of an FMA, 8 to 16 of them, and leave some for what is multiplied: keys that
+  // some query rows are multiplied by at a time, vectors of columns of values, both of a panel of rows.
+  constexpr int keys_of(int rows) const { return rows == 1 ? 8 : rows < 4 || (registers == 32 && !joins_late) ? 4 : 3; }
+  constexpr int vectors_of(int rows) const { return rows == 1 ? 8 : registers == 32 ? 16 / rows : rows == 4 ? 3 : 4; }
+  int panel_keys = registers == 32 ? 6 : 4, panel_vectors = registers == 32 ? 4 : 2;
+};
+
+#if defined(__AVX512DQ__)
+inline constexpr processor cpu{16, 32, SINKCACHE_AVX512_IN_HALVES, true, true};
 #elif defined(__AVX__)
-inline constexpr int lanes = 8;
+inline constexpr processor cpu{8, 16, false, false, false};
+#elif defined(__aarch64__)
+inline constexpr processor cpu{4, 32, false, true, false};
 #else
-inline constexpr int lanes = 4;
+inline constexpr processor cpu{4, 16, false, true, false};
 #endif
+inline constexpr int lanes = cpu.lanes;
 
 typedef float vfloat __attribute__((vector_size(lanes * sizeof(float))));
 typedef std::int32_t vint __attribute__((vector_size(lanes * sizeof(float))));
@@ -70,15 +89,20 @@ template <class V>
 
 // A number that vectors are multiplied by where it lies. What takes 512 bits in two halves does that for nothing, and
 // its conversions of f16 are less in the way of the products; elsewhere it is broadcast to a register.
-#if SINKCACHE_AVX512_IN_HALVES
-using multiplier = const float*;
-[[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, multiplier b) noexcept {
+using multiplier = std::conditional_t<cpu.halves, const float*, vfloat>;
+#if defined(__AVX512DQ__)
+[[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, const float* b) noexcept {
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
   return sum;
 }
-#else
-using multiplier = vfloat;
 #endif
+template <class M>
+[[gnu::always_inline]] inline M multiply_by(const float* from) noexcept {
+  if constexpr (std::is_same_v<M, vfloat>)
+    return broadcast(*from);
+  else
+    return from;
+}
 template <class V>
 [[gnu::always_inline]] inline void store(float* to, V v) noexcept {
   std::memcpy(to, &v, sizeof v);
@@ -86,7 +110,7 @@ template <class V>
 
 // Lane by lane; b where either is NaN, as x86's instructions have it, which g++ 12 does not recognise here.
 [[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_max_ps(0xffff, a, b);
 #elif defined(__AVX__)
   return _mm256_max_ps(a, b);
@@ -97,7 +121,7 @@ template <class V>
 #endif
 }
 [[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_min_ps(0xffff, a, b);
 #elif defined(__AVX__)
   return _mm256_min_ps(a, b);
@@ -207,7 +231,7 @@ template <int Width, int Distance = lanes / 2, class F>
 #if defined(__clang__)
 #pragma clang fp reassociate(off)  // under -fassociative-math, which clang does not tell of
 #endif
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   const vfloat whole = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
   const vfloat f = x - whole;
 #else
@@ -222,7 +246,7 @@ template <int Width, int Distance = lanes / 2, class F>
   p = p * f + 2.402264689063e-1f;
   p = p * f + 6.931472057373e-1f;
   p = p * f + 1.0f;
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(-100.f), _CMP_NLT_UQ), p, whole);
 #else
   return x < broadcast(-100.f) ? vfloat{} : p * std::bit_cast<vfloat>(std::bit_cast<vint>(shifted) << 23);
@@ -252,7 +276,7 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
 [[gnu::always_inline]] inline vuint load_halves(const std::byte* from) noexcept {
   // Intrinsics: g++ 12 converts the two halves of the vector one after the other, of four halves too. With a mask of
   // all lanes where it would warn of what the plain intrinsic leaves undefined, here and below.
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return std::bit_cast<vuint>(
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
@@ -281,7 +305,7 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
   return std::bit_cast<vfloat>(pairs & 0xffff0000u);
 }
 [[gnu::always_inline]] inline vfloat load_f16(const std::byte* from) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -294,7 +318,7 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
   return std::bit_cast<vfloat>(std::bit_cast<vuint>(magnitude) | special | (halves & 0x8000u) << 16);
 #endif
 }
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
 [[gnu::always_inline]] inline voct load_eight_f16(const std::byte* from) noexcept {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -312,7 +336,7 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
 }
 // Rounded to nearest even, magnitudes of 65520 and more to infinity; a NaN becomes quiet.
 [[gnu::always_inline]] inline void store_f16(std::byte* to, vfloat v) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
