@@ -31,12 +31,11 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
 };
 
 // A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each, 1, 2
-// or 4, and zeros behind the last; load(from) gives as many as a vector holds. It may have load_even(from) and
-// load_odd(from) too, of twice as many elements those of even and of odd number, where that takes less.
+// or 4, and zeros behind the last; element(from) is the float of one.
 template <class F>
 concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element_bytes } -> std::convertible_to<index_t>;
-  { F::load(from) } -> std::same_as<detail::vfloat>;
+  { F::element(from) } -> std::same_as<float>;
 } &&(F::element_bytes == 1 || F::element_bytes == 2 || F::element_bytes == 4);
 
 // Plain floats.
@@ -54,6 +53,11 @@ struct f32 {
     std::memcpy(out, from, static_cast<std::size_t>(dim) * sizeof(float));
   }
   static constexpr index_t element_bytes = sizeof(float);
+  static float element(const std::byte* from) noexcept {
+    float x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
   static detail::vfloat load(const std::byte* from) noexcept {
     return detail::load_once(reinterpret_cast<const float*>(from));
   }
@@ -84,6 +88,11 @@ struct half_row {
     std::copy_n(from + 2 * i, 2 * (dim - i), last);
     const vfloat decoded = F::load(last);
     std::memcpy(out + i, &decoded, static_cast<std::size_t>(dim - i) * sizeof(float));
+  }
+  static float element(const std::byte* from) noexcept {
+    float x;
+    decode(from, 0, 1, &x);
+    return x;
   }
 };
 

@@ -78,13 +78,7 @@ template <class V = vfloat>
 // sum + a * b, fused where the instruction set can.
 template <class V>
 [[gnu::always_inline]] inline V add_product(V sum, V a, V b) noexcept {
-#if defined(__FMA__) && !defined(__clang__)
-  // g++ 12 picks forms of the instruction that cost moves and spills where all registers are in use.
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
   return sum + a * b;
-#endif
 }
 
 // A number that vectors are multiplied by where it lies. What takes 512 bits in two halves does that for nothing, and
@@ -281,6 +275,8 @@ inline float exp2_nonpositive(float x) noexcept { return exp2_nonpositive(broadc
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
   return std::bit_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__aarch64__)
+  return std::bit_cast<vuint>(vmovl_u16(vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(from)))));
 #elif defined(__SSE2__) && !defined(__AVX__)
   return std::bit_cast<vuint>(
       _mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));

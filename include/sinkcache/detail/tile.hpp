@@ -70,17 +70,19 @@ template <class V, int M, int N, class Vector, class Factor, class Prefetch>
 }
 [[gnu::always_inline]] inline void no_prefetch(int) noexcept {}
 
-// Whether two vectors of a row are loaded as elements of even and of odd number. With AVX2 that takes as many
-// instructions as neighbours, and a register more.
+// Formats of our own load whole vectors; whether one has its elements of even and of odd number apart, where that takes
+// fewer instructions, and whether keys are multiplied in vectors of eight though others have sixteen.
 template <class F>
-concept in_pairs = elementwise_format<F> && cpu.in_pairs&& requires(const std::byte* from) {
+concept in_vectors = elementwise_format<F> && requires(const std::byte* from) {
+  { F::load(from) } -> std::same_as<vfloat>;
+};
+template <class F>
+concept in_pairs = in_vectors<F> && cpu.in_pairs&& requires(const std::byte* from) {
   { F::load_even(from) } -> std::same_as<vfloat>;
   { F::load_odd(from) } -> std::same_as<vfloat>;
 };
-
-// Whether keys are multiplied in vectors of eight though others have sixteen.
 template <class F>
-concept in_eights = elementwise_format<F> && cpu.halves&& requires(const std::byte* from) {
+concept in_eights = in_vectors<F> && cpu.halves&& requires(const std::byte* from) {
   { F::load_eight(from) } -> std::same_as<voct>;
 };
 
@@ -89,14 +91,20 @@ concept in_eights = elementwise_format<F> && cpu.halves&& requires(const std::by
 template <class F, class V = vfloat>
 [[gnu::always_inline]] inline V load_vector(const std::byte* from, int i, int count) noexcept {
   constexpr index_t bytes = width_of<V> * F::element_bytes;
+  const std::byte* const at = from + i * bytes;
   if constexpr (!std::same_as<V, vfloat>) {
-    return F::load_eight(from + i * bytes);
+    return F::load_eight(at);
+  } else if constexpr (!in_vectors<F>) {
+    float elements[lanes];
+#pragma GCC unroll 16
+    for (int e = 0; e < lanes; ++e) elements[e] = F::element(at + e * F::element_bytes);
+    return load(elements);
   } else {
     if constexpr (in_pairs<F>) {
-      if (i % 2 == 1) return F::load_odd(from + (i - 1) * bytes);
-      if (i + 1 < count) return F::load_even(from + i * bytes);
+      if (i % 2 == 1) return F::load_odd(at - bytes);
+      if (i + 1 < count) return F::load_even(at);
     }
-    return F::load(from + i * bytes);
+    return F::load(at);
   }
 }
 

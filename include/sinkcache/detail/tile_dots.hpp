@@ -118,8 +118,8 @@ template <class K, int Rows>
                                     float* logits) noexcept {
   using vector = key_vector<K>;
   constexpr int keys = cpu.keys_of(Rows), width = width_of<vector>;
-  constexpr index_t line = 64 / K::element_bytes, pair = in_pairs<K> ? 2 * lanes : lanes;
-  constexpr index_t chunk = cpu.registers == 32 ? std::max<index_t>(16, pair) : pair;  // with 16 registers, more spill
+  constexpr index_t line = 64 / K::element_bytes;
+  constexpr index_t chunk = in_pairs<K> ? std::max(16, 2 * lanes) : 16;
   const index_t part = (n + keys - 1) / keys;
   value_prefetcher<keys> prefetch(v, n, (dim + line - 1) / line);
   const std::byte* key[keys];
@@ -145,18 +145,20 @@ template <class K, int Rows>
       add_vector(d, 0, 1, prefetch);
     }
   };
-  // The first of a line, and where registers allow the line's prefetches among its products: in a burst they hold up
-  // the keys.
-  const auto add_first = [&](index_t d) __attribute__((always_inline)) {
-    if constexpr (cpu.registers == 32) {
+  // The same, and with the first of a line what is to be prefetched: among its products, for in a burst it holds up the
+  // keys, or before them, where sums take all registers.
+  const auto add = [&](index_t d) __attribute__((always_inline)) {
+    const bool first = line <= chunk || d % line == 0;
+    if (cpu.joins_late && first) {
       add_chunk(d, prefetch);
     } else {
+      if (first)
 #pragma GCC unroll 8
-      for (int i = 0; i < keys; ++i) prefetch(i);
+        for (int i = 0; i < keys; ++i) prefetch(i);
+      add_chunk(d, no_prefetch);
     }
-    prefetch.next_line();
+    if (first) prefetch.next_line();
   };
-  constexpr index_t of_first = cpu.registers == 32 ? chunk : 0;
   const auto join = [&](const auto& of, bool last) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int step = 0; step < joined.steps; ++step) joined.step(step, of);
@@ -172,23 +174,14 @@ template <class K, int Rows>
     if constexpr (cpu.joins_late) {
 #pragma GCC unroll 4
       for (int step = 0; step < joined.steps; ++step, d += 16) {
-        if (d % chunk == 0 && d < dim) {
-          if (d % line == 0)
-            add_first(d);
-          else
-            add_chunk(d, no_prefetch);
-        }
+        if (d % chunk == 0 && d < dim) add(d);
         joined.step(step, before);
       }
       joined.put(logits, part * Rows, false);
       if (j > 0) logits += Rows;  // at first they were zeros, which do not stay
     }
-    for (; d < dim; d += line) {
-      add_first(d);
-      const index_t last = std::min(dim, d + line);
 #pragma GCC unroll 1
-      for (index_t u = d + of_first; u < last; u += chunk) add_chunk(u, no_prefetch);
-    }
+    for (; d < dim; d += chunk) add(d);
 #pragma GCC unroll 8
     for (int i = 0; i < keys; ++i) key[i] += k.stride;
     prefetch.next_keys();
