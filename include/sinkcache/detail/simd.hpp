@@ -32,7 +32,11 @@ struct processor {
 
   // Sums in registers hide the latency of an FMA, 8 to 16 of them, and leave some for what is multiplied: keys that
   // some query rows are multiplied by at a time, vectors of columns of values, both of a panel of rows.
-  constexpr int keys_of(int rows) const { return rows == 1 ? 8 : rows < 4 || (registers == 32 && !joins_late) ? 4 : 3; }
+  // Keys that take two instructions to load take a register more.
+  constexpr int keys_of(int rows, bool loaded_at_once) const {
+    if (rows == 1) return 8;
+    return rows < 4 || (registers == 32 && !joins_late && loaded_at_once) ? 4 : 3;
+  }
   constexpr int vectors_of(int rows) const { return rows == 1 ? 8 : registers == 32 ? 16 / rows : rows == 4 ? 3 : 4; }
   int panel_keys = registers == 32 ? 6 : 4, panel_vectors = registers == 32 ? 4 : 2;
 };
