@@ -128,6 +128,9 @@ template <class K, int Rows>
 
   const auto add_vector = [&](index_t d, int i, int count, const auto& prefetch) __attribute__((always_inline)) {
     const float* const q_d = q + (d + i * width) * Rows;
+#if defined(__x86_64__) && defined(__clang__)
+    if (i % 2 == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
+#endif
     add_products(
         sums,
         [&](int j)
