@@ -121,7 +121,7 @@ template <class K, int Rows>
   constexpr index_t line = 64 / K::element_bytes;
   constexpr index_t chunk = in_pairs<K> ? std::max(16, 2 * lanes) : 16;
   const index_t part = (n + keys - 1) / keys;
-  value_prefetcher<keys> prefetch(v, n, (dim + line - 1) / line);
+  value_prefetcher<keys> values(v, n, (dim + line - 1) / line);
   const std::byte* key[keys];
   vector sums[keys][Rows], before[keys][Rows];
   joined_sums<vector, keys, Rows> joined;
@@ -153,14 +153,14 @@ template <class K, int Rows>
   const auto add = [&](index_t d) __attribute__((always_inline)) {
     const bool first = line <= chunk || d % line == 0;
     if (cpu.joins_late && first) {
-      add_chunk(d, prefetch);
+      add_chunk(d, values);
     } else {
       if (first)
 #pragma GCC unroll 8
-        for (int i = 0; i < keys; ++i) prefetch(i);
+        for (int i = 0; i < keys; ++i) values(i);
       add_chunk(d, no_prefetch);
     }
-    if (first) prefetch.next_line();
+    if (first) values.next_line();
   };
   const auto join = [&](const auto& of, bool last) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -187,7 +187,7 @@ template <class K, int Rows>
     for (; d < dim; d += chunk) add(d);
 #pragma GCC unroll 8
     for (int i = 0; i < keys; ++i) key[i] += k.stride;
-    prefetch.next_keys();
+    values.next_keys();
     if constexpr (cpu.joins_late)
       copy(before, sums);
     else
