@@ -125,7 +125,6 @@ template <class K, int Rows>
   const std::byte* key[keys];
   vector sums[keys][Rows], before[keys][Rows];
   joined_sums<vector, keys, Rows> joined;
-
   const auto add_vector = [&](index_t d, int i, int count, const auto& prefetch) __attribute__((always_inline)) {
     const float* const q_d = q + (d + i * width) * Rows;
 #if defined(__x86_64__) && defined(__clang__)
