@@ -230,7 +230,7 @@ TEST_CASE("simd: add_product") {
       const double exact = static_cast<double>(a[j]) + static_cast<double>(b[j]) * static_cast<double>(c[j]);
       REQUIRE(std::abs(static_cast<double>(sum[j]) - exact) <= 0x1p-23 * (std::abs(exact) + 1e4));
     }
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
     for (const float& factor : c) {
       const floats by_memory = lanes_of(detail::add_product(vector_of(a), vector_of(b), &factor)),
                    by_register = lanes_of(detail::add_product(vector_of(a), vector_of(b), detail::broadcast(factor)));
@@ -376,7 +376,7 @@ void compare_conversions() {
 TEST_CASE("simd: conversions to and from 16 bits, many at once as one by one") {
   compare_conversions<f16>();
   compare_conversions<bf16>();
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
   compare_loads<f16>(f16::load_eight);
 #endif
 }

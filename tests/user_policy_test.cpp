@@ -77,19 +77,12 @@ struct upper_byte {
       to[i] = static_cast<std::byte>((half + 0x7fu + ((half >> 8) & 1u)) >> 8);
     }
   }
-  static float element(std::byte stored) noexcept {
-    const std::byte half[2] = {std::byte{0}, stored};
-    float x;
-    sinkcache::f16::decode(half, 0, 1, &x);
-    return x;
+  static float element(const std::byte* from) noexcept {
+    const std::byte half[2] = {std::byte{0}, *from};
+    return sinkcache::f16::element(half);
   }
   static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
-    for (index_t i = 0; i < dim; ++i) out[i] = element(from[i]);
-  }
-  static sinkcache::detail::vfloat load(const std::byte* from) noexcept {
-    sinkcache::detail::vfloat v;
-    for (int i = 0; i < sinkcache::detail::lanes; ++i) v[i] = element(from[i]);
-    return v;
+    for (index_t i = 0; i < dim; ++i) out[i] = element(from + i);
   }
 };
 static_assert(sinkcache::elementwise_format<upper_byte>);

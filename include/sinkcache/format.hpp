@@ -32,12 +32,11 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
 };
 
 // A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each, 1, 2
-// or 4, and zeros behind the last; load(from) gives as many as a vector holds. It may have load_even(from) and
-// load_odd(from) too, of twice as many elements those of even and of odd number, where that takes less.
+// or 4, and zeros behind the last; element(from) is the float of one.
 template <class F>
 concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element_bytes } -> std::convertible_to<index_t>;
-  { F::load(from) } -> std::same_as<detail::vfloat>;
+  { F::element(from) } -> std::same_as<float>;
 } &&(F::element_bytes == 1 || F::element_bytes == 2 || F::element_bytes == 4);
 
 // Plain floats.
@@ -55,6 +54,11 @@ struct f32 {
     std::memcpy(out, from, static_cast<std::size_t>(dim) * sizeof(float));
   }
   static constexpr index_t element_bytes = sizeof(float);
+  static float element(const std::byte* from) noexcept {
+    float x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
   static detail::vfloat load(const std::byte* from) noexcept {
     return detail::load_once(reinterpret_cast<const float*>(from));
   }
@@ -86,6 +90,11 @@ struct half_row {
     const vfloat decoded = F::load(last);
     std::memcpy(out + i, &decoded, static_cast<std::size_t>(dim - i) * sizeof(float));
   }
+  static float element(const std::byte* from) noexcept {
+    float x;
+    decode(from, 0, 1, &x);
+    return x;
+  }
 };
 
 }  // namespace detail
@@ -94,7 +103,7 @@ struct half_row {
 struct f16 : detail::half_row<f16> {
   static constexpr std::string_view name = "f16";
   [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_f16(from); }
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
   [[gnu::always_inline]] static detail::voct load_eight(const std::byte* from) noexcept {
     return detail::load_eight_f16(from);
   }

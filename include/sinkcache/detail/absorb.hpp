@@ -164,7 +164,7 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
     }
     return;
   }
-  in_strips<4, lanes == 16 ? 4 : 2>(v_dim, [&]<int Vectors>(index_t column) {
+  in_strips<4, cpu.panel_vectors>(v_dim, [&]<int Vectors>(index_t column) {
     for (int r = 0; r < panel; r += 4)
       add_values<f32, 4, Vectors, panel>(logits + r, v, offset + lo, n, column, to.from_row(row + r));
   });

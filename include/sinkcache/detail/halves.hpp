@@ -24,6 +24,8 @@ typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint1
       _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
   return std::bit_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__aarch64__)
+  return std::bit_cast<vuint>(vmovl_u16(vreinterpret_u16_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(from)))));
 #elif defined(__SSE2__) && !defined(__AVX__)
   return std::bit_cast<vuint>(
       _mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
@@ -64,7 +66,7 @@ typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint1
   return std::bit_cast<vfloat>(std::bit_cast<vuint>(magnitude) | (halves & 0x8000u) << 16);
 #endif
 }
-#if SINKCACHE_AVX512_IN_HALVES
+#if defined(__AVX512DQ__)
 [[gnu::always_inline]] inline voct load_eight_f16(const std::byte* from) noexcept {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }

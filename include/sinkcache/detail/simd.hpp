@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../config.hpp"
@@ -22,13 +23,35 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-inline constexpr int lanes = 16;
+// What the kernel is arranged for: all that it knows of a processor but single instructions.
+struct processor {
+  int lanes;        // floats of a vector
+  int registers;    // for vectors
+  bool halves;      // takes a vector in two halves
+  bool in_pairs;    // elements of even and of odd number are loaded with fewer instructions than neighbours
+  bool joins_late;  // sums of keys are joined among the products of the next: when all are done, those are out of reach
+
+  // Sums in registers hide the latency of an FMA, 8 to 16 of them, and leave some for what is multiplied: keys that
+  // some query rows are multiplied by at a time, vectors of columns of values, both of a panel of rows.
+  // Keys that take two instructions to load take a register more.
+  constexpr int keys_of(int rows, bool loaded_at_once) const {
+    if (rows == 1) return 8;
+    return rows < 4 || (registers == 32 && !joins_late && loaded_at_once) ? 4 : 3;
+  }
+  constexpr int vectors_of(int rows) const { return rows == 1 ? 8 : registers == 32 ? 16 / rows : rows == 4 ? 3 : 4; }
+  int panel_keys = registers == 32 ? 6 : 4, panel_vectors = registers == 32 ? 4 : 2;
+};
+
+#if defined(__AVX512DQ__)
+inline constexpr processor cpu{16, 32, SINKCACHE_AVX512_IN_HALVES, true, true};
 #elif defined(__AVX__)
-inline constexpr int lanes = 8;
+inline constexpr processor cpu{8, 16, false, false, false};
+#elif defined(__aarch64__)
+inline constexpr processor cpu{4, 32, false, true, false};
 #else
-inline constexpr int lanes = 4;
+inline constexpr processor cpu{4, 16, false, true, false};
 #endif
+inline constexpr int lanes = cpu.lanes;
 
 typedef float vfloat __attribute__((vector_size(lanes * sizeof(float))));
 typedef std::int32_t vint __attribute__((vector_size(lanes * sizeof(float))));
@@ -59,26 +82,25 @@ template <class V = vfloat>
 // sum + a * b, fused where the instruction set can.
 template <class V>
 [[gnu::always_inline]] inline V add_product(V sum, V a, V b) noexcept {
-#if defined(__FMA__) && !defined(__clang__)
-  // g++ 12 picks forms of the instruction that cost moves and spills where all registers are in use.
-  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  return sum;
-#else
   return sum + a * b;
-#endif
 }
 
 // A number that vectors are multiplied by where it lies. What takes 512 bits in two halves does that for nothing, and
 // its conversions of f16 are less in the way of the products; elsewhere it is broadcast to a register.
-#if SINKCACHE_AVX512_IN_HALVES
-using multiplier = const float*;
-[[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, multiplier b) noexcept {
+using multiplier = std::conditional_t<cpu.halves, const float*, vfloat>;
+#if defined(__AVX512DQ__)
+[[gnu::always_inline]] inline vfloat add_product(vfloat sum, vfloat a, const float* b) noexcept {
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
   return sum;
 }
-#else
-using multiplier = vfloat;
 #endif
+template <class M>
+[[gnu::always_inline]] inline M multiply_by(const float* from) noexcept {
+  if constexpr (std::is_same_v<M, vfloat>)
+    return broadcast(*from);
+  else
+    return from;
+}
 template <class V>
 [[gnu::always_inline]] inline void store(float* to, V v) noexcept {
   std::memcpy(to, &v, sizeof v);
@@ -86,7 +108,7 @@ template <class V>
 
 // Lane by lane; b where either is NaN, as x86's instructions have it, which g++ 12 does not recognise here.
 [[gnu::always_inline]] inline vfloat max(vfloat a, vfloat b) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_max_ps(0xffff, a, b);
 #elif defined(__AVX__)
   return _mm256_max_ps(a, b);
@@ -97,7 +119,7 @@ template <class V>
 #endif
 }
 [[gnu::always_inline]] inline vfloat min(vfloat a, vfloat b) noexcept {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_min_ps(0xffff, a, b);
 #elif defined(__AVX__)
   return _mm256_min_ps(a, b);
@@ -220,7 +242,7 @@ template <int Width, int Distance = lanes / 2, class F>
 #if defined(__clang__)
 #pragma clang fp reassociate(off)  // under -fassociative-math, which clang does not tell of
 #endif
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   const vfloat whole = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
   const vfloat f = x - whole;
 #else
@@ -235,7 +257,7 @@ template <int Width, int Distance = lanes / 2, class F>
   p = p * f + 2.402264689063e-1f;
   p = p * f + 6.931472057373e-1f;
   p = p * f + 1.0f;
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512DQ__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(-100.f), _CMP_NLT_UQ), p, whole);
 #else
   return x < broadcast(-100.f) ? vfloat{} : p * std::bit_cast<vfloat>(std::bit_cast<vint>(shifted) << 23);

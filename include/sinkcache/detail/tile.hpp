@@ -1,9 +1,11 @@
 #pragma once
 
-// What the loops over one tile of keys and values share: sums in registers, vectors of a row, groups of query rows.
+// What the loops over one tile of keys and values share: sums in registers and what is added to them, how a row's
+// vectors are loaded, how other rows are prefetched meanwhile, groups of query rows.
 
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "macros_off.hpp"
@@ -11,42 +13,77 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Brings a line into the L2, while there is arithmetic to do: on the way to the L1 fewer may be under way, and those
-// too many are dropped. Integers: it may lie behind the end.
-[[gnu::always_inline]] inline void prefetch(const std::byte* from, index_t offset) noexcept {
-  const std::uintptr_t line = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(offset);
-  __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);  // NOLINT(performance-no-int-to-ptr)
-}
-
 // Zeros. `= {}` is a slow string instruction, and g++ keeps in memory what it does not unroll early.
-template <class V, int Rows, int Columns>
-[[gnu::always_inline]] inline void clear(V (&sums)[Rows][Columns]) noexcept {
+template <class V, int M, int N>
+[[gnu::always_inline]] inline void clear(V (&sums)[M][N]) noexcept {
 #pragma GCC unroll 32
-  for (int i = 0; i < Rows * Columns; ++i) sums[i / Columns][i % Columns] = V{};
+  for (int i = 0; i < M * N; ++i) sums[i / N][i % N] = V{};
 }
-template <int Rows, int Columns>
-[[gnu::always_inline]] inline void add(vfloat (&to)[Rows][Columns], const vfloat (&sums)[Rows][Columns]) noexcept {
+template <int M, int N>
+[[gnu::always_inline]] inline void add(vfloat (&to)[M][N], const vfloat (&sums)[M][N]) noexcept {
 #pragma GCC unroll 32
-  for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] += sums[i / Columns][i % Columns];
+  for (int i = 0; i < M * N; ++i) to[i / N][i % N] += sums[i / N][i % N];
+}
+template <class V, int M, int N>
+[[gnu::always_inline]] inline void copy(V (&to)[M][N], const V (&sums)[M][N]) noexcept {
+#pragma GCC unroll 32
+  for (int i = 0; i < M * N; ++i) to[i / N][i % N] = sums[i / N][i % N];
 }
 
-template <class V, int Rows, int Columns>
-[[gnu::always_inline]] inline void copy(V (&to)[Rows][Columns], const V (&sums)[Rows][Columns]) noexcept {
-#pragma GCC unroll 32
-  for (int i = 0; i < Rows * Columns; ++i) to[i / Columns][i % Columns] = sums[i / Columns][i % Columns];
+// Adds the product of vector(m) and factor(n) to sums[m][n]. Only the fewer of both fit the registers all at once: the
+// others are loaded one by one, with prefetch(i) before the i-th.
+template <class V, int M, int N, class Vector, class Factor, class Prefetch>
+[[gnu::always_inline]] inline void add_products(V (&sums)[M][N], const Vector& vector, const Factor& factor,
+                                                const Prefetch& prefetch) noexcept {
+  V vectors[M];
+  std::invoke_result_t<Factor, int> factors[N];
+  if constexpr (M < N) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) vectors[m] = vector(m);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      prefetch(n);
+      factors[n] = factor(n);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sums[m][n] = add_product(sums[m][n], vectors[m], factors[n]);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) factors[n] = factor(n);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      prefetch(m);
+      vectors[m] = vector(m);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[m][n] = add_product(sums[m][n], vectors[m], factors[n]);
+    }
+  }
 }
 
-// Whether two vectors of a row are loaded as elements of even and of odd number. With AVX2 that takes as many
-// instructions as neighbours, and a register more.
+// An address that may lie outside of what from points into.
+[[gnu::always_inline]] inline const std::byte* moved(const std::byte* from, index_t bytes) noexcept {
+  const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(bytes);
+  return reinterpret_cast<const std::byte*>(to);  // NOLINT(performance-no-int-to-ptr)
+}
+// Prefetches a line into the L2: on the way to the L1 fewer may be under way, and those too many are dropped.
+[[gnu::always_inline]] inline void prefetch_line(const std::byte* from, index_t offset) noexcept {
+  __builtin_prefetch(moved(from, offset), 0, 2);
+}
+[[gnu::always_inline]] inline void no_prefetch(int) noexcept {}
+
+// Formats of our own load whole vectors; whether one has its elements of even and of odd number apart, where that takes
+// fewer instructions, and whether keys are multiplied in vectors of eight though others have sixteen.
 template <class F>
-concept in_pairs = elementwise_format<F> && lanes != 8 && requires(const std::byte* from) {
+concept in_vectors = elementwise_format<F> && requires(const std::byte* from) {
+  { F::load(from) } -> std::same_as<vfloat>;
+};
+template <class F>
+concept in_pairs = in_vectors<F> && cpu.in_pairs&& requires(const std::byte* from) {
   { F::load_even(from) } -> std::same_as<vfloat>;
   { F::load_odd(from) } -> std::same_as<vfloat>;
 };
-
-// Whether keys are multiplied in vectors of eight though others have sixteen.
 template <class F>
-concept in_eights = elementwise_format<F> && requires(const std::byte* from) {
+concept in_eights = in_vectors<F> && cpu.halves&& requires(const std::byte* from) {
   { F::load_eight(from) } -> std::same_as<voct>;
 };
 
@@ -55,14 +92,20 @@ concept in_eights = elementwise_format<F> && requires(const std::byte* from) {
 template <class F, class V = vfloat>
 [[gnu::always_inline]] inline V load_vector(const std::byte* from, int i, int count) noexcept {
   constexpr index_t bytes = width_of<V> * F::element_bytes;
+  const std::byte* const at = from + i * bytes;
   if constexpr (!std::same_as<V, vfloat>) {
-    return F::load_eight(from + i * bytes);
+    return F::load_eight(at);
+  } else if constexpr (!in_vectors<F>) {
+    float elements[lanes];
+#pragma GCC unroll 16
+    for (int e = 0; e < lanes; ++e) elements[e] = F::element(at + e * F::element_bytes);
+    return load(elements);
   } else {
     if constexpr (in_pairs<F>) {
-      if (i % 2 == 1) return F::load_odd(from + (i - 1) * bytes);
-      if (i + 1 < count) return F::load_even(from + i * bytes);
+      if (i % 2 == 1) return F::load_odd(at - bytes);
+      if (i + 1 < count) return F::load_even(at);
     }
-    return F::load(from + i * bytes);
+    return F::load(at);
   }
 }
 

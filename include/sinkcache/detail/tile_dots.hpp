@@ -34,77 +34,24 @@ void pack_rows(const float* rows, index_t dim, float* to) noexcept {
   }
 }
 
-// Whether rows are packed for keys of a format K.
-template <class K>
-inline constexpr bool packed = lanes == 16 || in_pairs<K>;
-
-// `count` rows as dot_products reads them, group by group: packed into `to`, or where they are.
+// `count` rows as dot_products reads them, group by group, in `to`.
 template <class K>
 const float* packed_rows(const float* rows, index_t count, index_t dim, float* to) noexcept {
-  if constexpr (packed<K>) {
-    in_groups(count, [&]<int Rows>(index_t r, index_t) { pack_rows<K, Rows>(rows + r * dim, dim, to + r * dim); });
-    return to;
-  } else {
-    return rows;
-  }
-}
-
-// Keys at a time: as many sums as hide the latency of an FMA and leave registers for what is multiplied.
-template <int Rows>
-inline constexpr int keys_of = Rows == 1 ? 8 : (Rows == 4 ? 3 : 4);
-
-// Adds, for a few keys, the products of vector number `vector` of the `of` that begin at d. Calls between(i), i from 0
-// to below Keys, at as many places among them.
-template <class K, int Rows, int Keys, class V, class Between>
-[[gnu::always_inline]] inline void add_products(V (&sums)[Keys][Rows], const float* q, index_t q_step,
-                                                const std::byte* const (&key)[Keys], index_t d, int vector, int of,
-                                                const Between& between) noexcept {
-#if defined(__x86_64__) && defined(__clang__)
-  if (vector == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
-#endif
-  const auto load_key = [&](int i) __attribute__((always_inline)) {
-    return load_vector<K, V>(key[i] + d * K::element_bytes, vector, of);
-  };
-  V qd[Rows], kd[Keys];  // only the fewer of them fit the registers all at once
-  if constexpr (Rows > Keys) {
-#pragma GCC unroll 8
-    for (int i = 0; i < Keys; ++i) kd[i] = load_key(i);
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      if (r < Keys) between(r);
-      qd[r] = load_once<V>(q + r * q_step);
-#pragma GCC unroll 4
-      for (int i = 0; i < Keys; ++i) sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
-    }
-  } else {
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) qd[r] = load_once<V>(q + r * q_step);
-#pragma GCC unroll 8
-    for (int i = 0; i < Keys; ++i) {
-      between(i);
-      kd[i] = load_key(i);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        sums[i][r] = add_product(sums[i][r], qd[r], kd[i]);
-#if defined(__AVX__) && defined(__clang__)
-        if (Rows == 3 && K::element_bytes < 4) asm("" : "+v"(sums[i][r]));  // or it moves them round, and spills
-#endif
-      }
-    }
-  }
+  in_groups(count, [&]<int Rows>(index_t r, index_t) { pack_rows<K, Rows>(rows + r * dim, dim, to + r * dim); });
+  return to;
 }
 
 // The sums across vectors, four vectors a quad: four steps, of which the last gives the dot products [keys, Rows].
-template <class V, int Rows, int Keys>
+template <class V, int Keys, int Rows>
 struct joined_sums {
-  static constexpr int quads = std::max(1, Keys*Rows / 4), steps = 4;
+  static constexpr int quads = Keys * Rows / 4, steps = 4;
   static constexpr std::make_index_sequence<width_of<V>> numbers{};
 
   V joined[quads][2];
   vquad dots[quads];
 
   [[gnu::always_inline]] void step(int number, const V (&sums)[Keys][Rows]) noexcept {
-    const auto sum = [&](int i) { return i < Keys * Rows ? sums[i / Rows][i % Rows] : V{}; };
+    const auto sum = [&](int i) { return sums[i / Rows][i % Rows]; };
 #pragma GCC unroll 4
     for (int i = 0; i < quads; ++i) {
       if (number < 2)
@@ -137,103 +84,124 @@ struct joined_sums {
   }
 };
 
+// Prefetches values while the keys of a tile are multiplied: as many rows as there are keys at a time, a line of each
+// for a line of keys. Three come from as many parts of the tile; more are neighbours, which are read line by line if
+// they lie one behind the other: a line of each row at a time takes up to 1.2 times as long from memory.
+template <int Keys>
+class value_prefetcher {
+ public:
+  // `lines` of each key.
+  value_prefetcher(tile_rows values, index_t n, index_t lines) : at_(values.data), along_(64), across_(values.stride) {
+    index_t turn = Keys * values.stride;
+    if (Keys == 3)
+      turn = values.stride, across_ = (n + 2) / 3 * values.stride;
+    else if (values.stride == values.bytes)
+      along_ = Keys * 64, across_ = 64;
+    to_next_keys_ = turn - lines * along_;
+  }
+  // The i-th of the lines that go with a line of the keys.
+  [[gnu::always_inline]] void operator()(int i) const noexcept {
+    if (i < Keys) prefetch_line(at_, i * across_);
+  }
+  [[gnu::always_inline]] void next_line() noexcept { at_ = moved(at_, along_); }
+  [[gnu::always_inline]] void next_keys() noexcept { at_ = moved(at_, to_next_keys_); }
+
+ private:
+  const std::byte* at_;
+  index_t along_, across_, to_next_keys_;
+};
+
 // logits[j][r] = q[r] . k[j], for Rows rows, from packed_rows, and a few keys at a time. Behind the n-th key the last
 // one repeats. The keys come from as many parts of the tile, streams that hardware prefetches better than neighbours;
-// the tile's values are brought in meanwhile, from two or three parts.
-template <class K, int Rows, int Keys = keys_of<Rows>>
+// the tile's values are prefetched meanwhile.
+template <class K, int Rows>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
-  if constexpr (Rows == 1 && Keys > 1)
-    if (n == 1) return dot_products<K, 1, 1>(q, dim, k, n, v, logits);  // not eight times the same key
   using vector = key_vector<K>;
-  constexpr int width = width_of<vector>;
-  // With 32 registers, the sums of the keys before are joined among the products of the next: behind all of them, a
-  // processor does not look far enough ahead to begin with those meanwhile.
-  constexpr bool late = lanes == 16 && Keys > 1;
-  constexpr int together = packed<K> ? Rows : 1;  // NOLINT(bugprone-branch-clone)
+  constexpr int keys = cpu.keys_of(Rows, K::element_bytes == 4 || in_pairs<K>), width = width_of<vector>;
   constexpr index_t line = 64 / K::element_bytes;
-  constexpr int at_once = in_pairs<K> || in_eights<K> || (lanes == 16 && line == 2 * lanes) ? 2 : 1;
-  constexpr index_t unit = at_once * width;
-  constexpr int v_parts = Keys % 3 == 0 ? 3 : std::min(Keys, 2), v_rows = Keys / v_parts;
-  const index_t part = (n + Keys - 1) / Keys, v_part = (n + v_parts - 1) / v_parts;
-  // Three rows of 16-bit keys from memory of their own: why is not known, but many tokens take 0.9 of the time.
-  constexpr bool own = Rows == 3 && packed<K> && K::element_bytes < 4;
-  alignas(64) float memory[own ? Rows * max_head_dim : 1];
-  if constexpr (own) q = std::copy_n(q, Rows * dim, memory) - Rows * dim;
-  const std::byte* key[Keys];
-  vector sums[Keys][Rows], before[Keys][Rows];
-  joined_sums<vector, Rows, Keys> joined;
-  const auto add_vectors = [&](index_t d, const auto& between) __attribute__((always_inline)) {
-    const auto add_vector = [&](int number, int of) __attribute__((always_inline)) {
-      const auto at_first = [&](int i) __attribute__((always_inline)) {
-        if (number == 0) between(i);
-      };
-      add_products<K>(sums, q + (d + number * width) * together, packed<K> ? width : dim, key, d, number, of, at_first);
-    };
-    if (at_once == 1 || width < 16 || d + lanes < dim)
-#pragma GCC unroll 2
-      for (int number = 0; number < at_once; ++number) add_vector(number, at_once);
-    else
-      add_vector(0, 1);
+  constexpr index_t chunk = in_pairs<K> ? std::max(16, 2 * lanes) : 16;
+  const index_t part = (n + keys - 1) / keys;
+  value_prefetcher<keys> values(v, n, (dim + line - 1) / line);
+  const std::byte* key[keys];
+  vector sums[keys][Rows], before[keys][Rows];
+  joined_sums<vector, keys, Rows> joined;
+  const auto add_vector = [&](index_t d, int i, int count, const auto& prefetch) __attribute__((always_inline)) {
+    const float* const q_d = q + (d + i * width) * Rows;
+#if defined(__x86_64__) && defined(__clang__)
+    if (i % 2 == 1) asm("" : "+r"(d));  // or it loads both vectors of a key at once, and spills
+#endif
+    add_products(
+        sums,
+        [&](int j)
+            __attribute__((always_inline)) { return load_vector<K, vector>(key[j] + d * K::element_bytes, i, count); },
+        [&](int r) __attribute__((always_inline)) { return load_once<vector>(q_d + r * width); }, prefetch);
   };
-  const auto bring_in = [&](index_t j, index_t first, int i) __attribute__((always_inline)) {
-    prefetch(v.data, (i % v_parts * v_part + j * v_rows + i / v_parts) * v.stride + first * K::element_bytes);
-  };
-  const auto nothing = [](int) {};
-  // A line's values come in among its first products: in a burst they hold up the keys.
-  const auto add_unit = [&](index_t j, index_t d) __attribute__((always_inline)) {
-    const auto bring_in_line = [&](int i) __attribute__((always_inline)) { bring_in(j, d, i); };
-    if (unit == line || d % line == 0)
-      add_vectors(d, bring_in_line);
-    else
-      add_vectors(d, nothing);
-  };
-  const auto add_line = [&](index_t j, index_t first) __attribute__((always_inline)) {
-    if (unit == line || (in_eights<K> && first + line <= dim)) {
-#pragma GCC unroll 2
-      for (index_t d = 0; d < line; d += unit) add_unit(j, first + d);
+  // The elements [d, d + chunk), fewer at the end.
+  const auto add_chunk = [&](index_t d, const auto& prefetch) __attribute__((always_inline)) {
+    if (chunk <= 16 || d + 16 < dim) {
+      constexpr int count = chunk / width;
+      add_vector(d, 0, count, prefetch);
+#pragma GCC unroll 4
+      for (int i = 1; i < count; ++i) add_vector(d, i, count, no_prefetch);
     } else {
-#pragma GCC unroll 8
-      for (int i = 0; i < Keys; ++i) bring_in(j, first, i);
-      const index_t last = std::min(dim, first + line);
-#pragma GCC unroll 1
-      for (index_t d = first; d < last; d += unit) add_vectors(d, nothing);
+      add_vector(d, 0, 1, prefetch);
     }
   };
-  const auto join_all = [&](index_t j) __attribute__((always_inline)) {
+  // The same, and with the first of a line what is to be prefetched: among its products, for in a burst it holds up the
+  // keys, or before them, where sums take all registers.
+  const auto add = [&](index_t d) __attribute__((always_inline)) {
+    const bool first = line <= chunk || d % line == 0;
+    if (cpu.joins_late && first) {
+      add_chunk(d, values);
+    } else {
+      if (first)
+#pragma GCC unroll 8
+        for (int i = 0; i < keys; ++i) values(i);
+      add_chunk(d, no_prefetch);
+    }
+    if (first) values.next_line();
+  };
+  const auto join = [&](const auto& of, bool last) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int step = 0; step < joined.steps; ++step) joined.step(step, before);
-    joined.put(logits + j * Rows, part * Rows, j + 1 == part);
+    for (int step = 0; step < joined.steps; ++step) joined.step(step, of);
+    joined.put(logits, part * Rows, last);
   };
   clear(before);
   for (index_t j = 0; j < part; ++j) {
-    if (j == 0 || j + (Keys - 1) * part >= n)
+    if (j == 0 || j + (keys - 1) * part >= n)
 #pragma GCC unroll 8
-      for (int i = 0; i < Keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
+      for (int i = 0; i < keys; ++i) key[i] = k.row(std::min(j + i * part, n - 1));
     clear(sums);
-    if constexpr (late) {
+    index_t d = 0;
+    if constexpr (cpu.joins_late) {
 #pragma GCC unroll 4
-      for (int step = 0; step < joined.steps; ++step) {
-        if (step * lanes % unit == 0 && step * lanes < dim) add_unit(j, step * lanes);
+      for (int step = 0; step < joined.steps; ++step, d += 16) {
+        if (d % chunk == 0 && d < dim) add(d);
         joined.step(step, before);
       }
-      joined.put(logits + (j == 0 ? 0 : j - 1) * Rows, part * Rows, false);  // at first zeros, which do not stay
+      joined.put(logits, part * Rows, false);
+      if (j > 0) logits += Rows;  // at first they were zeros, which do not stay
     }
-    for (index_t first = late ? joined.steps * lanes : 0; first < dim; first += line) add_line(j, first);
+#pragma GCC unroll 1
+    for (; d < dim; d += chunk) add(d);
 #pragma GCC unroll 8
-    for (int i = 0; i < Keys; ++i) key[i] += k.stride;
-    copy(before, sums);
-    if constexpr (!late) join_all(j);
+    for (int i = 0; i < keys; ++i) key[i] += k.stride;
+    values.next_keys();
+    if constexpr (cpu.joins_late)
+      copy(before, sums);
+    else
+      join(sums, j + 1 == part), logits += Rows;
   }
-  if constexpr (late) join_all(part - 1);
+  if constexpr (cpu.joins_late) join(before, true);
 }
 
 // logits[j][r] = q[r] . k[j] for a panel of rows, a few keys at a time: their sums, and the sums of those, take the
 // registers. 32 products are summed by themselves. Behind the n-th key the last one repeats.
 [[gnu::noinline]] inline void panel_dot_products(const float* q, index_t dim, tile_rows k, index_t n,
                                                  float* logits) noexcept {
-  constexpr index_t panel = query_rows::panel, unrolled = 4;
-  constexpr int keys = lanes == 16 ? 6 : 4;
+  constexpr index_t panel = query_rows::panel;
+  constexpr int keys = cpu.panel_keys;
   for (index_t j = 0; j < n; j += keys) {
     const float* key[keys];
 #pragma GCC unroll 8
@@ -243,19 +211,12 @@ template <class K, int Rows, int Keys = keys_of<Rows>>
     for (index_t first = 0; first < dim; first += 32) {
       const index_t last = std::min<index_t>(dim, first + 32);
       clear(sums);
-#pragma GCC unroll 1
-      for (index_t d = first; d < last; d += unrolled) {
 #pragma GCC unroll 4
-        for (index_t u = d; u < d + unrolled; ++u) {
-          const vfloat q0 = load_once(q + u * panel), q1 = load_once(q + u * panel + lanes);
-#pragma GCC unroll 8
-          for (int i = 0; i < keys; ++i) {
-            const vfloat kd = broadcast(key[i][u]);
-            sums[i][0] = add_product(sums[i][0], q0, kd);
-            sums[i][1] = add_product(sums[i][1], q1, kd);
-          }
-        }
-      }
+      for (index_t d = first; d < last; ++d)
+        add_products(
+            sums, [&](int i) __attribute__((always_inline)) { return broadcast(key[i][d]); },
+            [&](int part) __attribute__((always_inline)) { return load_once(q + d * panel + part * lanes); },
+            no_prefetch);
       add(dots, sums);
     }
 #pragma GCC unroll 16

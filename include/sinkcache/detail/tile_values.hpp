@@ -12,14 +12,14 @@
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
 // Vectors of columns that load_vector gave, in the order of columns.
-template <int Rows, int Vectors>
-[[gnu::always_inline]] inline void from_pairs(vfloat (&rows)[Rows][Vectors]) noexcept {
+template <int Vectors, int Rows>
+[[gnu::always_inline]] inline void from_pairs(vfloat (&columns)[Vectors][Rows]) noexcept {
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows * (Vectors / 2); ++i) {
-    vfloat* const pair = rows[i / (Vectors / 2)] + 2 * (i % (Vectors / 2));
-    const vfloat even = pair[0], odd = pair[1];
-    pair[0] = by_turns<0>(even, odd, lane_numbers);
-    pair[1] = by_turns<lanes>(even, odd, lane_numbers);
+  for (int i = 0; i < Vectors / 2 * Rows; ++i) {
+    vfloat &first = columns[i / Rows * 2][i % Rows], &second = columns[i / Rows * 2 + 1][i % Rows];
+    const vfloat even = first, odd = second;
+    first = by_turns<0>(even, odd, lane_numbers);
+    second = by_turns<lanes>(even, odd, lane_numbers);
   }
 }
 
@@ -35,89 +35,62 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
   }
 }
 
+// Prefetches a strip's share of the next tile's keys while values are added, a key's a turn.
+template <index_t Bytes>
+struct key_prefetcher {
+  const std::byte* data;
+  index_t at, step;
+
+  // Where keys lie one behind the other, a strip's share are as many bytes in one piece.
+  key_prefetcher(tile_rows keys, index_t n, index_t column)
+      : data(keys.data),
+        at(column * (keys.stride == keys.bytes ? n : 1)),
+        step(keys.stride == keys.bytes ? Bytes : keys.stride) {}
+  [[gnu::always_inline]] void next() noexcept {
+#pragma GCC unroll 8
+    for (index_t line = 0; line < Bytes; line += 64) prefetch_line(data, at + line);
+    at += step;
+  }
+};
+
 // o[r] += sum over j of weights[j][r] * v[j], for Rows rows of Width and a strip of columns. `keys_at_once` keys,
 // counted from key number -`offset` on, are summed by themselves, then the tile. The strip's share of the next tile's
-// keys is brought in meanwhile, unless the rows are of a panel.
+// keys is prefetched meanwhile, unless the rows are of a panel.
 inline constexpr index_t keys_at_once = 32;
 
 template <class V, int Rows, int Vectors, int Width = Rows>
 [[gnu::noinline]] void add_values(const float* weights, tile_rows v, index_t offset, index_t n, index_t column,
                                   const running_states& to, tile_rows next = {}) noexcept {
-  constexpr index_t strip = Vectors * lanes * V::element_bytes;
   constexpr bool of_panel = Width != Rows;
   using weight = std::conditional_t<of_panel, vfloat, multiplier>;
-  constexpr index_t unrolled = of_panel ? 4 : 1;  // with prefetches among them, g++ 12 is slower with more
   const std::byte* value = v.data + column * V::element_bytes;
-  const bool neighbours = next.stride == next.bytes;
-  const index_t step = neighbours ? strip : next.stride;
-  index_t ahead = column * V::element_bytes * (neighbours ? n : 1);
-  vfloat tile[Rows][Vectors], sums[Rows][Vectors];
-  const auto weight_at = [](const float* from) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<weight, vfloat>)
-      return broadcast(*from);
-    else
-      return from;
-  };
-  const auto add_key = [&]() __attribute__((always_inline)) {
-    if constexpr (!of_panel) {
-#pragma GCC unroll 8
-      for (index_t line = 0; line < strip; line += 64) prefetch(next.data, ahead + line);
-      ahead += step;
-    }
-    vfloat vc[Vectors];  // only the fewer of them fit the registers all at once
-    weight weight_of[Rows];
-    if constexpr (Rows > Vectors) {
-#pragma GCC unroll 8
-      for (int c = 0; c < Vectors; ++c) vc[c] = load_vector<V>(value, c, Vectors);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        weight_of[r] = weight_at(weights + r);
-#pragma GCC unroll 8
-        for (int c = 0; c < Vectors; ++c) sums[r][c] = add_product(sums[r][c], vc[c], weight_of[r]);
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) weight_of[r] = weight_at(weights + r);
-#pragma GCC unroll 8
-      for (int c = 0; c < Vectors; ++c) {
-        vc[c] = load_vector<V>(value, c, Vectors);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) sums[r][c] = add_product(sums[r][c], vc[c], weight_of[r]);
-      }
-    }
-    value += v.stride, weights += Width;
-  };
+  key_prefetcher<Vectors * lanes * V::element_bytes> prefetch(next, n, column * V::element_bytes);
+  vfloat tile[Vectors][Rows], sums[Vectors][Rows];
   clear(tile);
   for (index_t first = 0, last; first < n; first = last) {
     last = std::min(n, first + keys_at_once - (offset + first) % keys_at_once);
     clear(sums);
-    index_t j = first;
 #pragma GCC unroll 1
-    for (; j + unrolled <= last; j += unrolled) {
-#pragma GCC unroll 4
-      for (index_t i = 0; i < unrolled; ++i) add_key();
+    for (index_t j = first; j < last; ++j, value += v.stride, weights += Width) {
+      if constexpr (!of_panel) prefetch.next();
+      add_products(
+          sums, [&](int c) __attribute__((always_inline)) { return load_vector<V>(value, c, Vectors); },
+          [&](int r) __attribute__((always_inline)) { return multiply_by<weight>(weights + r); }, no_prefetch);
     }
-#pragma GCC unroll 1
-    for (; j < last; ++j) add_key();
     add(tile, sums);
   }
   if constexpr (in_pairs<V> && Vectors > 1) from_pairs(tile);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Vectors; ++i) {
-    const index_t at = i / Vectors * to.o_stride + column + i % Vectors * lanes;
-    const vfloat added = tile[i / Vectors][i % Vectors], old = load(to.o + at), sum = old + added;
+    const index_t at = i % Rows * to.o_stride + column + i / Rows * lanes;
+    const vfloat added = tile[i / Rows][i % Rows], old = load(to.o + at), sum = old + added;
     store(to.o_rest + at, load(to.o_rest + at) + (added - (sum - old)));
     store(to.o + at, sum);
   }
 }
 
-// At most so many vectors of columns at a time: eight to sixteen sums, as far as registers go, hide the latency of an
-// FMA.
-template <int Rows>
-inline constexpr int vectors_of = Rows == 1 ? 8 : (lanes == 16 ? 16 / Rows : (Rows == 4 ? 3 : 4));
-
 // Calls f<Vectors>(column) for strips of columns, as few as there can be and about as wide as each other.
-template <int Rows, int Most = vectors_of<Rows>, class F>
+template <int Rows, int Most = cpu.vectors_of(Rows), class F>
 void in_strips(index_t dim, const F& f) {
   const index_t columns = dim / lanes;
   for (index_t done = 0, vectors; done < columns; done += vectors) {
