@@ -319,7 +319,7 @@ class kv_cache final : public any_kv_cache {
     for (position_t p = span.first, end; p < span.last; p = end) {
       const placed at = policy_.place(p);
       end = std::min<position_t>(span.last, p + at.following + 1);
-      kv_part part;
+      kv_part& part = parts.emplace_back();
       part.k = {&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block(), 0, rows_.k(1, 0) - rows_.k(0, 0)};
       part.v = {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block(), 0, rows_.v(1, 0) - rows_.v(0, 0)};
       part.row = at.slot;
@@ -327,7 +327,6 @@ class kv_cache final : public any_kv_cache {
       part.first = p;
       part.far = far;
       part.pinned = static_cast<index_t>(std::clamp<position_t>(detail::num_pinned(policy_) - p, 0, end - p));
-      parts.push_back(part);
     }
   }
 

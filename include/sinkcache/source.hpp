@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 
@@ -130,9 +131,12 @@ class part_list {
 
   // Parts without rows are left out. A source that lists more than its max_parts() ends the program.
   void push_back(const kv_part& part) noexcept {
-    if (part.rows <= 0) return;
+    if (part.rows > 0) emplace_back() = part;
+  }
+  // A part to be filled in, which has to have rows.
+  kv_part& emplace_back() noexcept {
     if (size_ == capacity_) detail::broken_source("a plan has more parts than the source's max_parts()");
-    parts_[size_++] = part;
+    return *std::construct_at(parts_ + size_++);
   }
   void clear() noexcept { size_ = 0; }
   index_t size() const { return size_; }

@@ -23,18 +23,6 @@ struct loaded_rows {
   loaded_rows from_row(index_t i) const { return {reader, rows.from_row(i), in_place}; }
 };
 
-// What a row takes by itself: an engine's may lie far apart.
-inline index_t row_bytes(const kv_rows& from, index_t dim) {
-  return from.step == 0 ? from.reader->block_bytes(dim) : dim * from.reader->element_bytes;
-}
-
-// Whether the reader can work on rows as they are: where they lie, or brought together in a tile of floats.
-inline bool can_work_in_place(const kv_rows& from, index_t dim) {
-  return from.reader->dots != nullptr &&
-         (from.step == 0 || (from.step == from.reader->element_bytes && dim % 16 == 0)) &&
-         row_bytes(from, dim) <= round_up(dim, 16) * index_t{sizeof(float)};
-}
-
 // The rows as floats [n, stride], zero from `dim` on.
 inline tile_rows decoded_rows(const kv_rows& from, const tile_runs& tile, index_t dim, index_t stride,
                               float* to) noexcept {
@@ -49,21 +37,38 @@ inline tile_rows decoded_rows(const kv_rows& from, const tile_runs& tile, index_
   return rows;
 }
 
-// The rows where they lie, if they lie together and their reader can work there; else brought together as they are, or
-// decoded.
-inline loaded_rows rows_of(const kv_rows& from, const tile_runs& tile, index_t dim, float* scratch) noexcept {
-  if (!can_work_in_place(from, dim))
-    return {&reader_of<f32>, decoded_rows(from, tile, dim, round_up(dim, 16), scratch), false};
-  const auto at = [&](const row_run& run) { return from.base + run.page * from.page + run.row * from.block; };
-  const std::span<const row_run> runs = tile.runs();
-  if (runs.size() == 1) return {from.reader, {at(runs[0]), from.block, row_bytes(from, dim)}, true};
-  const index_t bytes = row_bytes(from, dim);
-  auto* to = reinterpret_cast<std::byte*>(scratch);
-  for (const row_run& run : runs)
-    for (index_t i = 0; i < run.n; ++i, to += bytes)
-      std::memcpy(to, at(run) + i * from.block, static_cast<std::size_t>(bytes));
-  return {from.reader, {reinterpret_cast<const std::byte*>(scratch), bytes, bytes}, false};
-}
+// How rows of a part are read, tile by tile: as they are, if their reader can work on that, where they lie or brought
+// together; else decoded.
+class row_loader {
+ public:
+  row_loader(const kv_rows& from, index_t dim, float* scratch) noexcept
+      : from_(from),
+        dim_(dim),
+        scratch_(scratch),
+        bytes_(from.step == 0 ? from.reader->block_bytes(dim) : dim * from.reader->element_bytes),
+        as_they_are_(from.reader->dots != nullptr &&
+                     (from.step == 0 || (from.step == from.reader->element_bytes && dim % 16 == 0)) &&
+                     bytes_ <= round_up(dim, 16) * index_t{sizeof(float)}) {}
+
+  loaded_rows load(const tile_runs& tile) const noexcept {
+    if (!as_they_are_) return {&reader_of<f32>, decoded_rows(from_, tile, dim_, round_up(dim_, 16), scratch_), false};
+    const auto at = [&](const row_run& run) { return from_.base + run.page * from_.page + run.row * from_.block; };
+    const std::span<const row_run> runs = tile.runs();
+    if (runs.size() == 1) return {from_.reader, {at(runs[0]), from_.block, bytes_}, true};
+    auto* to = reinterpret_cast<std::byte*>(scratch_);
+    for (const row_run& run : runs)
+      for (index_t i = 0; i < run.n; ++i, to += bytes_)
+        std::memcpy(to, at(run) + i * from_.block, static_cast<std::size_t>(bytes_));
+    return {from_.reader, {reinterpret_cast<const std::byte*>(scratch_), bytes_, bytes_}, false};
+  }
+
+ private:
+  const kv_rows& from_;
+  index_t dim_;
+  float* scratch_;
+  index_t bytes_;  // of a row by itself: an engine's may lie far apart
+  bool as_they_are_;
+};
 
 // Where logits are kept for those who ask what a query gives each key: [rows, stride], a part's row 0 as number
 // `first`.
@@ -182,6 +187,7 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
   }
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const position_t first = first_of(part);
+  const row_loader keys(part.k, rows.head_dim, scratch.k), values(part.v, rows.v_head_dim, scratch.v);
   const float* q = nullptr;
   index_t q_from = 0, q_rows = 0;  // which rows it is of: most often the same for every tile
   // Tiles end where positions are a multiple, whatever is seen of them.
@@ -196,8 +202,7 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
       continue;
     }
-    const loaded_rows k = rows_of(part.k, lie, rows.head_dim, scratch.k);
-    const loaded_rows v = rows_of(part.v, lie, rows.v_head_dim, scratch.v);
+    const loaded_rows k = keys.load(lie), v = values.load(lie);
     tile_rows next = k.rows.from_row(n);
     if (end == hi && k.in_place) next.data = next_keys != nullptr ? next_keys : k.rows.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.

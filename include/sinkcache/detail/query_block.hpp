@@ -18,26 +18,23 @@ inline bool sees(const kv_part& part, position_t query, position_t position) {
   return part.placeless || (part.near <= query - position && query - position < part.far);
 }
 
-// Whether it sees all rows of a part, and how many.
+// Whether it sees all rows of a part.
 inline bool sees_all(const kv_part& part, position_t query) {
   return part.placeless || (sees(part, query, part.first) && sees(part, query, part.end() - 1));
-}
-inline index_t num_seen(const kv_part& part, position_t query) {
-  if (part.placeless || sees_all(part, query)) return part.rows;
-  if (part.at.empty())
-    return static_cast<index_t>(std::max<position_t>(
-        0, std::min(part.end(), query - part.near + 1) - std::max(part.first, query - part.far + 1)));
-  index_t n = 0;
-  for (index_t i = 0; i < part.rows; ++i) n += sees(part, query, part.position(i));
-  return n;
 }
 
 // What it sees: of consecutive rows their positions; of rows with positions of their own the numbers of all of them.
 inline position_span span_of(const kv_part& part, position_t query) {
   if (!part.at.empty()) return {0, part.rows};
-  if (part.placeless) return {part.first, part.end()};
-  const position_span span{std::max(part.first, query - part.far + 1), std::min(part.end(), query - part.near + 1)};
-  return span.first < span.last ? span : position_span{part.first, part.first};
+  if (part.placeless) return {part.first, part.first + part.rows};
+  const position_t first = std::max(part.first, query - part.far + 1);
+  return {first, std::max(first, std::min(part.first + part.rows, query - part.near + 1))};
+}
+inline index_t num_seen(const kv_part& part, position_t query) {
+  if (part.at.empty() || sees_all(part, query)) return span_of(part, query).size();
+  index_t n = 0;
+  for (index_t i = 0; i < part.rows; ++i) n += sees(part, query, part.position(i));
+  return n;
 }
 
 // Neighbouring query tokens over one source of keys and values. Its query rows are, for each KV head, [tokens, group].
@@ -72,7 +69,8 @@ struct query_block {
                     in_panels,   has_terms ? terms : nullptr,
                     0,           params.logits_soft_cap * log2_e};
     scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
-    count_visible(parts, row, count, later);
+    const bool in_cache = of.positions == positions::in_cache;
+    if (in_cache) count_visible(parts, row, count, later);
     std::fill_n(rotated_for, count, max_position);  // no gap
     position_t before = 0;
     for (index_t i = 0; i < parts.size(); ++i) {
@@ -81,8 +79,13 @@ struct query_block {
       for (index_t r = 0, end; r < count; r = end) {
         const position_t at = query(row + r);
         end = std::min(count, r + group - (row + r) % group);
-        if (!part.placeless) later[r] -= num_seen(part, at);
-        const extent seen = extent_of(part, at, later[r], from - before, to - before);
+        position_t gap = part.placeless ? extent::placeless : 0;
+        if (in_cache && !part.placeless) {
+          const index_t seen_here = num_seen(part, at);
+          later[r] -= seen_here;
+          gap = at + 1 - later[r] - (part.at.empty() ? span_of(part, at).last : seen_here);
+        }
+        const extent seen = extent_of(part, at, gap, from - before, to - before);
         std::fill(extents + r, extents + end, seen);
         any = any || seen.lo < seen.hi;
         all = all && (part.at.empty() || sees_all(part, at));
@@ -122,20 +125,14 @@ struct query_block {
     }
   }
 
-  // What a query sees of a part after which it sees `later` tokens, cut to the tokens number [from, to) of the part,
-  // moved back to where a tile ends.
-  extent extent_of(const kv_part& part, position_t query, position_t later, position_t from,
-                   position_t to) const noexcept {
+  // What a query sees of a part, cut to the tokens number [from, to) of it, moved back to where a tile ends.
+  static extent extent_of(const kv_part& part, position_t query, position_t gap, position_t from,
+                          position_t to) noexcept {
     const position_span span = span_of(part, query);
     const auto cut = [&](position_t number) {
       const position_t at = span.first + number;
       return at < span.last ? std::max(at - at % tile_scratch::keys, span.first) : span.last;
     };
-    position_t gap = 0;
-    if (part.placeless)
-      gap = extent::placeless;
-    else if (source.geometry().positions == positions::in_cache)
-      gap = part.at.empty() ? query + 1 - span.last - later : query + 1 - num_seen(part, query) - later;
     return {cut(from), cut(to), gap};
   }
 
@@ -143,9 +140,12 @@ struct query_block {
   // the next head's first.
   static const std::byte* keys_after(const part_list& parts, index_t i, position_t query, index_t heads) noexcept {
     const auto address = [&](const kv_part& part, index_t head) {
-      const tile_runs one(part, static_cast<index_t>(span_of(part, query).first - first_of(part)), 1);
-      const row_run& run = one.runs()[0];
-      return part.k.base + head * part.k.head + run.page * part.k.page + run.row * part.k.block;
+      index_t row = part.row + static_cast<index_t>(span_of(part, query).first - first_of(part)), page = 0;
+      if (!part.pages.empty()) {
+        page = part.pages[static_cast<std::size_t>(row / part.page_rows)];
+        row %= part.page_rows;
+      }
+      return part.k.base + head * part.k.head + page * part.k.page + row * part.k.block;
     };
     for (++i; i < parts.size(); ++i)
       if (parts[i].k.reader != nullptr && span_of(parts[i], query).size() > 0) return address(parts[i], 0);
@@ -240,6 +240,7 @@ struct query_block {
       if (!in_cache || part.placeless) return part.position(i);
       return part.rank.empty() ? i : part.rank[static_cast<std::size_t>(i)];
     };
+    const row_loader keys(part.k, rows.head_dim, memory.k), values(part.v, rows.v_head_dim, memory.v);
     query_rows capped = rows;
     capped.terms = nullptr;
     for (position_t tile = seen.lo, end; tile < seen.hi; tile = end) {
@@ -256,8 +257,7 @@ struct query_block {
       }
       const index_t n = lie.num_rows();
       if (n == 0) continue;
-      const loaded_rows k = rows_of(part.k, lie, rows.head_dim, memory.k);
-      const loaded_rows v = rows_of(part.v, lie, rows.v_head_dim, memory.v);
+      const loaded_rows k = keys.load(lie), v = values.load(lie);
       for (index_t j = 0, run; j < n; j = run) {
         const position_t by = part.position(number[j]) - place(number[j]);
         run = j + 1;
