@@ -74,8 +74,7 @@ int main(int argc, char** argv) {
   matrix out(1, num_qo_heads * 64);
   engine.run([&](index_t ith, index_t nth) {
     threads::with_part(ith, nth, config.num_kv_heads, [&](const call_part& part) {
-      layer.attention.attend(layer.q.bottomRows(1), cache, out, workspaces[static_cast<std::size_t>(ith)], {},
-                             part);
+      layer.attention.attend(layer.q.bottomRows(1), cache, out, workspaces[static_cast<std::size_t>(ith)], {}, part);
     });
   });
   good &= report("threads that share a call by KV heads", out == expected.bottomRows(1));

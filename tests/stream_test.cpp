@@ -37,7 +37,8 @@ TEST_CASE("stream: between two appends only the new token's rows change, and out
                       .head_dim = dim,
                       .num_sink_tokens = sinks,
                       .window = window,
-                      .rope = rope::plain(dim, 10000.0)};
+                      .rope = rope::plain(dim, 10000.0),
+                      .rollback = 0};
   oracle::layer layer;
   layer.num_qo_heads = heads;
   layer.head_dim = layer.v_head_dim = dim;

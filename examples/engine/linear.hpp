@@ -11,7 +11,8 @@ namespace engine {
 
 using loaders::coded_tensor;
 using sinkcache::index_t;
-using sinkcache::matrix;
+// Of Eigen's own, whose memory is aligned: how its sums associate would depend on where a matrix lies.
+using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 using rows_view = Eigen::Ref<matrix, 0, Eigen::OuterStride<>>;
 using const_rows_view = Eigen::Ref<const matrix, 0, Eigen::OuterStride<>>;
 

@@ -15,6 +15,9 @@ namespace loaders {
 
 using sinkcache::index_t;
 
+// All of a head is rotated in these models.
+inline constexpr index_t max_head_dim = 2 * sinkcache::rope::max_pairs;
+
 enum class attention_kind { softmax, softmax1, sink };
 
 // Named as in Hugging Face's config.json.

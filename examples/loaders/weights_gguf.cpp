@@ -100,16 +100,16 @@ model_config read_config(const gguf& file) {
   if (c.num_attention_heads % c.num_key_value_heads != 0)
     file.refuse("llama.attention.head_count",
                 fmt::format("a multiple of llama.attention.head_count_kv, {}", c.num_key_value_heads));
-  if (const auto head_dim = file.integer("llama.attention.key_length", 1, sinkcache::max_head_dim)) {
+  if (const auto head_dim = file.integer("llama.attention.key_length", 1, max_head_dim)) {
     c.head_dim = *head_dim;
   } else {
     c.head_dim = c.hidden_size / c.num_attention_heads;
-    if (c.hidden_size % c.num_attention_heads != 0 || c.head_dim > sinkcache::max_head_dim)
+    if (c.hidden_size % c.num_attention_heads != 0 || c.head_dim > max_head_dim)
       file.refuse("llama.embedding_length",
-                  fmt::format("a head's size (at most {}) times llama.attention.head_count, {}",
-                              sinkcache::max_head_dim, c.num_attention_heads));
+                  fmt::format("a head's size (at most {}) times llama.attention.head_count, {}", max_head_dim,
+                              c.num_attention_heads));
   }
-  if (file.integer("llama.attention.value_length", 1, sinkcache::max_head_dim).value_or(c.head_dim) != c.head_dim)
+  if (file.integer("llama.attention.value_length", 1, max_head_dim).value_or(c.head_dim) != c.head_dim)
     file.refuse("llama.attention.value_length", fmt::format("{}, as long as a key", c.head_dim));
   c.intermediate_size = size(file, "llama.feed_forward_length", 1 << 20);
   c.rope_theta = file.number("llama.rope.freq_base", 1, 1e12).value_or(10000);

@@ -303,14 +303,14 @@ model_config read_config(const metadata_reader& metadata, bool has_lm_head) {
   if (c.num_attention_heads % c.num_key_value_heads != 0)
     metadata.refuse("num_attention_heads", std::to_string(c.num_attention_heads),
                     fmt::format("a multiple of num_key_value_heads, {}", c.num_key_value_heads));
-  if (const auto head_dim = metadata.optional_size("head_dim", 1, sinkcache::max_head_dim)) {
+  if (const auto head_dim = metadata.optional_size("head_dim", 1, max_head_dim)) {
     c.head_dim = *head_dim;
   } else {
     c.head_dim = c.hidden_size / c.num_attention_heads;
-    if (c.hidden_size % c.num_attention_heads != 0 || c.head_dim > sinkcache::max_head_dim)
+    if (c.hidden_size % c.num_attention_heads != 0 || c.head_dim > max_head_dim)
       metadata.refuse("hidden_size", std::to_string(c.hidden_size),
                       fmt::format("head_dim (at most {}) times num_attention_heads, {}, as head_dim is missing",
-                                  sinkcache::max_head_dim, c.num_attention_heads));
+                                  max_head_dim, c.num_attention_heads));
   }
   c.intermediate_size = metadata.size("intermediate_size", 1 << 20);
   c.vocab_size = metadata.size("vocab_size", 1 << 22);
