@@ -274,9 +274,11 @@ struct says_nothing {
   placed place(position_t p) const { return {static_cast<index_t>(p % 4), static_cast<index_t>(3 - p % 4)}; }
 };
 
-TEST_CASE("policy: pinned tokens are those that a policy tells of") {
+TEST_CASE("policy: pinned tokens and the most that are alive are what a policy tells of") {
   CHECK(detail::num_pinned(sink_window{3, 8}) == 3);
   CHECK(detail::num_pinned(says_nothing()) == 0);
+  CHECK(detail::max_visible(sink_window{3, 8, 5}) == 11);
+  CHECK(detail::max_visible(says_nothing()) == 4);
 }
 
 TEST_CASE("policy: spans only grew if nothing but the newest end moved") {

@@ -67,11 +67,14 @@ TEST_CASE("storage: one allocation of exactly the bytes it needs, 64-byte aligne
             // Every row 64-byte aligned, none over another; keys first, a head's rows together.
             std::byte* next = storage.data();
             for (index_t head = 0; head < heads; ++head)
-              for (index_t row = 0; row < rows; ++row, next += storage.k_block()) REQUIRE(storage.k(head, row) == next);
+              for (index_t row = 0; row < rows; ++row, next += storage.k_rows(0).block)
+                REQUIRE(storage.k(head, row) == next);
             for (index_t head = 0; head < heads; ++head)
-              for (index_t row = 0; row < rows; ++row, next += storage.v_block()) REQUIRE(storage.v(head, row) == next);
+              for (index_t row = 0; row < rows; ++row, next += storage.v_rows(0).block)
+                REQUIRE(storage.v(head, row) == next);
             REQUIRE(next == storage.data() + expected);
-            REQUIRE((aligned(storage.data(), 64) && storage.k_block() % 64 == 0 && storage.v_block() % 64 == 0));
+            REQUIRE((aligned(storage.data(), 64) && storage.k_rows(0).block % 64 == 0 &&
+                     storage.v_rows(0).block % 64 == 0));
           }
           REQUIRE(resource.all_returned());
         }

@@ -54,9 +54,13 @@ inline void require_geometry(status& found, const kv_geometry& of) noexcept {
 }
 
 inline kv_geometry geometry_of(const cache_config& config) noexcept {
-  return {config.num_kv_heads,   config.head_dim, config.v_head_dim == 0 ? config.head_dim : config.v_head_dim,
-          config.positions,      config.inputs,   config.rope,
-          config.first_position, nullptr,         nullptr};
+  return {.num_kv_heads = config.num_kv_heads,
+          .head_dim = config.head_dim,
+          .v_head_dim = config.v_head_dim == 0 ? config.head_dim : config.v_head_dim,
+          .positions = config.positions,
+          .inputs = config.inputs,
+          .rope = config.rope,
+          .first_position = config.first_position};
 }
 
 }  // namespace detail

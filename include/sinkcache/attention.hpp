@@ -64,8 +64,13 @@ class attention {
                     const extra_outputs& extra = {}) const noexcept {
     status found = detail::check_decode(params_, q, keys, out, extra.lse);
     if (found)
-      decode_one({q.row(0), &keys, keys.seen() - 1, out.row(0), lse_of(extra), extra.weights, nullptr}, {}, workspace,
-                 found);
+      decode_one({.q = q.row(0),
+                  .keys = &keys,
+                  .query = keys.seen() - 1,
+                  .out = out.row(0),
+                  .lse = lse_of(extra.lse),
+                  .weights = extra.weights},
+                 workspace, found);
     return found;
   }
   void decode(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
@@ -89,15 +94,14 @@ class attention {
     if (!found || batch.empty()) return found;
     const auto job = [&](index_t i) -> detail::decode_job {
       const decode_item& item = batch[static_cast<std::size_t>(i)];
-      return {item.q.data(),
-              item.keys,
-              item.keys->seen() - 1,
-              item.out.data(),
-              item.lse.empty() ? nullptr : item.lse.data(),
-              item.weights,
-              nullptr};
+      return {.q = item.q.data(),
+              .keys = item.keys,
+              .query = item.keys->seen() - 1,
+              .out = item.out.data(),
+              .lse = lse_of(item.lse),
+              .weights = item.weights};
     };
-    decode_all(static_cast<index_t>(batch.size()), job, {}, workspace, found);
+    decode_all(static_cast<index_t>(batch.size()), job, workspace, found);
     return found;
   }
 
@@ -133,7 +137,7 @@ class attention {
   status try_attend(const_matrix_view q, const kv_source& keys, attention_state& state,
                     workspace& workspace) const noexcept {
     status found = detail::check_attend(params_, q, keys, state);
-    if (found) decode_one({q.row(0), &keys, keys.seen() - 1, nullptr, nullptr, nullptr, &state}, {}, workspace, found);
+    if (found) decode_one({.q = q.row(0), .keys = &keys, .query = keys.seen() - 1, .into = &state}, workspace, found);
     return found;
   }
 
@@ -208,7 +212,7 @@ class attention {
     weight_reader *learner_, *other_;
   };
 
-  static float* lse_of(const extra_outputs& extra) { return extra.lse.empty() ? nullptr : extra.lse.data(); }
+  static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
   status reserve(detail::schedule& schedule, const kv_source& keys, index_t tokens, index_t kept) const noexcept {
     status found;
@@ -218,8 +222,7 @@ class attention {
   }
 
   template <class Job>
-  void decode_all(index_t size, const Job& job, const call_part& part, workspace& workspace,
-                  status& found) const noexcept {
+  void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
       return one.weights != nullptr && one.weights->wants(one.query) ? one.keys->capacity() : 0;
@@ -234,12 +237,11 @@ class attention {
     }
     detail::schedule schedule(params_, workspace);
     if (found) found = schedule.reserve(of, shared);
-    if (found) schedule.decode(size, job, kept, part.first_kv_head, part.num_kv_heads);
+    if (found) schedule.decode(size, job, kept, 0, call_part::rest);
   }
-  void decode_one(const detail::decode_job& job, const call_part& part, workspace& workspace,
-                  status& found) const noexcept {
+  void decode_one(const detail::decode_job& job, workspace& workspace, status& found) const noexcept {
     decode_all(
-        1, [&](index_t) { return job; }, part, workspace, found);
+        1, [&](index_t) { return job; }, workspace, found);
   }
 
   // Rows of q, of which the first is the query at `first`.
@@ -267,13 +269,27 @@ class attention {
         n = schedule.num_planned(keys, first + row, first + row + n - 1);
       }
       if (keeps || together == 1) {
-        const detail::decode_job job{q.row(row), &keys, first + row, out.row(row), lse, extra.weights, nullptr};
+        const detail::decode_job job{.q = q.row(row),
+                                     .keys = &keys,
+                                     .query = first + row,
+                                     .out = out.row(row),
+                                     .lse = lse,
+                                     .weights = extra.weights};
         schedule.decode(
             1, [&](index_t) { return job; }, [&](index_t) { return keeps ? keys.capacity() : 0; }, part.first_kv_head,
             part.num_kv_heads);
       } else {
-        schedule.attend({q.row(row), q.stride(), n, &keys, first + row, out.row(row), out.stride(), lse,
-                         part.first_kv_head, part.num_kv_heads, in_panels});
+        schedule.attend({.q = q.row(row),
+                         .q_stride = q.stride(),
+                         .tokens = n,
+                         .keys = &keys,
+                         .first = first + row,
+                         .out = out.row(row),
+                         .out_stride = out.stride(),
+                         .lse = lse,
+                         .first_kv_head = part.first_kv_head,
+                         .num_kv_heads = part.num_kv_heads,
+                         .in_panels = in_panels});
       }
     }
   }

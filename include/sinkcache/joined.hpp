@@ -9,7 +9,6 @@
 
 #include "any_kv_cache.hpp"
 #include "detail/macros_off.hpp"
-#include "detail/reader.hpp"
 #include "storage.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -53,8 +52,8 @@ class static_tokens final : public kv_source {
   plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
     kv_part part;
     if (nbytes() > 0) {
-      part.k = {&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block(), 0, rows_.k(1, 0) - rows_.k(0, 0)};
-      part.v = {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block(), 0, rows_.v(1, 0) - rows_.v(0, 0)};
+      part.k = rows_.k_rows(kv_head);
+      part.v = rows_.v_rows(kv_head);
       part.rows = num_tokens_;
       part.placeless = true;
     }

@@ -11,7 +11,6 @@
 
 #include "any_kv_cache.hpp"
 #include "detail/macros_off.hpp"
-#include "detail/reader.hpp"
 #include "format.hpp"
 #include "storage.hpp"
 
@@ -170,13 +169,7 @@ class kv_cache final : public any_kv_cache {
     return copy;
   }
 
-  index_t capacity() const noexcept override {
-    if (nbytes() == 0) return 0;
-    if constexpr (std::same_as<Policy, sink_window>)
-      return policy_.num_sink_tokens + policy_.window;
-    else
-      return policy_.capacity();
-  }
+  index_t capacity() const noexcept override { return nbytes() > 0 ? detail::max_visible(policy_) : 0; }
   std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
   cache_kind kind() const noexcept override { return {detail::format_name<K>(), detail::format_name<V>()}; }
   const Policy& policy() const { return policy_; }
@@ -320,8 +313,8 @@ class kv_cache final : public any_kv_cache {
       const placed at = policy_.place(p);
       end = std::min<position_t>(span.last, p + at.following + 1);
       kv_part& part = parts.emplace_back();
-      part.k = {&reader_of<K>, rows_.k(kv_head, 0), rows_.k_block(), 0, rows_.k(1, 0) - rows_.k(0, 0)};
-      part.v = {&reader_of<V>, rows_.v(kv_head, 0), rows_.v_block(), 0, rows_.v(1, 0) - rows_.v(0, 0)};
+      part.k = rows_.k_rows(kv_head);
+      part.v = rows_.v_rows(kv_head);
       part.row = at.slot;
       part.rows = static_cast<index_t>(end - p);
       part.first = p;

@@ -206,8 +206,12 @@ class kv_view final : public kv_source {
   }
   template <elementwise_format F>
   static kv_rows rows_of(const kv_strides& strides, const void* memory, index_t page, index_t kv_head) noexcept {
-    return {&reader_of<F>,          of_head(memory, strides, kv_head), strides.token, strides.dim, strides.head,
-            page * F::element_bytes};
+    return {.reader = &reader_of<F>,
+            .base = of_head(memory, strides, kv_head),
+            .block = strides.token,
+            .step = strides.dim,
+            .head = strides.head,
+            .page = page * F::element_bytes};
   }
 
   index_t num_paged() const noexcept {

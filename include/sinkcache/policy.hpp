@@ -64,7 +64,8 @@ struct placed {
 //   capacity()   slots it needs: place() stays below this;
 //   visible(n)   what is alive after n tokens; the newest is n - 1, and what left never returns;
 //   place(p)     the slot of position p. Positions visible together have different slots.
-// It may also say num_pinned(), how many of the first tokens never leave: those take an attention's sink_bias.
+// It may also say max_visible(), the most tokens that are alive at once, where it has more slots than that; and
+// num_pinned(), how many of the first tokens never leave: those take an attention's sink_bias.
 template <class P>
 concept eviction_policy = requires(const P p, position_t n) {
   { p.capacity() } -> std::same_as<index_t>;
@@ -79,6 +80,7 @@ struct sink_window {
   index_t num_sink_tokens = 0, window = 1, rollback = 0;
 
   constexpr index_t capacity() const { return num_sink_tokens + window + rollback; }
+  constexpr index_t max_visible() const { return num_sink_tokens + window; }
   constexpr index_t num_pinned() const { return num_sink_tokens; }
 
   constexpr span_list visible(position_t seen) const {
@@ -98,6 +100,16 @@ struct sink_window {
 };
 
 namespace detail {
+
+template <eviction_policy P>
+constexpr index_t max_visible(const P& policy) {
+  if constexpr (requires {
+                  { policy.max_visible() } -> std::convertible_to<index_t>;
+                })
+    return policy.max_visible();
+  else
+    return policy.capacity();
+}
 
 template <eviction_policy P>
 constexpr index_t num_pinned(const P& policy) {

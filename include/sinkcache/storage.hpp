@@ -12,6 +12,7 @@
 #endif
 
 #include "detail/macros_off.hpp"
+#include "detail/reader.hpp"
 #include "format.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
@@ -90,8 +91,13 @@ class storage {
 
   std::byte* k(index_t kv_head, index_t row) const { return data() + (kv_head * rows_ + row) * k_block_; }
   std::byte* v(index_t kv_head, index_t row) const { return data() + v_offset_ + (kv_head * rows_ + row) * v_block_; }
-  index_t k_block() const { return k_block_; }
-  index_t v_block() const { return v_block_; }
+  // As parts name them.
+  kv_rows k_rows(index_t kv_head) const {
+    return {.reader = &reader_of<K>, .base = k(kv_head, 0), .block = k_block_, .head = rows_ * k_block_};
+  }
+  kv_rows v_rows(index_t kv_head) const {
+    return {.reader = &reader_of<V>, .base = v(kv_head, 0), .block = v_block_, .head = rows_ * v_block_};
+  }
   std::size_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
   std::byte* data() const { return memory_.get(); }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }

@@ -64,10 +64,14 @@ struct query_block {
     logit_terms terms[max_item_rows];
     position_t later[max_item_rows], rotated_for[max_item_rows];
     const bool has_terms = !params.alibi_slopes.empty() || !params.sink_bias.empty();
-    query_rows rows{scratch.q,   count,
-                    of.head_dim, of.v_head_dim,
-                    in_panels,   has_terms ? terms : nullptr,
-                    0,           params.logits_soft_cap * log2_e};
+    query_rows rows{.q = scratch.q,
+                    .rows = count,
+                    .head_dim = of.head_dim,
+                    .v_head_dim = of.v_head_dim,
+                    .in_panels = in_panels,
+                    .terms = has_terms ? terms : nullptr,
+                    .num_sink_tokens = 0,
+                    .soft_cap = params.logits_soft_cap * log2_e};
     scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
     const bool in_cache = of.positions == positions::in_cache;
     if (in_cache) count_visible(parts, row, count, later);

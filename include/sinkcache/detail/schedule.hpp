@@ -20,9 +20,9 @@ struct decode_job {
   const float* q;
   const kv_source* keys;
   position_t query;
-  float *out, *lse;
-  weight_reader* weights;
-  attention_state* into;
+  float *out = nullptr, *lse = nullptr;
+  weight_reader* weights = nullptr;
+  attention_state* into = nullptr;
 };
 
 // Neighbouring query tokens, their results, and which KV heads.
@@ -131,7 +131,14 @@ class schedule {
     const kv_geometry& of = job.keys->geometry();
     const index_t group = group_size(params_, *job.keys), rows = job.tokens * group;
     const index_t blocks = (rows + shape_.rows - 1) / shape_.rows;
-    const query_block block{params_, *job.keys, job.q, job.q_stride, job.tokens, job.first, group, job.in_panels};
+    const query_block block{.params = params_,
+                            .source = *job.keys,
+                            .q = job.q,
+                            .q_stride = job.q_stride,
+                            .tokens = job.tokens,
+                            .first = job.first,
+                            .group = group,
+                            .in_panels = job.in_panels};
     workspace_.run(job.num_kv_heads * blocks, [&](index_t item, index_t worker_number) {
       const index_t kv_head = job.first_kv_head + item / blocks, row = item % blocks * shape_.rows;
       const index_t count = std::min(shape_.rows, rows - row);
@@ -180,11 +187,18 @@ class schedule {
     const index_t i = number % of.slices, block = number / of.slices % blocks;
     const index_t kv_head = first_kv_head + number / of.slices / blocks, row = block * max_item_rows;
     const index_t count = std::min(max_item_rows, group - row);
-    const query_block call{params_, keys, job.q, 0, 1, job.query, group, group >= query_rows::panel && of.kept == 0};
+    const query_block call{.params = params_,
+                           .source = keys,
+                           .q = job.q,
+                           .q_stride = 0,
+                           .tokens = 1,
+                           .first = job.query,
+                           .group = group,
+                           .in_panels = group >= query_rows::panel && of.kept == 0};
     const index_t first_head = call.head(kv_head, row);
     float* const logits = of.logits + first_head * of.kept;
     call.absorb(kv_head, row, count, i * of.slice, i + 1 < of.slices ? (i + 1) * of.slice : max_position, scratch,
-                {of.kept > 0 ? logits : nullptr, of.kept, 0});
+                {.to = of.kept > 0 ? logits : nullptr, .stride = of.kept});
     const auto partial = [&](index_t head, index_t slice) {
       float* const at = of.partials + (head * of.slices + slice) * floats;
       return states{at, at + 1, at + 16, floats - 16};
@@ -230,8 +244,15 @@ class schedule {
       const position_span span = span_of(part, job.query);
       const auto floats = static_cast<std::size_t>((count - 1) * stride + span.size());
       if (span.size() > 0)
-        job.weights->read({kv_head, job.query, &part, static_cast<index_t>(span.first - first_of(part)), span.size(),
-                           first_head, count, stride, std::span(weights, floats)});
+        job.weights->read({.kv_head = kv_head,
+                           .query = job.query,
+                           .part = &part,
+                           .first = static_cast<index_t>(span.first - first_of(part)),
+                           .n = span.size(),
+                           .first_qo_head = first_head,
+                           .num_qo_heads = count,
+                           .stride = stride,
+                           .w = std::span(weights, floats)});
       weights += span.size();
     }
   }
