@@ -13,6 +13,8 @@ template class sinkcache::kv_cache<sinkcache::bf16, sinkcache::f16>;
 template class sinkcache::kv_view<sinkcache::f32>;
 template class sinkcache::kv_view<sinkcache::f16, sinkcache::bf16>;
 
+template class sinkcache::static_tokens<sinkcache::f16, sinkcache::bf16>;
+
 template class sinkcache::basic_matrix_view<float>;
 template class sinkcache::basic_matrix_view<const float>;
 template sinkcache::workspace::workspace(sinkcache::sequential&);

@@ -73,17 +73,17 @@ struct fmt::formatter<sinkcache::cache_config> : sinkcache::detail::plain_format
 template <std::derived_from<sinkcache::any_kv_cache> Cache>
 struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
   auto format(const Cache& cache, fmt::format_context& context) const {
-    using namespace sinkcache;
-    const cache_kind kind = cache.kind();
+    using sinkcache::index_t, sinkcache::kv_part;
+    const sinkcache::cache_kind kind = cache.kind();
     auto out = fmt::format_to(context.out(), "kv_cache<{}", kind.k_format);
     if (kind.v_format != kind.k_format) out = fmt::format_to(out, ", {}", kind.v_format);
     out = fmt::format_to(out, ">{{");
     std::vector<kv_part> memory(static_cast<std::size_t>(cache.max_parts()));
-    part_list parts(memory.data(), cache.max_parts());
+    sinkcache::part_list parts(memory.data(), cache.max_parts());
     cache.plan(0, cache.seen() - 1, cache.seen() - 1, parts);
     bool any = false;
     for (index_t i = 0, next; i < parts.size(); i = next) {
-      position_span span{parts[i].first, parts[i].end()};
+      sinkcache::position_span span{parts[i].first, parts[i].end()};
       bool pinned = parts[i].pinned == parts[i].rows;
       for (next = i + 1; next < parts.size() && parts[next].first == span.last; ++next) {
         span.last = parts[next].end();

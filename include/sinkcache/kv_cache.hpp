@@ -40,12 +40,12 @@ class kv_cache final : public any_kv_cache {
   }
 
   kv_cache(kv_cache&& from) noexcept
-      : any_kv_cache(std::move(from)),
+      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
         high_(std::exchange(from.high_, 0)),
         policy_(std::move(from.policy_)),
         rows_(std::move(from.rows_)) {}
   kv_cache& operator=(kv_cache&& from) noexcept {
-    any_kv_cache::operator=(std::move(from));
+    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
     high_ = std::exchange(from.high_, 0);
     policy_ = std::move(from.policy_);
     rows_ = std::move(from.rows_);

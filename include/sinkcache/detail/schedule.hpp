@@ -214,7 +214,7 @@ class schedule {
       if (!whole)
         for (index_t slice = 1; slice < of.slices; ++slice)
           merge_state(partial(head, 0), partial(head, slice), floats - 16);
-      const states state = whole ? scratch.state.from_row(r) : partial(head, 0);
+      const states state = whole ? scratch.state.states::from_row(r) : partial(head, 0);
       if (job.into != nullptr) {
         merge_state(job.into->row(head), state, keys.geometry().v_head_dim);
         continue;

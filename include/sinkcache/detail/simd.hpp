@@ -133,17 +133,17 @@ template <class V>
 // The number of lanes of what shuffles.
 inline constexpr std::make_index_sequence<lanes> lane_numbers;
 
-// Width of the lanes of a, then those of b: the i-th is number at(i). Written out: nvcc loses packs among a builtin's
+// Width of the lanes of a, then those of b: the i-th is number At(i). Written out: nvcc loses packs among a builtin's
 // arguments.
-template <int Width, auto at, class V>
+template <int Width, auto At, class V>
 [[gnu::always_inline]] inline auto shuffled(V a, V b) noexcept {
   if constexpr (Width == 4)
-    return __builtin_shufflevector(a, b, at(0), at(1), at(2), at(3));
+    return __builtin_shufflevector(a, b, At(0), At(1), At(2), At(3));
   else if constexpr (Width == 8)
-    return __builtin_shufflevector(a, b, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+    return __builtin_shufflevector(a, b, At(0), At(1), At(2), At(3), At(4), At(5), At(6), At(7));
   else
-    return __builtin_shufflevector(a, b, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10),
-                                   at(11), at(12), at(13), at(14), at(15));
+    return __builtin_shufflevector(a, b, At(0), At(1), At(2), At(3), At(4), At(5), At(6), At(7), At(8), At(9), At(10),
+                                   At(11), At(12), At(13), At(14), At(15));
 }
 
 // Sums across vectors, of any width: join_pair two by two, join_pairs of two of those, then sums_of_lanes, whose lane i

@@ -91,7 +91,7 @@ template <int Keys>
 class value_prefetcher {
  public:
   // `lines` of each key.
-  value_prefetcher(tile_rows values, index_t n, index_t lines) : at_(values.data), along_(64), across_(values.stride) {
+  value_prefetcher(tile_rows values, index_t n, index_t lines) : at_(values.data), across_(values.stride) {
     index_t turn = Keys * values.stride;
     if (Keys == 3)
       turn = values.stride, across_ = (n + 2) / 3 * values.stride;
@@ -108,7 +108,7 @@ class value_prefetcher {
 
  private:
   const std::byte* at_;
-  index_t along_, across_, to_next_keys_;
+  index_t along_ = 64, across_, to_next_keys_;
 };
 
 // logits[j][r] = q[r] . k[j], for Rows rows, from packed_rows, and a few keys at a time. Behind the n-th key the last
