@@ -33,7 +33,7 @@ std::string plan_of(const kv_source& s, index_t kv_head, position_t first, posit
   std::string text;
   for (const kv_part& part : parts) {
     text += std::to_string(part.first) + "-" + std::to_string(part.end() - 1) + "@" + std::to_string(part.row);
-    if (part.far != kv_part::always) text += "<" + std::to_string(part.far);
+    if (part.seen_until != kv_part::always) text += "<" + std::to_string(part.seen_until);
     if (part.pinned > 0) text += " " + std::to_string(part.pinned) + " pinned";
     text += ", ";
   }

@@ -498,10 +498,10 @@ class tiers final : public subject, public sinkcache::kv_source {
     sinks.pinned = sinks.rows;
     parts.push_back(sinks);
     kv_part middle = part(far_k_, far_v_, std::max(pinned, first + 1 - c_.config.window), last + 1 - recent_);
-    middle.near = recent_, middle.far = c_.config.window;
+    middle.seen_from = recent_, middle.seen_until = c_.config.window;
     parts.push_back(middle);
     kv_part newest = part(near_k_, near_v_, std::max(pinned, first + 1 - recent_), last + 1);
-    newest.far = recent_;
+    newest.seen_until = recent_;
     parts.push_back(newest);
     return {geometry_.num_kv_heads - h, static_cast<index_t>(last - first + 1)};
   }
@@ -864,7 +864,7 @@ class paged final : public subject, public sinkcache::kv_source {
     part.rows = static_cast<index_t>(seen_);
     part.pages = table_;
     part.page_rows = page_rows_;
-    part.far = c_.config.window;
+    part.seen_until = c_.config.window;
     parts.push_back(part);
     return {geometry_.num_kv_heads - h, static_cast<index_t>(last - first + 1)};
   }

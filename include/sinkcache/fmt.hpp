@@ -89,7 +89,7 @@ struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
         span.last = parts[next].end();
         pinned = pinned && parts[next].pinned == parts[next].rows;
       }
-      const bool is_window = any && parts[i].far != kv_part::always;
+      const bool is_window = any && parts[i].seen_until != kv_part::always;
       out = fmt::format_to(out, "{}{}", any ? " | " : "",
                            pinned && next < parts.size() ? "sinks "
                            : is_window                   ? "window "

@@ -188,16 +188,16 @@ class joined_source final : public kv_source {
   static void see_for_ever(kv_part& part, position_t newest) noexcept {
     if (part.placeless) return;
     if (part.at.empty()) {
-      const position_t from = std::max(part.first, newest - part.far + 1);
-      const position_t to = std::min(part.end(), newest - part.near + 1);
+      const position_t from = std::max(part.first, newest - part.seen_until + 1);
+      const position_t to = std::min(part.end(), newest - part.seen_from + 1);
       const auto skipped = static_cast<index_t>(from - part.first);
       part.row += skipped;
       part.pinned = std::max<index_t>(0, part.pinned - skipped);
       part.rows = static_cast<index_t>(std::max<position_t>(0, to - from));
       part.first = from;
     }
-    part.near = 0;
-    part.far = kv_part::always;
+    part.seen_from = 0;
+    part.seen_until = kv_part::always;
   }
   static void shift(part_list& parts, index_t from, position_t by) noexcept {
     for (index_t i = from; i < parts.size(); ++i) {

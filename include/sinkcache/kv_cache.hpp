@@ -308,7 +308,7 @@ class kv_cache final : public any_kv_cache {
   }
 
   // A part for each run of neighbouring slots.
-  void push_runs(index_t kv_head, position_span span, position_t far, part_list& parts) const noexcept {
+  void push_runs(index_t kv_head, position_span span, position_t seen_until, part_list& parts) const noexcept {
     for (position_t p = span.first, end; p < span.last; p = end) {
       const placed at = policy_.place(p);
       end = std::min<position_t>(span.last, p + at.following + 1);
@@ -318,7 +318,7 @@ class kv_cache final : public any_kv_cache {
       part.row = at.slot;
       part.rows = static_cast<index_t>(end - p);
       part.first = p;
-      part.far = far;
+      part.seen_until = seen_until;
       part.pinned = static_cast<index_t>(std::clamp<position_t>(detail::num_pinned(policy_) - p, 0, end - p));
     }
   }

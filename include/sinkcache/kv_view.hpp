@@ -149,12 +149,12 @@ class kv_view final : public kv_source {
     const bool sees_all = from <= pinned;  // then the plan is for those that do
     if (sees_all) end.queries = static_cast<index_t>(std::min<position_t>(end.queries, pinned - from + 1));
     const position_t until = first + end.queries;
-    const auto push = [&](kv_part part, position_span held, position_span seen, position_t far) {
+    const auto push = [&](kv_part part, position_span held, position_span seen, position_t seen_until) {
       const position_t begin = std::max(held.first, seen.first), stop = std::min(held.last, seen.last);
       part.row = static_cast<index_t>(begin - held.first);
       part.rows = static_cast<index_t>(stop - begin);
       part.first = begin;
-      part.far = far;
+      part.seen_until = seen_until;
       part.pinned =
           static_cast<index_t>(std::clamp<position_t>(pinned - begin, 0, std::max<position_t>(0, stop - begin)));
       parts.push_back(part);

@@ -4,9 +4,9 @@
 //
 // A source answers one question: which rows hold the tokens that these queries of this KV head may see? The answer is a
 // short list of parts, plain data that points into the source's memory. A part is rows that lie alike and are seen by
-// one rule: the query at p sees the row at x if near <= p - x < far. A pinned prefix, half a ring, a paged pool, a
-// scattered kept set are one part each. Positions in cache order are derived by attention, which counts the tokens of
-// later parts; so sources are joined by listing the parts of one after those of another.
+// one rule: the query at p sees the row at x if seen_from <= p - x < seen_until. A pinned prefix, half a ring, a paged
+// pool, a scattered kept set are one part each. Positions in cache order are derived by attention, which counts the
+// tokens of later parts; so sources are joined by listing the parts of one after those of another.
 
 #include <algorithm>
 #include <cstddef>
@@ -105,7 +105,8 @@ struct kv_part {
   position_t first = 0;  // position of the first row, the others follow one by one; with `at`, of the oldest
 
   // For rows in any order: the position of each, and what is added to it; `last` comes after the newest. `rank` is each
-  // row's place by age, from 0, where they do not lie in that order. Under in_cache `far` has to be `always` then.
+  // row's place by age, from 0, where they do not lie in that order. Under in_cache `seen_until` has to be `always`
+  // then.
   std::span<const position_t> at = {};
   position_t at_offset = 0, last = 0;
   std::span<const std::int32_t> rank = {};
@@ -114,10 +115,11 @@ struct kv_part {
   std::span<const std::int32_t> pages = {};
   index_t page_rows = 0;
 
-  position_t near = 0, far = always;  // the query at p sees the row at x if near <= p - x < far
-  index_t pinned = 0;                 // so many of the first rows take sink_bias
-  bool placeless = false;             // no positions: always seen, by queries as they were before rope; counts nowhere
-  std::int32_t mark = 0;              // the source's own; comes back with weights
+  // The query at p sees the row at x if seen_from <= p - x < seen_until.
+  position_t seen_from = 0, seen_until = always;
+  index_t pinned = 0;      // so many of the first rows take sink_bias
+  bool placeless = false;  // no positions: always seen, by queries as they were before rope; counts nowhere
+  std::int32_t mark = 0;   // the source's own; comes back with weights
 
   position_t position(index_t i) const { return at.empty() ? first + i : at[static_cast<std::size_t>(i)] + at_offset; }
   position_t end() const { return at.empty() ? first + rows : last; }

@@ -180,7 +180,9 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
 inline void absorb(const kv_part& part, const query_rows& rows, const extent* extents, const running_states& to,
                    const tile_scratch& scratch, const std::byte* next_keys, const kept_logits& kept) noexcept {
   position_t lo = max_position, hi = -1;
+  bool alike = true;  // all rows see the same, as in decode
   for (index_t r = 0; r < rows.rows; ++r) {
+    alike = alike && extents[r].lo == extents[0].lo && extents[r].hi == extents[0].hi;
     if (extents[r].lo >= extents[r].hi) continue;
     lo = std::min(lo, extents[r].lo);
     hi = std::max(hi, extents[r].hi);
@@ -208,8 +210,9 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
-      while (same < tile_scratch::max_rows && r + same < rows.rows && seen_of(extents[r + same], tile, end) == seen)
-        ++same;
+      const index_t most = std::min(tile_scratch::max_rows, rows.rows - r);
+      if (alike) same = most;
+      while (same < most && seen_of(extents[r + same], tile, end) == seen) ++same;
       if (seen.size() == 0) continue;
       if (q_from != r || q_rows != same) {
         q = k.reader->pack(rows.q + r * dim, same, dim, scratch.q);

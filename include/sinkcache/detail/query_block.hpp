@@ -15,7 +15,7 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 
 // Whether the query at `query` sees a token at `position`.
 inline bool sees(const kv_part& part, position_t query, position_t position) {
-  return part.placeless || (part.near <= query - position && query - position < part.far);
+  return part.placeless || (part.seen_from <= query - position && query - position < part.seen_until);
 }
 
 // Whether it sees all rows of a part.
@@ -27,8 +27,8 @@ inline bool sees_all(const kv_part& part, position_t query) {
 inline position_span span_of(const kv_part& part, position_t query) {
   if (!part.at.empty()) return {0, part.rows};
   if (part.placeless) return {part.first, part.first + part.rows};
-  const position_t first = std::max(part.first, query - part.far + 1);
-  return {first, std::max(first, std::min(part.first + part.rows, query - part.near + 1))};
+  const position_t first = std::max(part.first, query - part.seen_until + 1);
+  return {first, std::max(first, std::min(part.first + part.rows, query - part.seen_from + 1))};
 }
 inline index_t num_seen(const kv_part& part, position_t query) {
   if (part.at.empty() || sees_all(part, query)) return span_of(part, query).size();

@@ -69,7 +69,9 @@ template <class V, int M, int N, class Vector, class Factor, class Prefetch>
 [[gnu::always_inline]] inline void prefetch_line(const std::byte* from, index_t offset) noexcept {
   __builtin_prefetch(moved(from, offset), 0, 2);
 }
-[[gnu::always_inline]] inline void no_prefetch(int) noexcept {}
+struct no_prefetch {
+  [[gnu::always_inline]] void operator()(int) const noexcept {}
+};
 
 // Formats of our own load whole vectors; whether one has its elements of even and of odd number apart, where that takes
 // fewer instructions, and whether keys are multiplied in vectors of eight though others have sixteen.

@@ -143,7 +143,7 @@ template <class K, int Rows>
       constexpr int count = chunk / width;
       add_vector(d, 0, count, prefetch);
 #pragma GCC unroll 4
-      for (int i = 1; i < count; ++i) add_vector(d, i, count, no_prefetch);
+      for (int i = 1; i < count; ++i) add_vector(d, i, count, no_prefetch{});
     } else {
       add_vector(d, 0, 1, prefetch);
     }
@@ -158,7 +158,7 @@ template <class K, int Rows>
       if (first)
 #pragma GCC unroll 8
         for (int i = 0; i < keys; ++i) values(i);
-      add_chunk(d, no_prefetch);
+      add_chunk(d, no_prefetch{});
     }
     if (first) values.next_line();
   };
@@ -216,7 +216,7 @@ template <class K, int Rows>
         add_products(
             sums, [&](int i) __attribute__((always_inline)) { return broadcast(key[i][d]); },
             [&](int part) __attribute__((always_inline)) { return load_once(q + d * panel + part * lanes); },
-            no_prefetch);
+            no_prefetch{});
       add(dots, sums);
     }
 #pragma GCC unroll 16

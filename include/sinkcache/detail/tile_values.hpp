@@ -75,7 +75,7 @@ template <class V, int Rows, int Vectors, int Width = Rows>
       if constexpr (!of_panel) prefetch.next();
       add_products(
           sums, [&](int c) __attribute__((always_inline)) { return load_vector<V>(value, c, Vectors); },
-          [&](int r) __attribute__((always_inline)) { return multiply_by<weight>(weights + r); }, no_prefetch);
+          [&](int r) __attribute__((always_inline)) { return multiply_by<weight>(weights + r); }, no_prefetch{});
     }
     add(tile, sums);
   }
