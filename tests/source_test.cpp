@@ -262,4 +262,110 @@ TEST_CASE("source: static tokens hold what they were given, and say what does no
   CHECK_THROWS_AS((static_tokens<f32>(config, k.leftCols(8), v)), std::invalid_argument);
 }
 
+TEST_CASE("source: prefill over keys that do not end with the cache is refused, and changes nothing") {
+  effort::dice dice(6);
+  cache_config config{.num_kv_heads = 2, .head_dim = 8, .window = 20, .rope = rope::none()};
+  kv_cache<f32> cache(config), other(config);
+  config.num_kv_heads = 1;
+  const kv_cache<f32> one_head(config);
+  config.num_kv_heads = 2, config.first_position = 3;
+  kv_cache<f32> after(config);
+  const matrix q = random_matrix(dice, 3, 32), k = random_matrix(dice, 3, 16);
+  matrix out = matrix::Constant(3, 32, 7.f);
+  other.append(k, k);
+  const joined_source in_front({&other, &after}), behind({&other});
+  const attention attention({.num_qo_heads = 4});
+  workspace scratch;
+  const auto refusal = [&](kv_cache<f32>& to, const kv_source& keys) {
+    return std::string(attention.try_prefill(q, k, k, to, keys, out, scratch).message());
+  };
+  CHECK(refusal(cache, one_head) == "sinkcache: keys' num_kv_heads was 1, had to be that of the cache, 2");
+  CHECK(refusal(cache, other) == "sinkcache: keys was another source, had to be one that ends with the cache");
+  CHECK(refusal(other, in_front) == "sinkcache: keys was another source, had to be one that ends with the cache");
+  CHECK((cache.seen() == 0 && other.seen() == 3 && (out.array() == 7.f).all()));
+  CHECK(refusal(after, in_front).empty());
+  CHECK(refusal(other, behind).empty());
+}
+
+// Rows 0 to n - 1 of a cache, each with its position, seen while they are no further than `until` and no nearer than
+// `from`.
+class by_position final : public kv_source {
+ public:
+  by_position(const kv_cache<f32>& cache, position_t from, position_t until)
+      : kv_source(cache.geometry()), cache_(cache), from_(from), until_(until) {
+    seen_ = cache.seen();
+    for (position_t p = 0; p < seen_; ++p) at_.push_back(p);
+  }
+  index_t capacity() const noexcept override { return static_cast<index_t>(at_.size()); }
+  position_t min_truncate() const noexcept override { return 0; }
+  index_t max_parts() const noexcept override { return cache_.max_parts(); }
+  plan_end plan(index_t h, position_t first, position_t last, part_list& parts) const noexcept override {
+    const plan_end end = cache_.plan(h, first, last, parts);
+    for (index_t i = 0; i < parts.size(); ++i) {
+      parts[i].at = at_, parts[i].last = seen_;
+      parts[i].seen_from = from_, parts[i].seen_until = until_;
+    }
+    return end;
+  }
+
+ private:
+  const kv_cache<f32>& cache_;
+  position_t from_, until_;
+  std::vector<position_t> at_;
+};
+
+class seen_tokens final : public weight_reader {
+ public:
+  bool wants(position_t) const noexcept override { return true; }
+  void read(const weight_tile& tile) noexcept override {
+    for (index_t j = 0; j < tile.n; ++j)
+      if (tile.weight(j, 0) > 0) positions.push_back(tile.position(j));
+  }
+  std::vector<position_t> positions;
+};
+
+TEST_CASE("source: what a prefix saw of rows with positions of their own stays what is seen of it") {
+  effort::dice dice(7);
+  cache_config config{
+      .num_kv_heads = 1, .head_dim = 8, .window = 40, .positions = positions::absolute, .rope = rope::none()};
+  kv_cache<f32> prefix(config);
+  prefix.append(random_matrix(dice, 30, 8), random_matrix(dice, 30, 8));
+  config.first_position = 30;
+  kv_cache<f32> own(config);
+  own.append(random_matrix(dice, 5, 8), random_matrix(dice, 5, 8));
+  const attention attention({.num_qo_heads = 1});
+  const matrix q = random_matrix(dice, 1, 8);
+  matrix out(1, 8);
+  workspace scratch;
+  for (const auto& [from, until] : {std::pair<position_t, position_t>{0, 8}, {8, kv_part::always}, {4, 6}}) {
+    const by_position front(prefix, from, until);
+    const joined_source both({&front, &own});
+    seen_tokens seen;
+    attention.decode(q, both, out, scratch, {.weights = &seen});
+    std::vector<position_t> expected;
+    for (position_t p = 0; p < 30; ++p)
+      if (from <= 29 - p && 29 - p < until) expected.push_back(p);
+    for (position_t p = 30; p < 35; ++p) expected.push_back(p);
+    CHECK(seen.positions == expected);
+  }
+}
+
+TEST_CASE("source: a joined_source that was moved from sees nothing, one of other ropes is refused") {
+  cache_config config{.num_kv_heads = 1, .head_dim = 8, .window = 40, .rope = rope::plain(8, 10000.0)};
+  kv_cache<f32> prefix(config);
+  const matrix rows = matrix::Ones(3, 8);
+  prefix.append(rows, rows);
+  joined_source from({&prefix});
+  const joined_source to(std::move(from));
+  CHECK((from.seen() == 0 && from.size() == 0 && from.capacity() == 0 && from.min_truncate() == 0));  // NOLINT
+  CHECK(plan_of(from, 0, -1, -1) == "1 heads, 1 queries");                                            // NOLINT
+  CHECK(to.seen() == 3);
+  config.first_position = 3;
+  config.rope = rope::plain(8, 500000.0);
+  const kv_cache<f32> own(config);
+  const kv_source* list[] = {&prefix, &own};
+  CHECK(joined_source::validate(list).message() ==
+        "sinkcache: a source's rope was another, had to be that of the last");
+}
+
 }  // namespace

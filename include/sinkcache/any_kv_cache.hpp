@@ -94,7 +94,7 @@ class any_kv_cache : public kv_source {
  public:
   virtual ~any_kv_cache() = default;
 
-  virtual std::size_t nbytes() const noexcept = 0;  // memory held
+  virtual std::size_t nbytes() const noexcept = 0;  // memory held, above 0 unless it was moved from
   virtual cache_kind kind() const noexcept = 0;
 
   // Makes room: evicts where that is due at this place of the stream, before tokens are written and never in between.
@@ -120,12 +120,19 @@ class any_kv_cache : public kv_source {
     require_tokens(found, k.rows(), k, v);
     if (!found) return found;
     for (index_t row = 0, n; row < k.rows(); row += n) {
-      prepare();
-      n = std::min(k.rows() - row, room());
+      n = next_block(k.rows() - row);
       write(0, geometry_.num_kv_heads, k, v, row, n);
       advance(n);
     }
     return found;
+  }
+
+  // Prepares for as many of `left` tokens as there is room for.
+  index_t next_block(index_t left) noexcept {
+    prepare();
+    const index_t n = std::min(left, room());
+    if (n < 1) detail::broken_source("a cache's room() is below 1");
+    return n;
   }
 
   // Takes back tokens until `seen` are left, as long as none that becomes visible again was overwritten.

@@ -166,11 +166,10 @@ class attention {
     if (!found || tokens == 0) return found;
     const learning both(cache, extra.weights);
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, tokens, both.reader() == nullptr ? 0 : keys.capacity());
+    found = reserve(schedule, keys, tokens, both.reader() == nullptr ? -1 : keys.capacity());
     if (!found) return found;
     for (index_t row = 0, n; row < tokens; row += n) {
-      cache.prepare();
-      n = std::min(tokens - row, cache.room());
+      n = cache.next_block(tokens - row);
       schedule.for_heads(kv_heads, [&](index_t head) { cache.write(head, 1, k, v, row, n); });
       cache.advance(n);
       const call_part block{0, kv_heads, row, n};
@@ -183,7 +182,7 @@ class attention {
   // concurrency; with weights: where somebody wants those.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
     status found;
-    const index_t shared = detail::schedule::decode_bytes(found, params_, keys, weights ? keys.capacity() : 0);
+    const index_t shared = detail::schedule::decode_bytes(found, params_, keys, weights ? keys.capacity() : -1);
     const index_t bytes = detail::schedule::bytes(
         found, concurrency, detail::schedule::shape_of(params_, keys, tokens),
         detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1), shared));
@@ -225,7 +224,7 @@ class attention {
   void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
-      return one.weights != nullptr && one.weights->wants(one.query) ? one.keys->capacity() : 0;
+      return one.weights != nullptr && one.weights->wants(one.query) ? one.keys->capacity() : -1;
     };
     index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
     detail::schedule::shape of{16, 1, 1, 0};
@@ -248,7 +247,7 @@ class attention {
   void attend_rows(const_matrix_view q, const kv_source& keys, matrix_view out, position_t first, workspace& workspace,
                    const extra_outputs& extra, const call_part& part, status& found) const noexcept {
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? 0 : keys.capacity());
+    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : keys.capacity());
     if (found) attend_block(schedule, q, keys, out, first, extra, part, q.rows());
   }
 
@@ -276,7 +275,7 @@ class attention {
                                      .lse = lse,
                                      .weights = extra.weights};
         schedule.decode(
-            1, [&](index_t) { return job; }, [&](index_t) { return keeps ? keys.capacity() : 0; }, part.first_kv_head,
+            1, [&](index_t) { return job; }, [&](index_t) { return keeps ? keys.capacity() : -1; }, part.first_kv_head,
             part.num_kv_heads);
       } else {
         schedule.attend({.q = q.row(row),

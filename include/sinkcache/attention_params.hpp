@@ -70,12 +70,17 @@ inline void require_lse(status& found, const attention_params& params, std::span
   found.require(lse.empty() || static_cast<index_t>(lse.size()) == floats, "lse.size()", lse.size(), "0 or", floats);
 }
 
+inline void require_seen(status& found, const kv_source& keys) noexcept {
+  found.require(keys.seen() <= max_position, "keys.seen()", keys.seen(), "at most", max_position);
+}
+
 inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
                            std::span<const float> lse) noexcept {
   status found;
   require_queries(found, params, q, 1, keys.geometry());
   require_outputs(found, params, out, 1, keys.geometry());
   require_lse(found, params, lse, 1);
+  require_seen(found, keys);
   return found;
 }
 
@@ -83,6 +88,7 @@ inline void require_item(status& found, const attention_params& params, std::spa
                          std::span<const float> out, std::span<const float> lse) noexcept {
   found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
   if (!found) return;
+  require_seen(found, *keys);
   const kv_geometry& of = keys->geometry();
   require_heads(found, params, of);
   const auto require_row = [&](const char* what, std::span<const float> row, index_t dim) {
@@ -101,6 +107,7 @@ inline status check_attend(const attention_params& params, const_matrix_view q, 
   require_queries(found, params, q, q.rows(), keys.geometry());
   require_outputs(found, params, out, q.rows(), keys.geometry());
   require_lse(found, params, lse, q.rows());
+  require_seen(found, keys);
   found.require(q.rows() <= keys.seen(), "q.rows()", q.rows(), "at most what was stored,", keys.seen());
   if (found && q.rows() > 1) {
     const position_t oldest = keys.seen() - q.rows() + 1, smallest = keys.min_truncate();
@@ -130,6 +137,16 @@ inline status check_prefill(const attention_params& params, const_matrix_view q,
   cache.require_tokens(found, q.rows(), k, v);
   require_outputs(found, params, out, q.rows(), keys.geometry());
   require_lse(found, params, lse, q.rows());
+  if (&keys == &cache) return found;
+  const kv_geometry &of = keys.geometry(), &grows = cache.geometry();
+  found.require(of.num_kv_heads == grows.num_kv_heads, "keys' num_kv_heads", of.num_kv_heads, "that of the cache,",
+                grows.num_kv_heads);
+  found.require(of.head_dim == grows.head_dim, "keys' head_dim", of.head_dim, "that of the cache,", grows.head_dim);
+  found.require(of.v_head_dim == grows.v_head_dim, "keys' v_head_dim", of.v_head_dim, "that of the cache,",
+                grows.v_head_dim);
+  found.require(keys.ends_with(cache), "keys", "another source", "one that ends with the cache");
+  found.require(q.rows() <= max_position - keys.seen(), "tokens seen and appended", q.rows(), "at most",
+                max_position - keys.seen());
   return found;
 }
 

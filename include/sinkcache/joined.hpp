@@ -113,6 +113,7 @@ class joined_source final : public kv_source {
                     last.v_head_dim);
       found.require(of.positions == last.positions, "a source's positions", "others", "those of the last");
       found.require(of.inputs == last.inputs, "a source's inputs", "others", "those of the last");
+      found.require(of.rope == last.rope, "a source's rope", "another", "that of the last");
       found.require(of.k_transform == last.k_transform && of.v_transform == last.v_transform,
                     "a source's row transform", "another", "that of the last");
       if (source->seen() == 0 && source != sources.back()) continue;  // tokens without positions
@@ -120,21 +121,28 @@ class joined_source final : public kv_source {
       found.require(of.first_position - from == before, "a source's first_position", of.first_position,
                     "where the sources before it end,", from + before);
       before += source->seen();
+      found.require(before <= max_position, "tokens of all sources", before, "at most", max_position);
+      if (!found) return found;
     }
     return found;
   }
 
-  position_t seen() const noexcept override { return before_ + sources_.back()->seen(); }
+  // One that was moved from has no tokens.
+  position_t seen() const noexcept override { return sources_.empty() ? 0 : before_ + sources_.back()->seen(); }
+  bool ends_with(const kv_source& cache) const noexcept override {
+    return this == &cache || (!sources_.empty() && sources_.back()->ends_with(cache));
+  }
   index_t capacity() const noexcept override {
     return sum([](const kv_source& s) { return s.capacity(); });
   }
   index_t num_visible(position_t query) const noexcept override {
-    const kv_source& grows = *sources_.back();
-    index_t n = grows.num_visible(query - before_);
+    if (sources_.empty()) return 0;
+    index_t n = sources_.back()->num_visible(query - before_);
     for (const kv_source* s : front()) n += s->num_visible(s->seen() - 1);
     return n;
   }
   position_t min_truncate() const noexcept override {
+    if (sources_.empty()) return 0;
     const position_t smallest = sources_.back()->min_truncate();
     return smallest == 0 ? before_ : before_ + smallest;
   }
@@ -144,12 +152,13 @@ class joined_source final : public kv_source {
 
   plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
     plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+    if (sources_.empty()) return end;
     position_t before = 0;
     for (const kv_source* source : front()) {
       const index_t from = parts.size();
       const position_t newest = source->seen() - 1;
       end.kv_heads = std::min(end.kv_heads, source->plan(kv_head, newest, newest, parts).kv_heads);
-      for (index_t i = from; i < parts.size(); ++i) see_for_ever(parts[i], newest);
+      for (index_t i = from; i < parts.size(); ++i) parts[i].as_of = std::min(parts[i].as_of, newest);
       shift(parts, from, before);
       before += source->seen();
     }
@@ -176,7 +185,9 @@ class joined_source final : public kv_source {
     return geometry;
   }
 
-  std::span<const kv_source* const> front() const noexcept { return {sources_.data(), sources_.size() - 1}; }
+  std::span<const kv_source* const> front() const noexcept {
+    return {sources_.data(), sources_.empty() ? 0 : sources_.size() - 1};
+  }
   template <class F>
   index_t sum(const F& f) const noexcept {
     index_t n = 0;
@@ -184,27 +195,13 @@ class joined_source final : public kv_source {
     return n;
   }
 
-  // What the query at `newest` sees of a part, every later one does.
-  static void see_for_ever(kv_part& part, position_t newest) noexcept {
-    if (part.placeless) return;
-    if (part.at.empty()) {
-      const position_t from = std::max(part.first, newest - part.seen_until + 1);
-      const position_t to = std::min(part.end(), newest - part.seen_from + 1);
-      const auto skipped = static_cast<index_t>(from - part.first);
-      part.row += skipped;
-      part.pinned = std::max<index_t>(0, part.pinned - skipped);
-      part.rows = static_cast<index_t>(std::max<position_t>(0, to - from));
-      part.first = from;
-    }
-    part.seen_from = 0;
-    part.seen_until = kv_part::always;
-  }
   static void shift(part_list& parts, index_t from, position_t by) noexcept {
     for (index_t i = from; i < parts.size(); ++i) {
       if (parts[i].placeless) continue;
       parts[i].first += by;
       parts[i].last += by;
       parts[i].at_offset += by;
+      if (parts[i].as_of != kv_part::always) parts[i].as_of += by;
     }
   }
 

@@ -149,6 +149,8 @@ class rope {
     });
   }
 
+  bool operator==(const rope&) const = default;
+
   index_t width() const { return 2 * pairs_; }  // dimensions that turn
   float attention_factor() const { return attention_factor_; }
 

@@ -104,9 +104,9 @@ struct kv_part {
   index_t row = 0, rows = 0;
   position_t first = 0;  // position of the first row, the others follow one by one; with `at`, of the oldest
 
-  // For rows in any order: the position of each, and what is added to it; `last` comes after the newest. `rank` is each
-  // row's place by age, from 0, where they do not lie in that order. Under in_cache `seen_until` has to be `always`
-  // then.
+  // For rows in any order: the position of each, and what is added to it; `last` comes after the newest, with that
+  // added, and `first` is the oldest's. `rank` is each row's place by age, from 0; none where rows lie in that order.
+  // Under in_cache `seen_until` has to be `always` then.
   std::span<const position_t> at = {};
   position_t at_offset = 0, last = 0;
   std::span<const std::int32_t> rank = {};
@@ -117,9 +117,10 @@ struct kv_part {
 
   // The query at p sees the row at x if seen_from <= p - x < seen_until.
   position_t seen_from = 0, seen_until = always;
-  index_t pinned = 0;      // so many of the first rows take sink_bias
-  bool placeless = false;  // no positions: always seen, by queries as they were before rope; counts nowhere
-  std::int32_t mark = 0;   // the source's own; comes back with weights
+  position_t as_of = always;  // queries after this one see what it does: of a prefix that no longer changes
+  index_t pinned = 0;         // so many of the first rows take sink_bias
+  bool placeless = false;     // no positions: always seen, by queries as they were before rope; counts nowhere
+  std::int32_t mark = 0;      // the source's own; comes back with weights
 
   position_t position(index_t i) const { return at.empty() ? first + i : at[static_cast<std::size_t>(i)] + at_offset; }
   position_t end() const { return at.empty() ? first + rows : last; }
@@ -180,10 +181,13 @@ class kv_source {
   // Most parts of a plan.
   virtual index_t max_parts() const noexcept = 0;
 
-  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen, and min_truncate() <= first
-  // +
-  // 1. What is listed may reach further than what any of them sees; the parts' rules say what each does. Parts are
-  // valid until the source changes.
+  // Whether its newest tokens are those of `cache`, which may grow at the end of it.
+  virtual bool ends_with(const kv_source& cache) const noexcept { return this == &cache; }
+
+  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen (from -1 to -1 where nothing
+  // was), and min_truncate() <= first
+  // + 1; from -1 to -1 where nothing was seen. What is listed may reach further than what any of them sees; the parts'
+  // rules say what each does. Parts are valid until the source changes.
   virtual plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept = 0;
 
  protected:

@@ -15,6 +15,7 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 
 // Whether the query at `query` sees a token at `position`.
 inline bool sees(const kv_part& part, position_t query, position_t position) {
+  query = std::min(query, part.as_of);
   return part.placeless || (part.seen_from <= query - position && query - position < part.seen_until);
 }
 
@@ -27,6 +28,7 @@ inline bool sees_all(const kv_part& part, position_t query) {
 inline position_span span_of(const kv_part& part, position_t query) {
   if (!part.at.empty()) return {0, part.rows};
   if (part.placeless) return {part.first, part.first + part.rows};
+  query = std::min(query, part.as_of);
   const position_t first = std::max(part.first, query - part.seen_until + 1);
   return {first, std::max(first, std::min(part.first + part.rows, query - part.seen_from + 1))};
 }
@@ -98,6 +100,8 @@ struct query_block {
       kept.first = static_cast<index_t>(before - (span.first - first_of(part)));
       before += span.size();
       if (kept.to != nullptr && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
+      if (in_cache && !part.at.empty() && part.seen_until != kv_part::always && !part.placeless)
+        broken_source("rows with positions of their own, in cache order, have to be seen for ever");
       if (!any || part.k.reader == nullptr) continue;
       rows.num_sink_tokens = first_of(part) + part.pinned;
       if (has_terms) set_terms(part, kv_head, row, count, terms);

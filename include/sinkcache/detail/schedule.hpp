@@ -48,13 +48,13 @@ class schedule {
   // [num_qo_heads, slices], and logits [num_qo_heads, kept] for those who ask for weights.
   static index_t decode_bytes(status& found, const attention_params& params, const kv_source& keys,
                               index_t kept) noexcept {
-    const index_t slices = std::min(max_slices, (keys.capacity() + slice_tokens - 1) / slice_tokens);
+    const index_t slices = keys.capacity() <= 0 ? 0 : most_slices(keys);
     const index_t group = group_size(params, keys);
     const index_t counters = keys.geometry().num_kv_heads * row_blocks(group) * index_t{sizeof(int)};
     const index_t states = checked_product(found, "floats of partial states", slices, state_floats(keys));
     const index_t floats =
         checked_product(found, "bytes of partial states", params.num_qo_heads * index_t{sizeof(float)},
-                        checked_sum(found, "floats of partial states", states, kept));
+                        checked_sum(found, "floats of partial states", states, std::max<index_t>(0, kept)));
     return round_up(checked_sum(found, "bytes of partial states", round_up(counters, 64), floats), 64);
   }
   static shape shape_of(const attention_params& params, const kv_source& keys, index_t tokens) noexcept {
@@ -93,7 +93,8 @@ class schedule {
   }
 
   // Attends with one token per sequence, in slices of the visible tokens. Whoever ends a head's last slice merges them
-  // all, in their order. job(i) is the i-th of `size`, kept(i) how many logits are kept for it.
+  // all, in their order. job(i) is the i-th of `size`, kept(i) how many logits are kept for it, -1
+  // where nobody wants any.
   template <class Job, class Kept>
   void decode(index_t size, const Job& job, const Kept& kept, index_t first_kv_head, index_t num_kv_heads) noexcept {
     auto* const sequences = reinterpret_cast<sequence*>(shared_);
@@ -102,10 +103,9 @@ class schedule {
     for (index_t i = 0; i < size; ++i) {
       const decode_job one = job(i);
       const kv_source& keys = *one.keys;
-      const index_t tokens = keys.num_visible(one.query);
+      const auto tokens = static_cast<index_t>(std::clamp<position_t>(keys.num_visible(one.query), 0, max_position));
       const index_t slice = std::max(slice_tokens, round_up((tokens + max_slices - 1) / max_slices, 64));
-      const index_t most =
-          std::max<index_t>(1, std::min(max_slices, (keys.capacity() + slice_tokens - 1) / slice_tokens));
+      const index_t most = most_slices(keys);
       const index_t slices = std::clamp<index_t>((tokens + slice - 1) / slice, 1, most);
       const index_t blocks = row_blocks(group_size(params_, keys)), counters = keys.geometry().num_kv_heads * blocks;
       status fits;  // was found to fit when memory was reserved
@@ -114,7 +114,7 @@ class schedule {
       of.partials = reinterpret_cast<float*>(at + round_up(counters * index_t{sizeof(int)}, 64));
       of.logits = of.partials + params_.num_qo_heads * most * state_floats(keys);
       std::fill_n(of.missing, counters, static_cast<int>(slices));
-      if (of.kept > 0) std::fill_n(of.logits, params_.num_qo_heads * of.kept, no_logit);
+      if (of.kept >= 0) std::fill_n(of.logits, params_.num_qo_heads * of.kept, no_logit);
       at += decode_bytes(fits, params_, keys, of.kept);
       items += (num_kv_heads < 0 ? keys.geometry().num_kv_heads : num_kv_heads) * blocks * slices;
     }
@@ -172,6 +172,10 @@ class schedule {
   static index_t group_size(const attention_params& params, const kv_source& keys) noexcept {
     return params.num_qo_heads / keys.geometry().num_kv_heads;
   }
+  static index_t most_slices(const kv_source& keys) noexcept {
+    const auto tokens = std::clamp<position_t>(keys.capacity(), 0, max_position);
+    return static_cast<index_t>(std::clamp<position_t>((tokens + slice_tokens - 1) / slice_tokens, 1, max_slices));
+  }
   // Row blocks of a KV head's group, and floats of one partial state: m and d, then o on the next cache line.
   static index_t row_blocks(index_t group) noexcept { return (group + max_item_rows - 1) / max_item_rows; }
   static index_t state_floats(const kv_source& keys) noexcept { return round_up(keys.geometry().v_head_dim, 16) + 16; }
@@ -194,11 +198,11 @@ class schedule {
                            .tokens = 1,
                            .first = job.query,
                            .group = group,
-                           .in_panels = group >= query_rows::panel && of.kept == 0};
+                           .in_panels = group >= query_rows::panel && of.kept < 0};
     const index_t first_head = call.head(kv_head, row);
-    float* const logits = of.logits + first_head * of.kept;
+    float* const logits = of.logits + first_head * std::max<index_t>(0, of.kept);
     call.absorb(kv_head, row, count, i * of.slice, i + 1 < of.slices ? (i + 1) * of.slice : max_position, scratch,
-                {.to = of.kept > 0 ? logits : nullptr, .stride = of.kept});
+                {.to = of.kept >= 0 ? logits : nullptr, .stride = of.kept});
     const auto partial = [&](index_t head, index_t slice) {
       float* const at = of.partials + (head * of.slices + slice) * floats;
       return states{at, at + 1, at + 16, floats - 16};
@@ -222,9 +226,9 @@ class schedule {
       const index_t dim = keys.geometry().v_head_dim;
       const finished result = finish_state(state, params_.softmax.sink(head), dim, job.out + head * dim);
       if (job.lse != nullptr) job.lse[head] = result.lse;
-      if (of.kept > 0) to_weights(logits + r * of.kept, of.kept, *state.m, result.weight);
+      if (of.kept >= 0) to_weights(logits + r * of.kept, of.kept, *state.m, result.weight);
     }
-    if (of.kept > 0) tell(job, kv_head, first_head, count, logits, of.kept, scratch);
+    if (of.kept >= 0) tell(job, kv_head, first_head, count, logits, of.kept, scratch);
   }
 
   // Logits, relative to m and in base 2, become normalised weights.
