@@ -184,9 +184,9 @@ class kv_source {
   // Whether its newest tokens are those of `cache`, which may grow at the end of it.
   virtual bool ends_with(const kv_source& cache) const noexcept { return this == &cache; }
 
-  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen, and min_truncate() <= first +
-  // 1; from -1 to -1 where nothing was seen. What is listed may reach further than what any of them sees; the parts'
-  // rules say what each does. Parts are valid until the source changes.
+  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen, and first + 1 is at least
+  // min_truncate(); from -1 to -1 where nothing was seen. What is listed may reach further than what any of them sees;
+  // the parts' rules say what each does. Parts are valid until the source changes.
   virtual plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept = 0;
 
  protected:
