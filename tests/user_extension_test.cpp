@@ -318,8 +318,6 @@ proof::random_case draw(int seed, index_t tokens = 160) {
   return c;
 }
 
-std::string name_of(const proof::random_case& c) { return c.name(); }
-
 // (a) Heads keep different tokens, in rows in any order.
 
 class scattered final : public subject, public sinkcache::kv_source {
@@ -426,7 +424,7 @@ class scattered final : public subject, public sinkcache::kv_source {
 TEST_CASE("user's source: heads keep different tokens, in rows in any order") {
   for (int i = 0; i < effort::cases(60); ++i) {
     proof::random_case c = draw(500 + i);
-    INFO(name_of(c));
+    INFO(c.name());
     c.layer.num_sink_tokens = 0;  // none is pinned
     effort::dice dice(c.seed + 1);
     const double runs[] = {1, 1.5, 4, 30};
@@ -439,7 +437,7 @@ TEST_CASE("user's source: 300 runs of kept tokens") {
   for (int i = 0; i < 2; ++i) {
     proof::random_case c = draw(560 + i, 640);
     c.layer.num_sink_tokens = 0;
-    INFO(name_of(c));
+    INFO(c.name());
     scattered s(c, 620, 1.05, i == 0);
     CHECK(source_run(c, s).run() == "");
   }
@@ -532,7 +530,7 @@ class tiers final : public subject, public sinkcache::kv_source {
 TEST_CASE("user's source: two tiers of two formats, by the query's position") {
   for (int i = 0; i < effort::cases(60); ++i) {
     const proof::random_case c = draw(600 + i);
-    INFO(name_of(c));
+    INFO(c.name());
     tiers s(c, effort::dice(c.seed).from_to(0, 40));
     CHECK(source_run(c, s).run() == "");
   }
@@ -635,7 +633,7 @@ class joined_run {
 TEST_CASE("user's source: a shared prefix in front of a ring") {
   for (int i = 0; i < effort::cases(50); ++i) {
     const proof::random_case c = draw(700 + i);
-    INFO(name_of(c));
+    INFO(c.name());
     CHECK(joined_run::run(c, effort::dice(c.seed).from_to(1, 50), 0) == "");
   }
 }
@@ -643,7 +641,7 @@ TEST_CASE("user's source: a shared prefix in front of a ring") {
 TEST_CASE("user's source: tokens without positions, before a prefix and a ring") {
   for (int i = 0; i < effort::cases(50); ++i) {
     const proof::random_case c = draw(760 + i);
-    INFO(name_of(c));
+    INFO(c.name());
     effort::dice dice(c.seed);
     CHECK(joined_run::run(c, dice.one_in(2) ? 0 : dice.from_to(1, 30), dice.from_to(1, 20)) == "");
   }
@@ -809,7 +807,7 @@ TEST_CASE("user's source: groups of tokens with a scale per channel, rows with a
   for (int i = 0; i < effort::cases(50); ++i) {
     proof::random_case c = draw(800 + i);
     c.layer.num_sink_tokens = 0;
-    INFO(name_of(c));
+    INFO(c.name());
     grouped s(c, effort::dice(c.seed).from_to(0, 40));
     CHECK(source_run(c, s).run() == "");
   }
@@ -880,7 +878,7 @@ TEST_CASE("user's source: shuffled pages") {
   for (int i = 0; i < effort::cases(50); ++i) {
     proof::random_case c = draw(900 + i);
     c.layer.num_sink_tokens = 0;
-    INFO(name_of(c));
+    INFO(c.name());
     paged s(c, effort::dice(c.seed).from_to(1, 40));
     CHECK(source_run(c, s).run() == "");
   }
@@ -985,7 +983,7 @@ TEST_CASE("user's cache: the smallest TOVA keeps what its formula keeps, in any 
   for (int i = 0; i < effort::cases(40); ++i) {
     proof::random_case c = draw(1000 + i, 120);
     c.layer.num_sink_tokens = 0;
-    INFO(name_of(c));
+    INFO(c.name());
     effort::dice dice(c.seed);
     const index_t interval = dice.from_to(1, 30), budget = dice.from_to(1, 60), heads = c.config.num_kv_heads;
     const index_t dim = c.config.head_dim, v_dim = c.config.v_head_dim, qo_heads = c.params.num_qo_heads;

@@ -182,10 +182,9 @@ class attention {
   // concurrency; with weights: where somebody wants those.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
     status found;
-    const index_t shared = detail::schedule::decode_bytes(found, params_, keys, weights ? keys.capacity() : -1);
-    const index_t bytes = detail::schedule::bytes(
-        found, concurrency, detail::schedule::shape_of(params_, keys, tokens),
-        detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1), shared));
+    const index_t shared = shared_bytes(found, keys, weights ? keys.capacity() : -1);
+    const index_t bytes =
+        detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);
     found.or_fail();
     return bytes;
   }
@@ -213,10 +212,14 @@ class attention {
 
   static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
+  // What workers share in a call over one source, with so many logits kept per query head; -1: none.
+  index_t shared_bytes(status& found, const kv_source& keys, index_t kept) const noexcept {
+    return detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1),
+                               detail::schedule::decode_bytes(found, params_, keys, kept));
+  }
   status reserve(detail::schedule& schedule, const kv_source& keys, index_t tokens, index_t kept) const noexcept {
     status found;
-    const index_t shared = detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1),
-                                               detail::schedule::decode_bytes(found, params_, keys, kept));
+    const index_t shared = shared_bytes(found, keys, kept);
     return found ? schedule.reserve(detail::schedule::shape_of(params_, keys, tokens), shared) : found;
   }
 
