@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
+#include <map>
 #include <numbers>
+#include <sstream>
 
 #include "catch.hpp"
 #include "effort.hpp"
@@ -617,6 +620,143 @@ TEST_CASE("oracle: a planted key is kept by what asks for it", "[eviction_oracle
     CHECK_FALSE(holds(tova, now_and_then, seed));
     for (const eviction_policy* policy : {&window, &h2o, &snapkv, &tova}) CHECK_FALSE(holds(*policy, never, seed));
   }
+}
+
+namespace {
+
+// What the authors' own code gave for one stream: tests/eviction_golden.
+struct golden_scores {
+  golden_scores() {
+    std::ifstream stream(SINKCACHE_SOURCE_DIR "/tests/eviction_golden/stream.txt");
+    for (std::string line; std::getline(stream, line);) {
+      std::istringstream numbers(line);
+      doubles& row = tokens.emplace_back(32);
+      for (double& x : row) numbers >> x;
+    }
+    std::ifstream scores(SINKCACHE_SOURCE_DIR "/tests/eviction_golden/scores.txt");
+    std::size_t head = 0, n = 0;
+    for (std::string name; scores >> name >> head >> n;) {
+      doubles row(n);
+      for (double& x : row) scores >> x;
+      of[name].push_back(row);
+    }
+  }
+  // The stream is of 4 query heads and 2 KV heads of 4 dimensions.
+  eviction_oracle run(const eviction_policy& policy, stream_position sinks, stream_position budget,
+                      stream_position interval, bool in_cache, std::optional<double> adaptive = {}) const {
+    eviction_setup setup;
+    setup.kv_heads = 2;
+    setup.qo_heads = setup.d = setup.dv = 4;
+    setup.in_cache = in_cache;
+    setup.inv_freq = {1, .1};
+    setup.sm_scale = .5;
+    setup.num_sink_tokens = sinks;
+    setup.budget = budget;
+    setup.interval = interval;
+    setup.adaptive = adaptive;
+    setup.policy = policy;
+    eviction_oracle oracle(setup);
+    for (const doubles& row : tokens)
+      oracle.feed({row.begin(), row.begin() + 16}, {row.begin() + 16, row.begin() + 24}, {row.begin() + 24, row.end()});
+    return oracle;
+  }
+
+  std::vector<doubles> tokens;
+  std::map<std::string, std::vector<doubles>> of;
+};
+
+// The rows that the policy scores and nobody forces.
+void require_like_golden(const eviction_event& event, const std::vector<doubles>& golden, double factor,
+                         std::ptrdiff_t rows) {
+  REQUIRE(golden.size() == event.heads.size());
+  for (std::size_t h = 0; h < golden.size(); ++h) {
+    const head_event& head = event.heads[h];
+    std::ptrdiff_t compared = 0;
+    for (std::size_t j = 0; j < head.scores.size(); ++j) {
+      if (head.forced[j] || std::isinf(head.scores[j])) continue;
+      INFO("head " << h << ", row " << j);
+      REQUIRE(j < golden[h].size());
+      CHECK(std::abs(head.scores[j] - factor * golden[h][j]) <= 1e-6 * head.largest);
+      ++compared;
+    }
+    CHECK(compared == rows);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("oracle: kvpress scores a prompt alike", "[eviction_oracle]") {
+  struct press {
+    const char* name;
+    eviction_policy policy;
+    stream_position sinks;
+    double factor;
+    std::ptrdiff_t rows;
+  };
+  const golden_scores golden;
+  REQUIRE(golden.tokens.size() == 36);
+  const std::vector<press> presses = {
+      {"knorm", {"knorm"}, 0, 1, 36},
+      {"keydiff", {"keydiff"}, 0, 1, 36},
+      {"snapkv", {"snapkv", {{"kernel", 5.}, {"pool", "avg"}}}, 0, 1, 28},
+      {"h2o", {"h2o", {{"normalise", "lifetime"}}}, 0, 1, 36},
+      {"lagkv", {"lagkv", {{"lag", 7.}}}, 4, 1, 21},
+      {"lagkv_cross", {"lagkv", {{"lag", 7.}, {"cross", 1.}}}, 4, 2, 21},  // the press takes the mean of both
+      {"expected_attention", {"expected_attention"}, 4, 1, 32},
+      {"expected_attention_mean", {"expected_attention", {{"T", 16.}, {"covariance", 0.}, {"vnorm", 0.}}}, 4, 1, 32},
+      {"expected_attention_epsilon", {"expected_attention", {{"T", 16.}, {"epsilon", .02}}}, 4, 1, 32},
+  };
+  for (const press& press : presses)
+    for (bool in_cache : {true, false}) {
+      INFO(press.name);
+      const eviction_oracle oracle = golden.run(press.policy, press.sinks, 22, 36, in_cache);
+      REQUIRE(oracle.events().size() == 1);
+      require_like_golden(oracle.events()[0], golden.of.at(press.name), press.factor, press.rows);
+    }
+
+  // The press forces the last token, we do not.
+  eviction_event tova = golden.run({"tova"}, 0, 22, 36, true).events().at(0);
+  for (head_event& head : tova.heads) head.forced.back() = true;
+  require_like_golden(tova, golden.of.at("tova"), 1, 35);
+
+  const eviction_event ada = golden.run({"keydiff"}, 0, 18, 36, true, .2).events().at(0);
+  for (std::size_t h = 0; h < 2; ++h) {
+    positions_list kept;
+    for (std::size_t j = 0; j < 36; ++j)
+      if (golden.of.at("adakv_leaves").at(h).at(j) == 0) kept.push_back(static_cast<stream_position>(j));
+    CHECK(ada.heads[h].kept == kept);
+  }
+  CHECK(ada.heads[0].kept.size() != ada.heads[1].kept.size());
+}
+
+TEST_CASE("oracle: R-KV and G-KV score and keep alike, event after event", "[eviction_oracle]") {
+  const golden_scores golden;
+  const auto with = [](eviction_policy policy) {
+    policy.given["window"] = 6.;
+    if (policy.name != "gkv") policy.given["kernel"] = 5.;
+    return policy;
+  };
+  const auto check = [&](const std::string& name, const eviction_policy& policy, std::size_t events) {
+    INFO(name);
+    const eviction_oracle oracle = golden.run(with(policy), 0, 18, 12, false);
+    REQUIRE(oracle.events().size() == 2);
+    for (std::size_t i = 0; i < events; ++i) {
+      const eviction_event& event = oracle.events()[i];
+      const std::string key = name + "_" + std::to_string(event.seen);
+      const auto before = static_cast<std::ptrdiff_t>(event.heads[0].before.size());
+      require_like_golden(event, golden.of.at(key), 1, before - 6);
+      if (name == "snapkv_rkv") continue;  // ties
+      for (std::size_t h = 0; h < 2; ++h) {
+        const doubles& kept = golden.of.at(key + "_kept").at(h);
+        CHECK(event.heads[h].kept == positions_list(kept.begin(), kept.end()));
+      }
+    }
+  };
+  check("rkv", {"rkv"}, 2);
+  check("snapkv_rkv", {"snapkv", {{"form", "rkv"}}}, 1);
+  check("gkv_max", {"gkv"}, 2);
+  check("gkv_mean", {"gkv", {{"combine", "mean"}}}, 2);
+  check("gkv_sum", {"gkv", {{"combine", "sum"}, {"kernel", 5.}, {"redundancy", 1.}}}, 2);
 }
 
 }  // namespace proof
