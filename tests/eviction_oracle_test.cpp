@@ -1,4 +1,4 @@
-// The eviction oracle against numbers worked out by hand, and against what is true of every policy.
+// The eviction oracle against numbers worked out by hand, what is true of every policy, and the authors' own code.
 
 #include "eviction_oracle.hpp"
 
@@ -757,6 +757,51 @@ TEST_CASE("oracle: R-KV and G-KV score and keep alike, event after event", "[evi
   check("gkv_max", {"gkv"}, 2);
   check("gkv_mean", {"gkv", {{"combine", "mean"}}}, 2);
   check("gkv_sum", {"gkv", {{"combine", "sum"}, {"kernel", 5.}, {"redundancy", 1.}}}, 2);
+}
+
+TEST_CASE("oracle: H2O's and TOVA's own caches keep alike, token by token", "[eviction_oracle]") {
+  const golden_scores golden;
+  for (bool in_cache : {true, false}) {
+    const std::string mode = in_cache ? "in_cache" : "absolute";
+    INFO(mode);
+    eviction_setup setup;
+    setup.kv_heads = setup.qo_heads = 2;  // H2O's knows no groups: the first query head of each
+    setup.d = setup.dv = 4;
+    setup.in_cache = in_cache;
+    setup.inv_freq = {1, .1};
+    setup.sm_scale = .5;
+    setup.recent = 6;
+    setup.budget = 14;
+    setup.policy = {"h2o"};
+    eviction_oracle h2o(setup);
+    setup.qo_heads = 4;
+    setup.recent = 0;
+    setup.policy = {"tova"};
+    eviction_oracle tova(setup);
+    for (const doubles& row : golden.tokens) {
+      const doubles k(row.begin() + 16, row.begin() + 24), v(row.begin() + 24, row.end());
+      doubles q(row.begin(), row.begin() + 4);
+      q.insert(q.end(), row.begin() + 8, row.begin() + 12);
+      h2o.feed(q, k, v);
+      tova.feed({row.begin(), row.begin() + 16}, k, v);
+    }
+    CHECK(h2o.events().size() == 36 - 14);
+    for (std::size_t head = 0; head < 2; ++head) {
+      const auto positions_of = [&](const char* name) {
+        const doubles& kept = golden.of.at(name + mode + "_kept").at(head);
+        return positions_list(kept.begin(), kept.end());
+      };
+      CHECK(h2o.kept(head) == positions_of("h2o_"));
+      CHECK(tova.kept(head) == positions_of("tova_"));
+      const head_event& last = h2o.events().back().heads[head];
+      doubles sums;
+      for (std::size_t j = 0; j < last.before.size(); ++j)
+        if (std::binary_search(last.kept.begin(), last.kept.end(), last.before[j])) sums.push_back(last.scores[j]);
+      const doubles& expected = golden.of.at("h2o_" + mode).at(head);
+      REQUIRE(sums.size() == expected.size());
+      for (std::size_t j = 0; j < sums.size(); ++j) CHECK(std::abs(sums[j] - expected[j]) <= 1e-6 * last.largest);
+    }
+  }
 }
 
 }  // namespace proof

@@ -3,10 +3,12 @@
 
   pip download --no-deps kvpress==0.5.5, unpacked
   https://github.com/Zefan-Cai/R-KV at d15c976, https://github.com/microsoft/G-KV at 6db3b2e
+  https://github.com/FMInference/H2O at ac75c2a, https://github.com/schwartz-lab-NLP/TOVA at 9c7d09b
 
-  make_golden.py KVPRESS R_KV G_KV     writes stream.txt and scores.txt beside itself
+  make_golden.py KVPRESS R_KV G_KV H2O TOVA     writes stream.txt and scores.txt beside itself
 """
 
+import ast
 import os
 import random
 import sys
@@ -197,8 +199,58 @@ def by_g_kv(path, q, k, record):
         run_events(compress, 18, 12, TOKENS, q, k, record, f"gkv_{method}")
 
 
+def class_of(path, name, **names):
+    """One class out of a file whose imports are not here."""
+    with open(path) as file:
+        tree = ast.parse(file.read())
+    tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    space = {"torch": torch, "Any": object, "Dict": dict, "List": list, "Optional": __import__("typing").Optional,
+             "Tuple": tuple, **names}
+    exec(compile(tree, path, "exec"), space)
+    return space[name]
+
+
+def by_token(reduce, in_cache, q, k):
+    """Decode with a cache that `reduce(keys, carried, weights)` cuts after every token; what is held at the end."""
+    heads = k.shape[1]
+    keys, carried = k[:, :, :0], k[:, :, :0]
+    for t in range(TOKENS):
+        keys = torch.cat((keys, k[:, :, t:t + 1]), dim=2)
+        carried = torch.cat((carried, torch.full((1, heads, 1, DIM), float(t))), dim=2)
+        n = keys.shape[2]
+        weights = []
+        for head in range(q.shape[1]):
+            kv_head = head * heads // q.shape[1]
+            at = torch.arange(n) if in_cache else carried[0, kv_head, :, 0]
+            row = turned(q[:, head:head + 1, t:t + 1], at[-1:]) @ turned(keys[:, kv_head:kv_head + 1], at).transpose(2, 3)
+            weights.append((row / DIM**0.5).softmax(-1))
+        keys, carried = reduce(keys, carried, torch.cat(weights, dim=1))
+    return carried[0, :, :, 0]
+
+
+def by_h2o_and_tova(h2o, tova, q, k, record):
+    make_h2o = class_of(os.path.join(h2o, "h2o_hf", "utils_real_drop", "modify_llama.py"), "H2OKVCache_LayerWise")
+    make_tova = class_of(os.path.join(tova, "src", "tova_cache.py"), "TOVACache", DynamicCache=object)
+    for mode in ("absolute", "in_cache"):
+        cache = make_h2o(hh_size=8, recent_size=6)
+        # It knows no groups: the first query head of each.
+        held = by_token(lambda keys, carried, weights: cache((keys, carried), weights), mode == "in_cache",
+                        q[:, ::QO_HEADS // KV_HEADS], k)
+        record(f"h2o_{mode}", cache.hh_score)
+        record(f"h2o_{mode}_kept", held)
+
+        cut = make_tova(14)
+
+        def reduce(keys, carried, weights):
+            cut.key_cache, cut.value_cache = [keys], [carried]
+            cut.reduce(0, weights)
+            return cut.key_cache[0], cut.value_cache[0]
+
+        record(f"tova_{mode}_kept", by_token(reduce, mode == "in_cache", q, k))
+
+
 def main():
-    kvpress, r_kv, g_kv = sys.argv[1:4]
+    kvpress, r_kv, g_kv, h2o, tova = sys.argv[1:6]
     dice = random.Random(4)
 
     def rows(heads):
@@ -219,6 +271,7 @@ def main():
         by_kvpress(load_kvpress(kvpress), q, k, v, record)
         by_r_kv(r_kv, q, k, record)
         by_g_kv(g_kv, q, k, record)
+        by_h2o_and_tova(h2o, tova, q, k, record)
 
 
 main()
