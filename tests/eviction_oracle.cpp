@@ -658,15 +658,17 @@ void eviction_oracle::choose_fifo(std::size_t head, head_event& event) {
     const auto first = unjudged.begin() + static_cast<std::ptrdiff_t>(p * lag),
                end = first + static_cast<std::ptrdiff_t>(lag);
     const std::vector<std::size_t> part(first, end), next(end, end + static_cast<std::ptrdiff_t>(lag));
-    if (part.back() + static_cast<std::size_t>(setup_.recent) >= rows.size()) break;
     const doubles totals = lag_totals(rows, part, next);
     std::vector<entry> entries;
     for (std::size_t i = 0; i < lag; ++i) entries.push_back({0, part[i], totals[i], rows[part[i]].at, false});
     std::sort(entries.begin(), entries.end(),
               [](const entry& a, const entry& b) { return stays_before(a.score, a.at, b.score, b.at); });
     for (std::size_t i = 0; i < lag; ++i) {
-      event.scores[entries[i].row] = entries[i].score;
-      rows[entries[i].row].judged = entries[i].kept = stays[entries[i].row] = i < best;
+      const std::size_t row = entries[i].row;
+      event.scores[row] = entries[i].score;
+      entries[i].kept = i < best;
+      rows[row].judged = true;
+      stays[row] = i < best || row + static_cast<std::size_t>(setup_.recent) >= rows.size();
     }
     event.margin = std::min(event.margin, margin(entries, {head_scores{}}, largest_finite(totals)));
   }

@@ -40,8 +40,8 @@
 //     t(x) = softmax over partition p of std_c(z_c), divisor d - 1; total = t(key) + v_ratio t(value).
 //     rescore: score = rank of the total in its partition / lag, 0 the lowest. cross=1: the total itself.
 //     fifo: rows are judged once, where an event is due. u is the unpinned rows not yet judged. Of each partition
-//       p < P - 1 that holds none of the newest `recent` rows, the best int(ratio lag) stay and are judged, the others
-//       leave. Then, while the head holds more than its budget, its oldest row leaves that is neither pinned nor among
+//       p < P - 1 the best int(ratio lag) stay, the others leave, but for the newest `recent` (decision 7); all are
+//       judged. Then, while the head holds more than its budget, its oldest row leaves that is neither pinned nor among
 //       the newest max(recent, lag + m mod lag). Scores that are given out: the totals of rows judged at this event.
 //   rkv: L_qj = max over G of l_qj for the last W queries; imp = mean_q softmax over j < n - W of L_qj, then max_pool;
 //     C_ij = cos(k_i, k_j) over all n, C_ii = 0; in every row i the largest j with C_ij > 0.5 (0 if none) becomes 0;
