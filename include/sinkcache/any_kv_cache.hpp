@@ -118,6 +118,7 @@ class any_kv_cache : public kv_source {
   status try_append(const_matrix_view k, const_matrix_view v) noexcept {
     status found;
     require_tokens(found, k.rows(), k, v);
+    require_learned(found, k.rows());
     if (!found) return found;
     for (index_t row = 0, n; row < k.rows(); row += n) {
       n = next_block(k.rows() - row);
@@ -144,6 +145,10 @@ class any_kv_cache : public kv_source {
 
   // Forgets all tokens.
   virtual void clear() noexcept = 0;
+
+  // Adds to `found` why so many tokens cannot come before their queries do: a cache that evicts by what queries give
+  // tokens has to have learned from all of them where it evicts.
+  virtual void require_learned(status& /*found*/, index_t /*tokens*/) const noexcept {}
 
   // Adds to `found` that this cache was moved from, if so.
   void require_memory(status& found) const noexcept {

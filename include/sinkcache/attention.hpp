@@ -63,14 +63,18 @@ class attention {
   status try_decode(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}) const noexcept {
     status found = detail::check_decode(params_, q, keys, out, extra.lse);
-    if (found)
-      decode_one({.q = q.row(0),
-                  .keys = &keys,
-                  .query = keys.seen() - 1,
-                  .out = out.row(0),
-                  .lse = lse_of(extra.lse),
-                  .weights = extra.weights},
-                 workspace, found);
+    const attention_call call = call_of(q, keys, keys.seen() - 1);
+    if (found && extra.weights != nullptr) extra.weights->require(found, call);
+    if (!found) return found;
+    if (extra.weights != nullptr) extra.weights->begin(call);
+    decode_one({.q = q.row(0),
+                .keys = &keys,
+                .query = keys.seen() - 1,
+                .out = out.row(0),
+                .lse = lse_of(extra.lse),
+                .weights = extra.weights},
+               workspace, found);
+    if (found && extra.weights != nullptr) extra.weights->end(call, *this, workspace);
     return found;
   }
   void decode(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
@@ -92,6 +96,16 @@ class attention {
     status found;
     for (const decode_item& item : batch) detail::require_item(found, params_, item.q, item.keys, item.out, item.lse);
     if (!found || batch.empty()) return found;
+    const auto learners = [&](const auto& tell) {
+      for (const decode_item& item : batch)
+        if (item.weights != nullptr) {
+          const const_matrix_view q(item.q.data(), 1, static_cast<index_t>(item.q.size()));
+          tell(*item.weights, call_of(q, *item.keys, item.keys->seen() - 1));
+        }
+    };
+    learners([&](const weight_reader& reader, const attention_call& call) { reader.require(found, call); });
+    if (!found) return found;
+    learners([](weight_reader& reader, const attention_call& call) { reader.begin(call); });
     const auto job = [&](index_t i) -> detail::decode_job {
       const decode_item& item = batch[static_cast<std::size_t>(i)];
       return {.q = item.q.data(),
@@ -102,6 +116,7 @@ class attention {
               .weights = item.weights};
     };
     decode_all(static_cast<index_t>(batch.size()), job, workspace, found);
+    if (found) learners([&](weight_reader& reader, const attention_call& call) { reader.end(call, *this, workspace); });
     return found;
   }
 
@@ -115,8 +130,15 @@ class attention {
                     const extra_outputs& extra = {}, const call_part& part = {}) const noexcept {
     status found = detail::check_attend(params_, q, keys, out, extra.lse);
     const call_part whole = detail::whole_part(found, part, keys.geometry().num_kv_heads, q.rows());
-    if (found && whole.num_rows > 0 && whole.num_kv_heads > 0)
-      attend_rows(q, keys, out, keys.seen() - q.rows(), workspace, extra, whole, found);
+    if (!found) return found;
+    const const_matrix_view rows(q.row(whole.first_row), whole.num_rows, q.cols(), q.stride());
+    const attention_call call{
+        params_, keys, rows, keys.seen() - q.rows() + whole.first_row, whole.first_kv_head, whole.num_kv_heads};
+    if (found && extra.weights != nullptr) extra.weights->require(found, call);
+    if (!found || whole.num_rows == 0 || whole.num_kv_heads == 0) return found;
+    if (extra.weights != nullptr) extra.weights->begin(call);
+    attend_rows(q, keys, out, keys.seen() - q.rows(), workspace, extra, whole, found);
+    if (found && extra.weights != nullptr) extra.weights->end(call, *this, workspace);
     return found;
   }
   void attend(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
@@ -163,17 +185,23 @@ class attention {
                      const extra_outputs& extra = {}) const noexcept {
     status found = detail::check_prefill(params_, q, k, v, cache, keys, out, extra.lse);
     const index_t tokens = q.rows(), kv_heads = cache.geometry().num_kv_heads;
-    if (!found || tokens == 0) return found;
     const learning both(cache, extra.weights);
+    weight_reader* const reader = both.reader();
+    if (found && reader != nullptr) reader->require(found, call_of(q, keys, keys.seen()));
+    if (!found || tokens == 0) return found;
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, tokens, both.reader() == nullptr ? -1 : keys.capacity());
-    if (!found) return found;
     for (index_t row = 0, n; row < tokens; row += n) {
+      if (row == 0 || reader != nullptr)  // a reader's own calls may have taken the memory
+        found = reserve(schedule, keys, tokens, reader == nullptr ? -1 : keys.capacity());
+      if (!found) return found;
       n = cache.next_block(tokens - row);
       schedule.for_heads(kv_heads, [&](index_t head) { cache.write(head, 1, k, v, row, n); });
       cache.advance(n);
-      const call_part block{0, kv_heads, row, n};
-      attend_block(schedule, q, keys, out, keys.seen() - n - row, {extra.lse, both.reader()}, block, n);
+      const attention_call call =
+          call_of(const_matrix_view(q.row(row), n, q.cols(), q.stride()), keys, keys.seen() - n);
+      if (reader != nullptr) reader->begin(call);
+      attend_block(schedule, q, keys, out, keys.seen() - n - row, {extra.lse, reader}, {0, kv_heads, row, n}, n);
+      if (reader != nullptr) reader->end(call, *this, workspace);
     }
     return found;
   }
@@ -205,11 +233,26 @@ class attention {
       if (learner_->wants(tile.query)) learner_->read(tile);
       if (other_->wants(tile.query)) other_->read(tile);
     }
+    void require(status& found, const attention_call& call) const noexcept override {
+      learner_->require(found, call);
+      other_->require(found, call);
+    }
+    void begin(const attention_call& call) noexcept override {
+      learner_->begin(call);
+      other_->begin(call);
+    }
+    void end(const attention_call& call, const attention& by, workspace& memory) noexcept override {
+      learner_->end(call, by, memory);
+      other_->end(call, by, memory);
+    }
 
    private:
     weight_reader *learner_, *other_;
   };
 
+  attention_call call_of(const_matrix_view q, const kv_source& keys, position_t first) const noexcept {
+    return {params_, keys, q, first, 0, keys.geometry().num_kv_heads};
+  }
   static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
   // What workers share in a call over one source, with so many logits kept per query head; -1: none.

@@ -110,10 +110,10 @@ inline status check_attend(const attention_params& params, const_matrix_view q, 
   require_seen(found, keys);
   found.require(q.rows() <= keys.seen(), "q.rows()", q.rows(), "at most what was stored,", keys.seen());
   if (found && q.rows() > 1) {
-    const position_t oldest = keys.seen() - q.rows() + 1, smallest = keys.min_truncate();
-    if (oldest < smallest)
+    const position_t oldest = keys.oldest_query();
+    if (keys.seen() - q.rows() < oldest)
       found.refuse("q.rows() was {}, had to be at most {}: what older tokens saw is overwritten", q.rows(),
-                   keys.seen() - smallest + 1);
+                   keys.seen() - oldest);
   }
   return found;
 }

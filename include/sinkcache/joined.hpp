@@ -146,6 +146,9 @@ class joined_source final : public kv_source {
     const position_t smallest = sources_.back()->min_truncate();
     return smallest == 0 ? before_ : before_ + smallest;
   }
+  position_t oldest_query() const noexcept override {
+    return sources_.empty() ? 0 : before_ + sources_.back()->oldest_query();
+  }
   index_t max_parts() const noexcept override {
     return sum([](const kv_source& s) { return s.max_parts(); });
   }

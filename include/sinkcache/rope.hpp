@@ -153,6 +153,7 @@ class rope {
 
   index_t width() const { return 2 * pairs_; }  // dimensions that turn
   float attention_factor() const { return attention_factor_; }
+  rope_pairing pairing() const { return pairing_; }
 
   // The angles of `position`; `scaled` says whether they carry the attention factor. Each within 1e-7.
   void angles_at(position_t position, bool scaled, angles& out) const noexcept {

@@ -22,7 +22,11 @@
 //   detail/query_block.hpp  how query rows go over the parts of a plan
 //   detail/absorb.hpp     the hot loop
 //
-// fmt.hpp, which prints caches, configurations and statuses, is not included here: it alone needs fmt.
+// Not included here, for what they cost to compile:
+//   scored_kv_cache.hpp   a cache that evicts by score; eviction.hpp has its rules, scorer.hpp what a scorer is
+//   policies.hpp, key_policies.hpp, redundancy_policies.hpp   scorers: H2O, TOVA, SnapKV, KeyDiff, LagKV, R-KV ...
+//   named_policies.hpp    all of them by name
+//   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
 #include "any_kv_cache.hpp"
 #include "attention.hpp"

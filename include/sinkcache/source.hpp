@@ -17,9 +17,14 @@
 
 #include "detail/macros_off.hpp"
 #include "format.hpp"
+#include "matrix.hpp"
 #include "rope.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
+
+class attention;
+class workspace;
+struct attention_params;
 
 enum class positions {
   in_cache,  // tokens count as neighbours of those that are still visible before and after them (StreamingLLM)
@@ -178,14 +183,18 @@ class kv_source {
   // The smallest count of tokens from which on all that was visible after so many is still stored.
   virtual position_t min_truncate() const noexcept = 0;
 
+  // The oldest query whose plan is still what it was: not that of a cache which has put rows aside since, though it
+  // could take them back.
+  virtual position_t oldest_query() const noexcept { return std::max<position_t>(0, min_truncate() - 1); }
+
   // Most parts of a plan.
   virtual index_t max_parts() const noexcept = 0;
 
   // Whether its newest tokens are those of `cache`, which may grow at the end of it.
   virtual bool ends_with(const kv_source& cache) const noexcept { return this == &cache; }
 
-  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen, and first + 1 is at least
-  // min_truncate(); from -1 to -1 where nothing was seen. What is listed may reach further than what any of them sees;
+  // Appends to `parts` what the queries [first, last] of a KV head may see. Each was seen, and first is at least
+  // oldest_query(); from -1 to -1 where nothing was seen. What is listed may reach further than what any of them sees;
   // the parts' rules say what each does. Parts are valid until the source changes.
   virtual plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept = 0;
 
@@ -219,12 +228,29 @@ struct weight_tile {
   float weight(index_t j, index_t head) const { return w[static_cast<std::size_t>(head * stride + j)]; }
 };
 
+// A call of attention, as those are told who learn from it: rows of q [tokens, num_qo_heads * head_dim], the first of
+// which is the query at `first` of `keys`, and the KV heads that it is for.
+struct attention_call {
+  const attention_params& params;
+  const kv_source& keys;
+  const_matrix_view q;
+  position_t first;
+  index_t first_kv_head, num_kv_heads;
+};
+
 // Who wants to know what queries give tokens. Tiles of one KV head come one after the other, those of others may come
 // from other threads meanwhile.
 class weight_reader {
  public:
   virtual bool wants(position_t query) const noexcept = 0;
   virtual void read(const weight_tile& tile) noexcept = 0;
+
+  // For those who learn from queries, too. Every call asks first whether it may be made, then tells of its queries
+  // before it attends and when it has; `end` may itself attend with what it is given. Calls for other KV heads may run
+  // meanwhile.
+  virtual void require(status& /*found*/, const attention_call& /*call*/) const noexcept {}
+  virtual void begin(const attention_call& /*call*/) noexcept {}
+  virtual void end(const attention_call& /*call*/, const attention& /*by*/, workspace& /*memory*/) noexcept {}
 
  protected:
   weight_reader() = default;

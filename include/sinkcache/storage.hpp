@@ -57,6 +57,23 @@ inline std::pmr::memory_resource* default_resource() noexcept {
 
 namespace detail {
 
+// Memory of a cache, and where it came from.
+inline constexpr std::size_t cache_alignment = 64;
+struct give_back {
+  std::pmr::memory_resource* resource = nullptr;
+  std::size_t bytes = 0;
+
+  void operator()(std::byte* memory) const { resource->deallocate(memory, bytes, cache_alignment); }
+};
+using cache_memory = std::unique_ptr<std::byte, give_back>;
+
+// Null where the resource had none, and exceptions are off.
+inline cache_memory take_memory(std::size_t bytes, std::pmr::memory_resource* resource) {
+  // Volatile: a resource that may not throw returns null, which libstdc++ tells the compiler never happens.
+  void* volatile memory = resource->allocate(bytes, cache_alignment);
+  return {static_cast<std::byte*>(memory), {resource, bytes}};
+}
+
 // [num_kv_heads, rows] blocks of keys, then as many of values; a head's rows lie together (HND).
 template <kv_format K, kv_format V>
 class storage {
@@ -70,9 +87,7 @@ class storage {
       : rows_(rows), k_block_(K::block_bytes(head_dim)), v_block_(V::block_bytes(v_head_dim)) {
     const std::size_t bytes = required_bytes(num_kv_heads, rows, head_dim, v_head_dim);
     v_offset_ = num_kv_heads * rows * k_block_;
-    // Volatile: a resource that may not throw returns null, which libstdc++ tells the compiler never happens.
-    void* volatile memory = resource->allocate(bytes, alignment);
-    memory_ = {static_cast<std::byte*>(memory), {resource, bytes}};
+    memory_ = take_memory(bytes, resource);
   }
 
   static std::size_t required_bytes(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim) {
@@ -103,8 +118,6 @@ class storage {
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
  private:
-  static constexpr std::size_t alignment = 64;
-
   template <kv_format F>
   static index_t block_bytes(status& found, index_t dim) noexcept {
     const index_t bytes = F::block_bytes(dim);
@@ -112,15 +125,8 @@ class storage {
     return bytes;
   }
 
-  struct give_back {
-    std::pmr::memory_resource* resource;
-    std::size_t bytes;
-
-    void operator()(std::byte* memory) const { resource->deallocate(memory, bytes, alignment); }
-  };
-
   index_t rows_, k_block_, v_block_, v_offset_ = 0;
-  std::unique_ptr<std::byte, give_back> memory_;
+  cache_memory memory_;
 };
 
 }  // namespace detail

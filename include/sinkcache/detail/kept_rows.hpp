@@ -1,0 +1,308 @@
+#pragma once
+
+// The rows of a cache that evicts by score: keys, values and what belongs to them, in one allocation; and what left
+// lately, so that it can come back.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <memory_resource>
+#include <span>
+
+#include "../source.hpp"
+#include "macros_off.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// How rows of one format are written and read.
+struct row_format {
+  const kv_reader* reader;
+  index_t (*block_bytes)(index_t dim);
+  void (*encode)(const float* row, index_t dim, std::byte* to) noexcept;
+  std::string_view name;
+};
+
+template <kv_format F>
+inline constexpr row_format row_format_of{
+    &reader_of<F>, [](index_t dim) -> index_t { return F::block_bytes(dim); },
+    [](const float* row, index_t dim, std::byte* to) noexcept { F::encode(row, dim, to); }, format_name<F>()};
+
+// Lays arrays one after the other: without memory it only counts their bytes.
+class carver {
+ public:
+  carver(status& found, std::byte* memory) noexcept : found_(found), memory_(memory) {}
+
+  template <class T>
+  void take(T*& to, index_t a, index_t b = 1) noexcept {
+    const index_t n = checked_product(found_, "rows of a cache", a, b);
+    const index_t size = checked_product(found_, "bytes of a cache", n, index_t{sizeof(T)});
+    to = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ = checked_sum(found_, "bytes of a cache", bytes_, checked_sum(found_, "bytes of a cache", size, 63) & -64);
+  }
+  index_t bytes() const { return bytes_; }
+
+ private:
+  status& found_;
+  std::byte* memory_;
+  index_t bytes_ = 0;
+};
+
+// Of one KV head: rows [first, first + n) of the pool are held, up to `first + room` may be. From row `tail` on
+// positions follow each other.
+struct held_rows {
+  index_t first, room, n, tail, budget;
+  double mass, bound;  // accounts: what was evicted in all, the largest bound so far
+};
+
+// What is known of an event that may have to be undone. `undone`: it was, up to its own place of the stream; it is
+// applied again as it was.
+struct event_record {
+  position_t seen, before;    // and where the event before it was
+  std::int64_t first, count;  // of rows that left, among all that ever did
+  bool undone;
+};
+
+struct evicted_row {
+  std::int32_t kv_head, row;  // row of the head, as it lay before the event
+};
+
+struct kept_sizes {
+  row_format k, v;
+  index_t num_kv_heads, head_dim, v_head_dim;
+  index_t rows;  // of the pool, all heads
+  index_t undo_rows, events;
+  bool sums, carried, given;
+};
+
+class kept_rows {
+ public:
+  kept_rows() = default;
+
+  void carve(carver& c, const kept_sizes& of) noexcept {
+    of_ = of;
+    k_block_ = of.k.block_bytes(of.head_dim);
+    v_block_ = of.v.block_bytes(of.v_head_dim);
+    const index_t all = of.rows + of.undo_rows;
+    c.take(k_, all, k_block_);
+    c.take(v_, all, v_block_);
+    c.take(heads_, of.num_kv_heads);
+    c.take(at_, all);
+    c.take(sums_, of.sums ? all : 0);
+    c.take(carried_, of.carried ? all : 0);
+    c.take(given_, of.given ? all : 0);
+    c.take(evicted_, of.undo_rows);
+    c.take(events_, of.events);
+    c.take(heads_before_, of.events, of.num_kv_heads);
+    c.take(carried_other_, of.carried ? of.events : 0, of.rows);
+  }
+
+  held_rows& head(index_t h) const { return heads_[h]; }
+  std::span<const position_t> at(index_t h) const {
+    return {at_ + heads_[h].first, static_cast<std::size_t>(heads_[h].n)};
+  }
+  std::int64_t* sums(index_t h) const { return sums_ + heads_[h].first; }
+  float* carried(index_t h) const { return carried_ + heads_[h].first; }
+  float* given(index_t h) const { return given_ + heads_[h].first; }
+  kv_rows k_rows(index_t h) const {
+    return {.reader = of_.k.reader, .base = k_ + heads_[h].first * k_block_, .block = k_block_};
+  }
+  kv_rows v_rows(index_t h) const {
+    return {.reader = of_.v.reader, .base = v_ + heads_[h].first * v_block_, .block = v_block_};
+  }
+
+  // Writes the row that is number i after those that a head holds.
+  void write(index_t h, index_t i, position_t position, const float* k, const float* v, float given) const noexcept {
+    const index_t row = heads_[h].first + heads_[h].n + i;
+    of_.k.encode(k, of_.head_dim, k_ + row * k_block_);
+    of_.v.encode(v, of_.v_head_dim, v_ + row * v_block_);
+    at_[row] = position;
+    if (of_.sums) sums_[row] = 0;
+    if (of_.carried) carried_[row] = std::numeric_limits<float>::quiet_NaN();
+    if (of_.given) given_[row] = given;
+  }
+
+  void clear() noexcept {
+    num_evicted_ = 0;
+    first_event_ = num_events_ = 0;
+    for (index_t h = 0; h < of_.num_kv_heads; ++h)
+      heads_[h].n = heads_[h].tail = 0, heads_[h].mass = heads_[h].bound = 0;
+  }
+
+  // The newest event; null: none is remembered.
+  event_record* newest_event() const noexcept {
+    return num_events_ == 0 ? nullptr : events_ + (first_event_ + num_events_ - 1) % of_.events;
+  }
+
+  // Forgets events before `floor`.
+  void forget_before(position_t floor) noexcept {
+    while (num_events_ > 0 && events_[first_event_].seen < floor) {
+      first_event_ = (first_event_ + 1) % of_.events;
+      --num_events_;
+    }
+  }
+  void forget_newest() noexcept { --num_events_; }
+
+  // The newest n rows of a head were never written.
+  void drop_newest(index_t h, index_t n) noexcept {
+    heads_[h].n -= n;
+    heads_[h].tail = std::min(heads_[h].tail, std::max<index_t>(0, heads_[h].n - 1));
+  }
+
+  // Starts the record of an event: heads as they are now.
+  void begin_event(position_t seen, position_t before) noexcept {
+    if (of_.events == 0) return;
+    if (num_events_ == of_.events) broken_source("a cache remembers too few of its events");
+    event_record& event = events_[(first_event_ + num_events_++) % of_.events];
+    event = {seen, before, num_evicted_, 0, false};
+    std::copy_n(heads_, of_.num_kv_heads, heads_before(event));
+  }
+
+  // Lets go of the rows marked in `leaves`, in every head; those that stay close up.
+  void evict(index_t h, std::span<const std::uint8_t> leaves) noexcept {
+    held_rows& head = heads_[h];
+    event_record* const event = newest_event();
+    index_t kept = 0;
+    for (index_t i = 0, end; i < head.n; i = end) {
+      const bool leave = leaves[static_cast<std::size_t>(i)] != 0;
+      for (end = i + 1; end < head.n && (leaves[static_cast<std::size_t>(end)] != 0) == leave; ++end) {
+      }
+      if (!leave) {
+        move(head.first + i, head.first + kept, end - i);
+        kept += end - i;
+      } else if (of_.events > 0) {
+        for (index_t row = i; row < end; ++row, ++num_evicted_, ++event->count) put_aside(h, row);
+      }
+    }
+    head.n = kept;
+    find_tail(head);
+  }
+
+  // Gives each head the room of its budget, in the order of heads, and `more` rows.
+  void lay_out(index_t more) noexcept {
+    index_t next = 0;
+    for (index_t h = 0; h < of_.num_kv_heads; next += heads_[h].room, ++h) {
+      heads_[h].room = heads_[h].budget + more;
+      if (next < heads_[h].first) shift(heads_[h], next);
+    }
+    for (index_t h = of_.num_kv_heads; h-- > 0;) {
+      next -= heads_[h].room;
+      if (next > heads_[h].first) shift(heads_[h], next);
+    }
+  }
+
+  // Takes the newest event back; rows that came after it have to be gone.
+  void undo() noexcept {
+    event_record& event = *newest_event();
+    const held_rows* const before = heads_before(event);
+    for (index_t h = 0; h < of_.num_kv_heads; ++h)  // as lay_out, to where the heads lay
+      if (before[h].first < heads_[h].first) shift(heads_[h], before[h].first);
+    for (index_t h = of_.num_kv_heads; h-- > 0;)
+      if (before[h].first > heads_[h].first) shift(heads_[h], before[h].first);
+    std::int64_t number = event.first + event.count;
+    for (index_t h = of_.num_kv_heads; h-- > 0;) {
+      index_t end = before[h].n, source = heads_[h].n;
+      for (; number > event.first && evicted_[(number - 1) % of_.undo_rows].kv_head == h; --number) {
+        const index_t slot = static_cast<index_t>((number - 1) % of_.undo_rows), row = evicted_[slot].row;
+        const index_t after = end - row - 1;
+        source -= after;
+        move(before[h].first + source, before[h].first + row + 1, after);
+        move(of_.rows + slot, before[h].first + row, 1);
+        end = row;
+      }
+    }
+    swap_carried(event);
+    std::swap_ranges(heads_, heads_ + of_.num_kv_heads, heads_before(event));
+    num_evicted_ = event.first;
+    event.undone = true;
+  }
+
+  // Applies the newest event again.
+  void redo(std::span<std::uint8_t> leaves) noexcept {
+    event_record& event = *newest_event();
+    const index_t count = static_cast<index_t>(event.count);
+    event.undone = false;
+    event.count = 0;
+    swap_carried(event);
+    held_rows* const after = heads_before(event);
+    for (index_t h = 0, i = 0; h < of_.num_kv_heads; ++h) {
+      std::fill_n(leaves.begin(), heads_[h].n, std::uint8_t{0});
+      const held_rows now = heads_[h];
+      for (; i < count; ++i) {
+        const evicted_row& row = evicted_[(event.first + i) % of_.undo_rows];
+        if (row.kv_head != h) break;
+        leaves[static_cast<std::size_t>(row.row)] = 1;
+      }
+      evict(h, leaves);
+      heads_[h].budget = after[h].budget, heads_[h].mass = after[h].mass, heads_[h].bound = after[h].bound;
+      after[h] = now;
+    }
+  }
+
+  // Remembers what was carried before an event, of all heads as they lie.
+  void keep_carried() noexcept {
+    if (of_.carried && of_.events > 0) std::copy_n(carried_, of_.rows, carried_other(*newest_event()));
+  }
+
+ private:
+  held_rows* heads_before(const event_record& event) const {
+    return heads_before_ + (&event - events_) * of_.num_kv_heads;
+  }
+  float* carried_other(const event_record& event) const { return carried_other_ + (&event - events_) * of_.rows; }
+
+  // Carried numbers as they were before the event for those after it, or the other way about, where all rows lie as
+  // before it.
+  void swap_carried(const event_record& event) noexcept {
+    if (of_.carried) std::swap_ranges(carried_, carried_ + of_.rows, carried_other(event));
+  }
+
+  void find_tail(held_rows& head) const noexcept {
+    head.tail = head.n;
+    const position_t* const at = at_ + head.first;
+    if (head.n > 0) --head.tail;
+    while (head.tail > 0 && at[head.tail - 1] + 1 == at[head.tail]) --head.tail;
+  }
+
+  void put_aside(index_t h, index_t row) noexcept {
+    const index_t slot = static_cast<index_t>(num_evicted_ % of_.undo_rows);
+    evicted_[slot] = {static_cast<std::int32_t>(h), static_cast<std::int32_t>(row)};
+    move(heads_[h].first + row, of_.rows + slot, 1);
+  }
+
+  void shift(held_rows& head, index_t to) noexcept {
+    move(head.first, to, head.n);
+    head.first = to;
+  }
+
+  template <class T>
+  static void move_in(T* memory, index_t from, index_t to, index_t n, index_t size = 1) noexcept {
+    if (memory != nullptr && n > 0 && from != to)
+      std::memmove(memory + to * size, memory + from * size, static_cast<std::size_t>(n * size) * sizeof(T));
+  }
+  void move(index_t from, index_t to, index_t n) noexcept {
+    move_in(k_, from, to, n, k_block_);
+    move_in(v_, from, to, n, v_block_);
+    move_in(at_, from, to, n);
+    if (of_.sums) move_in(sums_, from, to, n);
+    if (of_.carried) move_in(carried_, from, to, n);
+    if (of_.given) move_in(given_, from, to, n);
+  }
+
+  kept_sizes of_{};
+  index_t k_block_ = 0, v_block_ = 0;
+  std::byte *k_ = nullptr, *v_ = nullptr;
+  held_rows *heads_ = nullptr, *heads_before_ = nullptr;
+  position_t* at_ = nullptr;
+  std::int64_t* sums_ = nullptr;
+  float *carried_ = nullptr, *given_ = nullptr, *carried_other_ = nullptr;
+  evicted_row* evicted_ = nullptr;
+  event_record* events_ = nullptr;
+  std::int64_t num_evicted_ = 0;  // since the stream began
+  index_t first_event_ = 0, num_events_ = 0;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -1,0 +1,151 @@
+#pragma once
+
+// How a cache that evicts by score learns from calls of attention.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "../attention.hpp"
+#include "macros_off.hpp"
+#include "scored_state.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+class scored_learner : public weight_reader {
+ public:
+  scored_learner(scored_state& state, const any_kv_cache* of) noexcept : cache(of), s_(state) {}
+
+  const any_kv_cache* cache;  // whose learner it is
+
+  // Whether queries older than the last event are asked for: over what is kept now.
+  bool looks_back() const noexcept { return std::atomic_ref(looking_back_).load(std::memory_order_relaxed) > 0; }
+
+  bool wants(position_t query) const noexcept override { return s_.needs.sums || is_last(own(query)); }
+
+  void read(const weight_tile& tile) noexcept override {
+    const index_t h = tile.kv_head;
+    const position_t query = own(tile.query);
+    if (query < s_.log.learned(h) || !is_own(tile)) return;
+    const index_t row = tile.part->row + tile.first, in_pool = s_.rows.head(h).first + row;
+    if (s_.needs.sums) s_.log.add(s_.rows.sums(h) + row, query, in_pool, tile);
+    if (!is_last(query)) return;
+    if (s_.needs.window == 1) over_group(tile, nullptr, s_.log.window(0) + in_pool);
+    if (s_.of.rules.accounts)
+      for (index_t g = 0; g < tile.num_qo_heads; ++g)
+        for (index_t j = 0; j < tile.n; ++j)
+          s_.log.last((tile.first_qo_head + g) % s_.log.group())[in_pool + j] = tile.weight(j, g);
+  }
+
+  void require(status& found, const attention_call& call) const noexcept override {
+    found.require(call.keys.ends_with(*cache), "keys", "another source", "one that ends with the cache that learns");
+    found.require(call.params.num_qo_heads == s_.of.rules.num_qo_heads, "num_qo_heads", call.params.num_qo_heads,
+                  "that of the cache's eviction,", s_.of.rules.num_qo_heads);
+    if (!found) return;
+    const position_t first = call.first - (call.keys.seen() - cache->seen());
+    for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
+      if (first > s_.log.learned(h))
+        return found.refuse("the first query was that of token {}, had to be at most {}: {} learns from all of them",
+                            first, s_.log.learned(h), s_.of.scorer->name());
+  }
+
+  void begin(const attention_call& call) noexcept override {
+    // What calls for other heads write too is the same.
+    std::atomic_ref(shift_).store(call.keys.seen() - cache->seen(), std::memory_order_relaxed);
+    const float scale = call.params.sm_scale.value_or(1 / std::sqrt(static_cast<float>(s_.of.geometry.head_dim)));
+    std::atomic_ref(s_.sm_scale).store(scale, std::memory_order_relaxed);
+    const index_t kept = s_.log.num_queries(), columns = s_.log.group() * s_.of.geometry.head_dim;
+    for (index_t i = std::max<index_t>(0, call.q.rows() - kept); i < call.q.rows(); ++i)
+      std::copy_n(call.q.row(i) + call.first_kv_head * columns, call.num_kv_heads * columns,
+                  s_.log.q(own(call.first + i)) + call.first_kv_head * columns);
+  }
+
+  void end(const attention_call& call, const attention& by, workspace& memory) noexcept override {
+    const position_t learned = own(call.first) + call.q.rows();
+    if (s_.needs.window > 1 && learned == cache->seen() && s_.is_due(learned) && s_.is_over_budget(0) &&
+        !look_back(call, by, memory))
+      return;
+    for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
+      s_.log.set_learned(h, std::max(s_.log.learned(h), learned));
+  }
+
+ private:
+  // Reads what the newest queries give what is kept now.
+  class window_reader final : public weight_reader {
+   public:
+    window_reader(scored_learner& of, position_t first) noexcept : of_(of), first_(first) {}
+
+    bool wants(position_t) const noexcept override { return true; }
+    void read(const weight_tile& tile) noexcept override {
+      if (!of_.is_own(tile)) return;
+      const scored_state& s = of_.s_;
+      const auto w = static_cast<index_t>(tile.query - first_);
+      of_.over_group(tile, s.log.window_lse() + w * s.of.rules.num_qo_heads,
+                     s.log.window(w) + s.rows.head(tile.kv_head).first + tile.part->row + tile.first);
+    }
+
+   private:
+    scored_learner& of_;
+    position_t first_;
+  };
+
+  position_t own(position_t query) const noexcept {
+    return query - std::atomic_ref(shift_).load(std::memory_order_relaxed);
+  }
+  bool is_last(position_t query) const noexcept {
+    return (s_.needs.window == 1 || s_.of.rules.accounts) && s_.is_due(query + 1);
+  }
+  // Of a prefix in front nothing is learned.
+  bool is_own(const weight_tile& tile) const noexcept { return tile.part->k.base == s_.rows.k_rows(tile.kv_head).base; }
+
+  // What a query gave rows, over the group as the scorer wants it.
+  void over_group(const weight_tile& tile, const float* lse, float* to) const noexcept {
+    using over = scorer_needs::over_group;
+    const index_t group = s_.log.group();
+    const bool first = tile.first_qo_head % group == 0;
+    for (index_t j = 0; j < tile.n; ++j) {
+      float sum = 0, most = -std::numeric_limits<float>::infinity();
+      for (index_t g = 0; g < tile.num_qo_heads; ++g) {
+        const float w = tile.weight(j, g);
+        if (w == w) sum += w;
+        most = std::max(most, s_.needs.group == over::max_logits ? std::log(w) + lse[tile.first_qo_head + g] : w);
+      }
+      if (s_.needs.group == over::mean)
+        to[j] = (first ? 0.f : to[j]) + sum / static_cast<float>(group);
+      else
+        to[j] = first ? most : std::max(to[j], most);
+    }
+  }
+
+  // Attends with the newest queries again, over what is kept now.
+  bool look_back(const attention_call& call, const attention& by, workspace& memory) noexcept {
+    const kv_geometry& of = s_.of.geometry;
+    const auto n = static_cast<index_t>(std::min<position_t>(s_.needs.window, cache->seen()));
+    const index_t q_dim = s_.of.rules.num_qo_heads * of.head_dim, v_dim = s_.of.rules.num_qo_heads * of.v_head_dim;
+    const index_t columns = s_.log.group() * of.head_dim;
+    for (index_t w = 0; w < n; ++w)
+      std::copy_n(s_.log.q(cache->seen() - n + w) + call.first_kv_head * columns, call.num_kv_heads * columns,
+                  s_.log.window_q() + w * q_dim + call.first_kv_head * columns);
+    window_reader reader(*this, call.keys.seen() - n);
+    for (index_t w = 0; w < n; ++w)
+      for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
+        std::fill_n(
+            s_.log.window(w) + s_.rows.head(h).first, s_.rows.head(h).n,
+            s_.needs.group == scorer_needs::over_group::max_logits ? -std::numeric_limits<float>::infinity() : 0.f);
+    std::atomic_ref(looking_back_).fetch_add(1, std::memory_order_relaxed);
+    const status done = by.try_attend(
+        const_matrix_view(s_.log.window_q(), n, q_dim), call.keys, matrix_view(s_.log.window_out(), n, v_dim), memory,
+        {.lse = {s_.log.window_lse(), static_cast<std::size_t>(n * s_.of.rules.num_qo_heads)}, .weights = &reader},
+        {.first_kv_head = call.first_kv_head, .num_kv_heads = call.num_kv_heads});
+    std::atomic_ref(looking_back_).fetch_sub(1, std::memory_order_relaxed);
+    return done.ok();
+  }
+
+  scored_state& s_;
+  mutable position_t shift_ = 0;  // tokens of other sources in front
+  mutable index_t looking_back_ = 0;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

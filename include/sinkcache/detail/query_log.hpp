@@ -1,0 +1,158 @@
+#pragma once
+
+// What a cache that evicts by score remembers of queries: the newest rows of q, what they gave each row, and sums over
+// all queries so far.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "../scorer.hpp"
+#include "kept_rows.hpp"
+#include "macros_off.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+struct query_sizes {
+  scorer_needs needs;
+  index_t num_qo_heads, num_kv_heads, head_dim, v_head_dim;
+  index_t rows;      // of the pool
+  index_t rollback;  // queries that may be taken back
+  bool accounts;
+};
+
+class query_log {
+ public:
+  // Weights as whole numbers, so that their sum is the same in any order and can be taken back exactly. 63 bits hold
+  // what 2^31 queries give.
+  static constexpr double fixed = 0x1p32;
+
+  query_log() = default;
+
+  void carve(carver& c, const query_sizes& of) noexcept {
+    of_ = of;
+    const index_t queries = num_queries(), stats = of.needs.query_statistics ? of.num_qo_heads : 0;
+    c.take(learned_, of.num_kv_heads);
+    c.take(q_, queries, of.num_qo_heads * of.head_dim);
+    c.take(window_q_, of.needs.window > 1 ? of.needs.window : 0, of.num_qo_heads * of.head_dim);
+    c.take(window_out_, of.needs.window > 1 ? of.needs.window : 0, of.num_qo_heads * of.v_head_dim);
+    c.take(window_lse_, of.needs.window, of.num_qo_heads);
+    c.take(weights_, of.needs.window, of.rows);
+    c.take(given_, of.needs.sums ? of.rollback : 0, of.rows);
+    c.take(last_, of.accounts ? group() : 0, of.rows);
+    c.take(sum_q_, stats, of.head_dim);
+    c.take(products_, stats, of.head_dim * of.head_dim);
+    c.take(now_sum_q_, stats > 0 ? group() : 0, of.head_dim);
+    c.take(now_products_, stats > 0 ? group() : 0, of.head_dim * of.head_dim);
+  }
+
+  index_t group() const { return of_.num_qo_heads / std::max<index_t>(1, of_.num_kv_heads); }
+  const query_sizes& sizes() const { return of_; }
+  bool learns() const { return of_.needs.window > 0 || of_.needs.sums || of_.needs.query_statistics || of_.accounts; }
+  // Rows of q that are kept.
+  index_t num_queries() const {
+    if (of_.needs.window <= 1 && !of_.needs.query_statistics) return 0;
+    return std::max<index_t>(1, of_.needs.window) + (of_.needs.query_statistics ? 2 : 1) * of_.rollback;
+  }
+
+  void clear() noexcept {
+    folded_ = 0;
+    std::fill_n(learned_, of_.num_kv_heads, position_t{0});
+    if (of_.needs.query_statistics) {
+      std::fill_n(sum_q_, of_.num_qo_heads * of_.head_dim, 0.0);
+      std::fill_n(products_, of_.num_qo_heads * of_.head_dim * of_.head_dim, 0.0);
+    }
+  }
+
+  // Queries that each KV head has learned from, from the stream's first on.
+  position_t learned(index_t kv_head) const { return learned_[kv_head]; }
+  position_t learned() const { return *std::min_element(learned_, learned_ + of_.num_kv_heads); }
+  void set_learned(index_t kv_head, position_t n) noexcept { learned_[kv_head] = n; }
+
+  // The row of q of a query that is kept.
+  float* q(position_t query) const { return q_ + query % num_queries() * of_.num_qo_heads * of_.head_dim; }
+
+  // What one query gave n rows of a head, from `row` of the pool on: weights [heads of the group, stride].
+  void add(std::int64_t* sums, position_t query, index_t row, const weight_tile& tile) noexcept {
+    float* const given = of_.rollback == 0 ? nullptr : given_ + query % of_.rollback * of_.rows + row;
+    const bool first = tile.first_qo_head % group() == 0;
+    for (index_t j = 0; j < tile.n; ++j) {
+      float w = 0;
+      for (index_t i = 0; i < tile.num_qo_heads; ++i) w += known(tile.weight(j, i));
+      w /= static_cast<float>(group());
+      const float before = given == nullptr || first ? 0.f : given[j];  // from other blocks of the group
+      sums[j] += whole(before + w) - whole(before);
+      if (given != nullptr) given[j] = before + w;
+    }
+  }
+  // Takes it back, of the first n rows of a head, which lie as they did.
+  void take_back(std::int64_t* sums, position_t query, index_t row, index_t n) const noexcept {
+    const float* const given = given_ + query % of_.rollback * of_.rows + row;
+    for (index_t j = 0; j < n; ++j) sums[j] -= whole(given[j]);
+  }
+
+  float* window(index_t w) const { return weights_ + w * of_.rows; }
+  float* last(index_t head_of_group) const { return last_ + head_of_group * of_.rows; }
+  float* window_q() const { return window_q_; }
+  float* window_out() const { return window_out_; }
+  float* window_lse() const { return window_lse_; }
+
+  // Sums over queries [from, to) join those before them. Rows of q are rotated back first if they come rotated.
+  void fold(const kv_geometry& of, position_t from, position_t to) noexcept {
+    for (position_t query = from; query < to; ++query)
+      for (index_t h = 0; h < of_.num_qo_heads; ++h)
+        add_moments(of, query, h, sum_q_ + h * of_.head_dim, products_ + h * of_.head_dim * of_.head_dim);
+  }
+  position_t folded() const { return folded_; }
+  void set_folded(position_t n) noexcept { folded_ = n; }
+
+  // Of a KV head's query heads, with the queries [folded, to) that may yet be taken back.
+  void moments(const kv_geometry& of, index_t kv_head, position_t from, position_t to, double count,
+               query_statistics* stats) const noexcept {
+    const index_t d = of_.head_dim;
+    for (index_t g = 0; g < group(); ++g) {
+      const index_t h = kv_head * group() + g;
+      stats[g] = {count, now_sum_q_ + g * d, now_products_ + g * d * d};
+      std::copy_n(sum_q_ + h * d, d, now_sum_q_ + g * d);
+      std::copy_n(products_ + h * d * d, d * d, now_products_ + g * d * d);
+      for (position_t query = from; query < to; ++query)
+        add_moments(of, query, h, now_sum_q_ + g * d, now_products_ + g * d * d);
+    }
+  }
+
+  static std::int64_t whole(float weight) noexcept { return std::llrint(static_cast<double>(weight) * fixed); }
+
+ private:
+  static float known(float w) noexcept { return w == w ? w : 0.f; }
+
+  void add_moments(const kv_geometry& of, position_t query, index_t head, double* sum,
+                   double* products) const noexcept {
+    const index_t d = of_.head_dim;
+    const float* row = q(query) + head * d;
+    alignas(64) float unrotated[max_head_dim];
+    if (of.inputs == inputs::rotated && of.rotates()) {
+      rope::angles angles;
+      of.rope->angles_at(-(of.first_position + query), false, angles);
+      of.rope->turn(angles, row, d, unrotated);
+      for (index_t i = 0; i < of.rope->width(); ++i) unrotated[i] /= of.rope->attention_factor();
+      row = unrotated;
+    }
+    for (index_t i = 0; i < d; ++i) {
+      const double x = static_cast<double>(row[i]);
+      sum[i] += x;
+      for (index_t j = 0; j < d; ++j) products[i * d + j] += x * static_cast<double>(row[j]);
+    }
+  }
+
+  query_sizes of_{};
+  position_t* learned_ = nullptr;
+  float *q_ = nullptr, *window_q_ = nullptr, *window_out_ = nullptr, *window_lse_ = nullptr, *weights_ = nullptr;
+  float *given_ = nullptr, *last_ = nullptr;
+  double *sum_q_ = nullptr, *products_ = nullptr, *now_sum_q_ = nullptr, *now_products_ = nullptr;
+  position_t folded_ = 0;  // queries whose moments are in the sums
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"

@@ -1,0 +1,306 @@
+#pragma once
+
+// All that a cache that evicts by score holds, in one allocation; its sizes, and how tokens are taken back.
+
+#include <algorithm>
+#include <memory>
+#include <memory_resource>
+#include <span>
+
+#include "../any_kv_cache.hpp"
+#include "../eviction.hpp"
+#include "../scorer.hpp"
+#include "choice.hpp"
+#include "kept_rows.hpp"
+#include "macros_off.hpp"
+#include "query_log.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+struct scored_config {
+  kv_geometry geometry;
+  eviction rules;
+  std::shared_ptr<const token_scorer> scorer;
+  row_format k, v;
+  index_t num_sink_tokens, rollback;
+};
+
+inline index_t head_budget(const eviction& rules, index_t kv_head) noexcept {
+  return rules.head_budgets.empty() ? rules.budget : rules.head_budgets[static_cast<std::size_t>(kv_head)];
+}
+// Rows that a head may have beyond its budget.
+inline index_t growth(const eviction& rules, index_t budget) noexcept {
+  return rules.interval + (rules.bound ? rules.hard_budget - budget : 0);
+}
+
+inline bool is_short(const eviction& rules, index_t kv_head) noexcept {
+  return !rules.short_heads.empty() && rules.short_heads[static_cast<std::size_t>(kv_head)];
+}
+
+inline void require_budget(status& found, const scored_config& of, index_t kv_head) noexcept {
+  const scorer_needs needs = of.scorer->needs();
+  const index_t budget = head_budget(of.rules, kv_head);
+  const index_t newest = is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
+  const index_t stays = checked_sum(found, "num_sink_tokens + recent", of.num_sink_tokens, newest);
+  found.require(budget > stays, "budget", budget, "above num_sink_tokens and recent (or the scorer's window) together,",
+                stays);
+  if (!is_short(of.rules, kv_head)) of.scorer->require(found, of.geometry, budget, of.num_sink_tokens);
+  if (of.rules.bound)
+    found.require(of.rules.hard_budget >= budget, "hard_budget", of.rules.hard_budget, "at least the budget,", budget);
+}
+
+inline void require_rules(status& found, const scored_config& of, const cache_config& config) noexcept {
+  const eviction& rules = of.rules;
+  const scorer_needs needs = of.scorer->needs();
+  found.require(config.window == 0, "window", config.window, "0: the budget says what is kept");
+  found.require(of.num_sink_tokens >= 0, "num_sink_tokens", of.num_sink_tokens, "at least 0");
+  found.require(of.rollback >= 0, "rollback", of.rollback, "at least 0");
+  require_geometry(found, of.geometry);
+  found.require(rules.recent >= 0, "recent", rules.recent, "at least 0");
+  found.require(rules.interval >= 1, "interval", rules.interval, "at least 1");
+  const auto heads = static_cast<index_t>(rules.head_budgets.size());
+  found.require(heads == 0 || heads == of.geometry.num_kv_heads, "head_budgets.size()", heads, "0 or num_kv_heads,",
+                of.geometry.num_kv_heads);
+  const auto shorts = static_cast<index_t>(rules.short_heads.size());
+  found.require(shorts == 0 || shorts == of.geometry.num_kv_heads, "short_heads.size()", shorts, "0 or num_kv_heads,",
+                of.geometry.num_kv_heads);
+  found.require(shorts == 0 || !needs.one_set, "short_heads", "given",
+                "absent: this scorer keeps one set in all heads");
+  found.require(shorts == 0 || !rules.adaptive, "short_heads", "given", "absent where budgets are adaptive");
+  found.require(heads == 0 || rules.budget == 0, "budget", rules.budget, "0 where head_budgets are given");
+  if (!found) return;
+  bool alike = true;
+  for (index_t h = 0; h < of.geometry.num_kv_heads; ++h) {
+    alike = alike && head_budget(rules, h) == head_budget(rules, 0);
+    require_budget(found, of, h);
+  }
+  found.require(alike || !needs.one_set, "head_budgets", "different", "equal: this scorer keeps one set in all heads");
+  if (rules.adaptive) {
+    found.require(*rules.adaptive >= 0 && *rules.adaptive <= 1, "adaptive", *rules.adaptive, "from 0 to 1");
+    found.require(needs.compares_heads, "adaptive", "given",
+                  "absent: scores of this scorer cannot be compared across heads");
+    found.require(!rules.bound, "adaptive", "given", "absent where a bound is given");
+  }
+  if (rules.bound) {
+    found.require(*rules.bound >= 0, "bound", *rules.bound, "at least 0");
+    found.require(!needs.one_set, "bound", "given", "absent: this scorer keeps one set in all heads");
+  } else {
+    found.require(rules.hard_budget == 0, "hard_budget", rules.hard_budget, "0 without a bound");
+  }
+  const bool asks = needs.window > 0 || needs.sums || needs.query_statistics || rules.accounts || rules.bound;
+  if (asks || rules.num_qo_heads != 0)
+    found.require(rules.num_qo_heads >= 1 && rules.num_qo_heads % of.geometry.num_kv_heads == 0, "num_qo_heads",
+                  rules.num_qo_heads, "a multiple of num_kv_heads,", of.geometry.num_kv_heads);
+}
+
+class scored_state {
+ public:
+  explicit scored_state(scored_config config) : of(std::move(config)), needs(of.scorer->needs()) {
+    if (of.rules.bound) of.rules.accounts = true;
+  }
+
+  // Bytes of all arrays.
+  index_t bytes(status& found) const noexcept {
+    scored_state counted(of);
+    carver c(found, nullptr);
+    counted.carve(c, found);
+    return c.bytes();
+  }
+  void place(std::byte* memory) noexcept {
+    status fits;  // it was counted
+    carver c(fits, memory);
+    carve(c, fits);
+  }
+
+  // As a cache that has seen nothing.
+  void clear() noexcept {
+    num_pins = 0;
+    evicted_at = 0, prepared_at = -1, floor = 0;
+    rows.clear();
+    log.clear();
+    index_t first = 0;
+    for (index_t h = 0; h < num_heads(); ++h) {
+      held_rows& head = rows.head(h);
+      head.budget = head_budget(of.rules, h);
+      head.first = first, head.room = head.budget + growth(of.rules, head.budget);
+      first += head.room;
+    }
+  }
+
+  index_t num_heads() const { return of.geometry.num_kv_heads; }
+  index_t most_rows() const { return most_rows_; }
+  // Rows of the fullest head.
+  index_t fullest() const noexcept {
+    index_t n = 0;
+    for (index_t h = 0; h < num_heads(); ++h) n = std::max(n, rows.head(h).n);
+    return n;
+  }
+  // Whether a head will hold more than its budget after so many more tokens.
+  bool is_over_budget(position_t more) const noexcept {
+    for (index_t h = 0; h < num_heads(); ++h)
+      if (rows.head(h).n + more > rows.head(h).budget) return true;
+    return false;
+  }
+  bool is_due(position_t seen) const noexcept { return seen > 0 && seen % of.rules.interval == 0; }
+  // An event at `seen` that was undone and waits to be applied again.
+  bool is_decided(position_t seen) const noexcept {
+    const event_record* const event = rows.newest_event();
+    return event != nullptr && event->undone && event->seen == seen;
+  }
+  // So many of the newest rows no event takes.
+  index_t newest_kept(index_t kv_head) const {
+    return is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
+  }
+  std::span<const position_t> pins() const { return {pins_memory, static_cast<std::size_t>(num_pins)}; }
+
+  // Keeps a token for ever, if there is room for one more such.
+  void pin(status& found, position_t position, bool& pinned) noexcept {
+    position_t* const end = pins_memory + num_pins;
+    position_t* const place = std::lower_bound(pins_memory, end, position);
+    pinned = position < of.num_sink_tokens || (place != end && *place == position);
+    if (pinned) return;
+    found.require(num_pins < most_pins, "pinned positions beside the sinks", num_pins + 1, "at most", most_pins);
+    if (!found) return;
+    std::move_backward(place, end, end + 1);
+    *place = position;
+    ++num_pins;
+    pinned = true;
+  }
+
+  // Adds to `found` why so many tokens cannot come after `seen` without their queries.
+  void require_learned(status& found, position_t seen, index_t tokens) const noexcept {
+    if (!log.learns()) return;
+    const index_t interval = of.rules.interval;
+    for (position_t at = seen + (interval - seen % interval) % interval; at < seen + tokens; at += interval) {
+      const bool is_done = at == seen && (prepared_at == seen || is_decided(seen));
+      if (at == 0 || at <= log.learned() || is_done || !is_over_budget(at - seen)) continue;
+      return found.refuse(
+          "tokens appended before attention saw their queries were {}, had to be at most {}: {} evicts by what queries "
+          "say",
+          tokens, at - seen, of.scorer->name());
+    }
+  }
+
+  void advance(position_t seen) noexcept {
+    floor = std::max(floor, seen - of.rollback);
+    rows.forget_before(floor);
+    if (!needs.query_statistics) return;
+    // No event that may be undone knows of a query after these.
+    const position_t to = std::min(floor - of.rollback, log.learned());
+    if (to <= log.folded()) return;
+    log.fold(of.geometry, std::max<position_t>(log.folded(), of.num_sink_tokens), to);
+    log.set_folded(to);
+  }
+
+  // Takes back tokens and events, newest first, until `seen` of `now` tokens are left.
+  void take_back(position_t seen, position_t now) noexcept {
+    prepared_at = -1;
+    for (;;) {
+      event_record* const event = rows.newest_event();
+      if (event != nullptr && event->undone && event->seen > seen) {
+        rows.forget_newest();
+        continue;
+      }
+      const bool undoes = event != nullptr && !event->undone && event->seen >= seen;
+      const position_t down_to = undoes ? event->seen : seen;
+      for (index_t h = 0; h < num_heads(); ++h) drop(h, now, down_to);
+      now = down_to;
+      if (!undoes) break;
+      evicted_at = event->before;
+      rows.undo();
+    }
+    for (index_t h = 0; h < num_heads(); ++h) log.set_learned(h, std::min(log.learned(h), seen));
+  }
+
+  scored_config of;
+  scorer_needs needs;
+  kept_rows rows;
+  query_log log;
+
+  position_t evicted_at = 0;    // the last event
+  position_t prepared_at = -1;  // where it was last looked whether one is due
+  position_t floor = 0;         // how far can be taken back
+  index_t num_pins = 0, most_pins = 0;
+  position_t* pins_memory = nullptr;
+
+  // Of an event.
+  float *scores = nullptr, *scratch = nullptr, *row = nullptr, *value_row = nullptr;
+  index_t scratch_floats = 0;
+  float sm_scale = 0;                               // of the attention that was asked last
+  std::uint8_t *leaves = nullptr, *kept = nullptr;  // [pool]
+  candidate* candidates = nullptr;
+  query_statistics* statistics = nullptr;
+  double* head_sums = nullptr;  // of the head that is scored
+
+ private:
+  void carve(carver& c, status& found) noexcept {
+    const kv_geometry& g = of.geometry;
+    const eviction& rules = of.rules;
+    index_t pool = 0, smallest = max_position;
+    most_rows_ = 0;
+    for (index_t h = 0; h < num_heads(); ++h) {
+      const index_t budget = head_budget(rules, h);
+      const index_t room = checked_sum(found, "budget + interval", budget, growth(rules, budget));
+      most_rows_ = std::max(most_rows_, room);
+      pool = checked_sum(found, "rows of the cache", pool, room);
+      smallest = std::min(smallest, budget);
+    }
+    const index_t stays = of.num_sink_tokens + std::max(rules.recent, needs.window);
+    // A head may get all that is free, where others keep only what never leaves.
+    if (rules.adaptive) most_rows_ = pool - (num_heads() - 1) * (stays + rules.interval);
+    const index_t events = of.rollback == 0 ? 0 : of.rollback / rules.interval + 2;
+    index_t undo = 0;
+    if (events > 0) {
+      undo = checked_product(found, "rows for rollback", num_heads(),
+                             checked_product(found, "rows for rollback", events, rules.interval));
+      if (needs.drops || rules.bound) undo = checked_sum(found, "rows for rollback", undo, pool);
+    }
+    rows.carve(c, {.k = of.k,
+                   .v = of.v,
+                   .num_kv_heads = num_heads(),
+                   .head_dim = g.head_dim,
+                   .v_head_dim = g.v_head_dim,
+                   .rows = pool,
+                   .undo_rows = undo,
+                   .events = events,
+                   .sums = needs.sums,
+                   .carried = needs.carried,
+                   .given = needs.given});
+    log.carve(c, {.needs = needs,
+                  .num_qo_heads = rules.num_qo_heads,
+                  .num_kv_heads = num_heads(),
+                  .head_dim = g.head_dim,
+                  .v_head_dim = g.v_head_dim,
+                  .rows = pool,
+                  .rollback = of.rollback,
+                  .accounts = rules.accounts});
+    most_pins = std::max<index_t>(0, smallest - stays - 1);
+    const index_t group = std::max<index_t>(1, log.group());
+    c.take(pins_memory, most_pins + 1);
+    c.take(scores, pool);
+    c.take(leaves, pool);
+    c.take(kept, pool);
+    c.take(candidates, pool);
+    scratch_floats = of.scorer->scratch_floats({most_rows_, g.head_dim, g.v_head_dim, group});
+    c.take(scratch, scratch_floats);
+    c.take(row, round_up(std::max(g.head_dim, g.v_head_dim), 16));
+    c.take(value_row, rules.accounts ? g.v_head_dim : 0);
+    c.take(statistics, needs.query_statistics ? group : 0);
+    c.take(head_sums, needs.sums ? most_rows_ : 0);
+  }
+
+  // The tokens [down_to, now) of a head and what their queries gave.
+  void drop(index_t h, position_t now, position_t down_to) noexcept {
+    const held_rows& head = rows.head(h);
+    for (; now > down_to; --now) {
+      if (needs.sums && now <= log.learned(h)) log.take_back(rows.sums(h), now - 1, head.first, head.n);
+      rows.drop_newest(h, 1);
+    }
+  }
+
+  index_t most_rows_ = 0;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"
