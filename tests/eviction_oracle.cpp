@@ -168,9 +168,10 @@ bool eviction_oracle::pin(stream_position at) {
     if (at < seen_ && std::none_of(rows.begin(), rows.end(), [&](const held_row& row) { return row.at == at; }))
       return false;
   stream_position least = std::numeric_limits<stream_position>::max();
-  for (std::size_t head = 0; head < setup_.kv_heads; ++head) least = std::min(least, budget(head));
+  for (std::size_t head = 0; head < setup_.kv_heads; ++head)
+    least = std::min(least, budget(head) - (is_short(head) ? 0 : most_protected()));
   const auto pins = static_cast<stream_position>(pins_.size()) + 1;
-  if (least - setup_.num_sink_tokens - pins - most_protected() < 1) return false;
+  if (least - setup_.num_sink_tokens - pins < 1) return false;
   pins_.insert(at);
   return true;
 }
@@ -229,6 +230,7 @@ eviction_answer eviction_oracle::attend(std::size_t qo_head, const held_rows& ro
   for (std::size_t j = 0; j < rows.size(); ++j) {
     answer.out = add(answer.out, rows[j].value, answer.weights[j]);
     answer.a = std::max(answer.a, std::abs(setup_.sm_scale) * norm(q) * norm(rows[j].key));
+    answer.v_norm = std::max(answer.v_norm, norm(rows[j].value));
     for (double x : rows[j].value) answer.v_max = std::max(answer.v_max, std::abs(x));
   }
   return answer;

@@ -111,10 +111,10 @@ struct eviction_setup {
   std::function<doubles(const doubles&row, std::size_t kv_head, stream_position at)> stored_key = {}, stored_value = {};
 };
 
-struct eviction_answer {  // of one query head
-  doubles out, weights;   // weights of the rows held
-  double lse = 0, a = 0;  // a: the largest sm_scale |q| |k|
-  double v_max = 0;       // the largest |v|
+struct eviction_answer {         // of one query head
+  doubles out, weights;          // weights of the rows held
+  double lse = 0, a = 0;         // a: the largest sm_scale |q| |k|
+  double v_max = 0, v_norm = 0;  // the largest number, and the largest |v|, of the values held
 };
 
 struct head_event {
