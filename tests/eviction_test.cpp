@@ -3,9 +3,7 @@
 // decide otherwise.
 
 #include <fmt/format.h>
-#include <sinkcache/key_policies.hpp>
-#include <sinkcache/policies.hpp>
-#include <sinkcache/redundancy_policies.hpp>
+#include <sinkcache/named_policies.hpp>
 #include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
@@ -86,43 +84,22 @@ struct eviction_case {
   }
 };
 
+// By its name: the oracle's parameters are the library's.
 std::shared_ptr<const token_scorer> scorer_of(const eviction_setup& setup) {
-  const eviction_policy& p = setup.policy;
-  const auto whole = [&](const char* what, double otherwise) {
-    return static_cast<index_t>(p.number(what, otherwise));
-  };
-  if (p.name == "random")
-    return std::make_shared<policies::random>(setup.seed, setup.layer, p.word("draw", "") == "once");
-  if (p.name == "h2o") return std::make_shared<policies::h2o>(p.word("normalise", "") == "lifetime");
-  if (p.name == "tova") return std::make_shared<policies::tova>();
-  if (p.name == "snapkv")
-    return std::make_shared<policies::snapkv>(whole("window", 8), whole("kernel", 7), p.word("form", "") == "rkv",
-                                              p.number("pool_pinned", 1) != 0);
-  if (p.name == "knorm") return std::make_shared<policies::knorm>();
-  if (p.name == "keydiff") return std::make_shared<policies::keydiff>();
-  if (p.name == "mean_key") return std::make_shared<policies::mean_key>();
-  if (p.name == "lagkv")
-    return std::make_shared<policies::lagkv>(p.word("mode", "") == "fifo", whole("lag", 128), 1.f, .5f,
-                                             p.number("cross", 0) != 0);
-  if (p.name == "expected_attention")
-    return std::make_shared<policies::expected_attention>(whole("T", 512), p.number("covariance", 1) != 0,
-                                                          p.number("vnorm", 1) != 0,
-                                                          static_cast<float>(p.number("epsilon", 0)));
-  if (p.name == "rkv")
-    return std::make_shared<policies::rkv>(whole("window", 8), whole("kernel", 7),
-                                           static_cast<float>(p.number("lambda", .07f)));
-  if (p.name == "gkv") {
-    const auto made = std::make_shared<policies::gkv>();
-    const std::string by = p.word("combine", "max");
-    made->window = whole("window", 8);
-    made->kernel = whole("kernel", 1);
-    made->by = by == "mean"  ? policies::gkv::combine::mean
-               : by == "sum" ? policies::gkv::combine::sum
-                             : policies::gkv::combine::max;
-    made->redundancy = p.number("redundancy", 0) != 0;
-    return made;
+  std::vector<std::pair<std::string, std::string>> texts;
+  for (const auto& [what, value] : setup.policy.given) {
+    const auto* const number = std::get_if<double>(&value);
+    texts.emplace_back(what, number ? fmt::format("{:g}", *number) : std::get<std::string>(value));
   }
-  return nullptr;
+  if (setup.policy.name == "random") {
+    texts.emplace_back("seed", fmt::format("{}", setup.seed));
+    texts.emplace_back("layer", fmt::format("{}", setup.layer));
+  }
+  const std::vector<policy_parameter> parameters(texts.begin(), texts.end());
+  status found;
+  auto scorer = make_policy(setup.policy.name, parameters, found);
+  found.or_fail();
+  return scorer;
 }
 
 // A scored cache of any format behind its base, and what the base has not.
@@ -200,7 +177,7 @@ void draw_shape(eviction_case& c, effort::dice& dice) {
 void draw_rules(eviction_case& c, effort::dice& dice) {
   eviction_setup& s = c.setup;
   s.num_sink_tokens = dice.one_in(4) ? 0 : dice.from_to(1, 5);
-  const auto window = static_cast<index_t>(s.policy.number("window", 0));
+  const index_t window = scorer_of(s)->needs().window;
   const auto lag = static_cast<index_t>(s.policy.number("lag", 0));
   s.recent = one_of<index_t>(dice, {0, 3, window, window + 5, 12, 24});
   const index_t stays = s.num_sink_tokens + std::max({s.recent, window, 2 * lag});
@@ -573,10 +550,11 @@ TEST_CASE("eviction: h2o is the oracle's") {
 TEST_CASE("eviction: tova is the oracle's") { check_policy({"tova"}, 3000, 40); }
 
 TEST_CASE("eviction: snapkv is the oracle's") {
-  check_policy({"snapkv", {{"window", 8.}}}, 4000, 40);
+  check_policy({"snapkv"}, 4000, 40);
   check_policy({"snapkv", {{"window", 3.}, {"kernel", 3.}, {"pool_pinned", 0.}}}, 4100, 30);
   check_policy({"snapkv", {{"window", 1.}, {"kernel", 1.}}}, 4200, 20);
-  check_policy({"snapkv", {{"window", 8.}, {"form", "rkv"}}}, 4300, 40);
+  check_policy({"snapkv", {{"window", 5.}, {"kernel", 5.}, {"pool", "avg"}}}, 4300, 20);
+  check_policy({"snapkv", {{"form", "rkv"}}}, 4400, 40);
 }
 
 TEST_CASE("eviction: what looks at keys alone is the oracle's") {
@@ -586,25 +564,27 @@ TEST_CASE("eviction: what looks at keys alone is the oracle's") {
 }
 
 TEST_CASE("eviction: lagkv is the oracle's") {
-  check_policy({"lagkv", {{"lag", 4.}}}, 6000, 30);
-  check_policy({"lagkv", {{"lag", 9.}, {"cross", 1.}}}, 6100, 30);
-  check_policy({"lagkv", {{"lag", 5.}, {"mode", "fifo"}}}, 6200, 40);
+  check_policy({"lagkv"}, 6000, 30);
+  check_policy({"lagkv", {{"lag", 4.}}}, 6100, 30);
+  check_policy({"lagkv", {{"lag", 9.}, {"cross", 1.}, {"v_ratio", .5}}}, 6200, 30);
+  check_policy({"lagkv", {{"lag", 5.}, {"mode", "fifo"}}}, 6300, 40);
+  check_policy({"lagkv", {{"lag", 4.}, {"mode", "fifo"}, {"ratio", .75}}}, 6400, 20);
 }
 
 TEST_CASE("eviction: gkv is the oracle's") {
-  check_policy({"gkv", {{"window", 8.}}}, 7000, 40);
-  check_policy({"gkv", {{"window", 2.}, {"combine", "mean"}}}, 7100, 30);
+  check_policy({"gkv"}, 7000, 40);
+  check_policy({"gkv", {{"window", 2.}, {"combine", "mean"}, {"decay", .5}}}, 7100, 30);
   check_policy({"gkv", {{"window", 4.}, {"combine", "sum"}, {"kernel", 5.}, {"redundancy", 1.}}}, 7200, 30);
 }
 
 TEST_CASE("eviction: rkv is the oracle's") {
-  check_policy({"rkv", {{"window", 8.}}}, 7300, 40);
+  check_policy({"rkv"}, 7300, 40);
   check_policy({"rkv", {{"window", 3.}, {"kernel", 3.}, {"lambda", .5}}}, 7400, 30);
 }
 
 TEST_CASE("eviction: expected attention is the oracle's") {
-  check_policy({"expected_attention", {{"T", 32.}}}, 7500, 30);
-  check_policy({"expected_attention", {{"T", 512.}}}, 7600, 8);
+  check_policy({"expected_attention"}, 7500, 8);
+  check_policy({"expected_attention", {{"T", 32.}}}, 7600, 30);
   check_policy({"expected_attention", {{"T", 7.}, {"covariance", 0.}, {"vnorm", 0.}}}, 7700, 20);
   check_policy({"expected_attention", {{"T", 7.}, {"epsilon", .02}}}, 7800, 20);
 }
