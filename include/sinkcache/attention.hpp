@@ -166,7 +166,7 @@ class attention {
     if (!found || tokens == 0) return found;
     const learning both(cache, extra.weights);
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, tokens, both.reader() == nullptr ? -1 : keys.capacity());
+    found = reserve(schedule, keys, tokens, both.reader() == nullptr ? -1 : most_kept(keys, tokens));
     if (!found) return found;
     for (index_t row = 0, n; row < tokens; row += n) {
       n = cache.next_block(tokens - row);
@@ -182,7 +182,7 @@ class attention {
   // concurrency; with weights: where somebody wants those.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
     status found;
-    const index_t shared = shared_bytes(found, keys, weights ? keys.capacity() : -1);
+    const index_t shared = shared_bytes(found, keys, weights ? most_kept(keys, tokens) : -1);
     const index_t bytes =
         detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);
     found.or_fail();
@@ -201,6 +201,14 @@ class attention {
       return other_ == nullptr ? learner_ : const_cast<learning*>(this);
     }
     bool wants(position_t query) const noexcept override { return learner_->wants(query) || other_->wants(query); }
+    bool wants_sums(position_t first, position_t last) const noexcept override {
+      return learner_->wants_sums(first, last) || other_->wants_sums(first, last);
+    }
+    void read_sums(const weight_sums& sums) noexcept override {
+      const position_t last = sums.query + sums.num_queries - 1;
+      if (learner_->wants_sums(sums.query, last)) learner_->read_sums(sums);
+      if (other_->wants_sums(sums.query, last)) other_->read_sums(sums);
+    }
     void read(const weight_tile& tile) noexcept override {
       if (learner_->wants(tile.query)) learner_->read(tile);
       if (other_->wants(tile.query)) other_->read(tile);
@@ -209,6 +217,16 @@ class attention {
    private:
     weight_reader *learner_, *other_;
   };
+
+  // Sums are of so many queries at a time, so that they see few rows more than one of them does.
+  static constexpr index_t sum_queries = 512;
+  static bool wants_any(const weight_reader& reader, position_t query) noexcept {
+    return reader.wants(query) || reader.wants_sums(query, query);
+  }
+  // Rows of parts that so many neighbouring queries see, at most.
+  static index_t most_kept(const kv_source& keys, index_t tokens) noexcept {
+    return keys.capacity() + keys.max_parts() * std::max<index_t>(0, std::min(tokens, sum_queries) - 1);
+  }
 
   static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
@@ -227,7 +245,7 @@ class attention {
   void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
-      return one.weights != nullptr && one.weights->wants(one.query) ? one.keys->capacity() : -1;
+      return one.weights != nullptr && wants_any(*one.weights, one.query) ? one.keys->capacity() : -1;
     };
     index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
     detail::schedule::shape of{16, 1, 1, 0};
@@ -250,7 +268,7 @@ class attention {
   void attend_rows(const_matrix_view q, const kv_source& keys, matrix_view out, position_t first, workspace& workspace,
                    const extra_outputs& extra, const call_part& part, status& found) const noexcept {
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : keys.capacity());
+    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : most_kept(keys, part.num_rows));
     if (found) attend_block(schedule, q, keys, out, first, extra, part, q.rows());
   }
 
@@ -264,11 +282,15 @@ class attention {
     const auto wanted = [&](index_t row) { return extra.weights != nullptr && extra.weights->wants(first + row); };
     for (index_t row = part.first_row, n, end = row + part.num_rows; row < end; row += n) {
       float* const lse = extra.lse.empty() ? nullptr : extra.lse.data() + row * params_.num_qo_heads;
-      const bool keeps = wanted(row);
+      bool keeps = wanted(row), sums = false;
       n = 1;
       if (!keeps) {
         while (row + n < end && !wanted(row + n)) ++n;
         n = schedule.num_planned(keys, first + row, first + row + n - 1);
+        const index_t some = std::min(n, in_panels ? sum_queries : 1);
+        sums = extra.weights != nullptr && extra.weights->wants_sums(first + row, first + row + some - 1);
+        if (sums) n = some;
+        keeps = sums && (!in_panels || together == 1);
       }
       if (keeps || together == 1) {
         const detail::decode_job job{.q = q.row(row),
@@ -291,7 +313,9 @@ class attention {
                          .lse = lse,
                          .first_kv_head = part.first_kv_head,
                          .num_kv_heads = part.num_kv_heads,
-                         .in_panels = in_panels});
+                         .in_panels = in_panels,
+                         .sums = sums ? extra.weights : nullptr,
+                         .kept = sums ? most_kept(keys, n) : 0});
       }
     }
   }

@@ -228,12 +228,30 @@ struct weight_tile {
   float weight(index_t j, index_t head) const { return w[static_cast<std::size_t>(head * stride + j)]; }
 };
 
+// The same, summed over the queries from `query` on and over all query heads that read the KV head: sums[j] is of token
+// first + j of the part.
+struct weight_sums {
+  index_t kv_head;
+  position_t query;
+  index_t num_queries;
+  const kv_part* part;
+  index_t first, n;
+  std::span<const float> sums;
+
+  position_t position(index_t j) const { return part->position(first + j); }
+};
+
 // Who wants to know what queries give tokens. Tiles of one KV head come one after the other, those of others may come
 // from other threads meanwhile.
 class weight_reader {
  public:
   virtual bool wants(position_t query) const noexcept = 0;
   virtual void read(const weight_tile& tile) noexcept = 0;
+
+  // Whether it wants sums over the queries from `first` to `last`, none of which is wanted by itself, or over one
+  // query. Many queries then stay together, at less than twice the time; of one, or a few, sums come query by query.
+  virtual bool wants_sums(position_t, position_t) const noexcept { return false; }
+  virtual void read_sums(const weight_sums&) noexcept {}
 
  protected:
   weight_reader() = default;
