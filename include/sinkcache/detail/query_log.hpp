@@ -19,6 +19,7 @@ struct query_sizes {
   index_t num_qo_heads, num_kv_heads, head_dim, v_head_dim;
   index_t rows;      // of the pool
   index_t rollback;  // queries that may be taken back
+  index_t interval;  // and that may come at once
   bool accounts;
 };
 
@@ -53,7 +54,8 @@ class query_log {
   // Rows of q that are kept.
   index_t num_queries() const {
     if (of_.needs.window <= 1 && !of_.needs.query_statistics) return 0;
-    return std::max<index_t>(1, of_.needs.window) + (of_.needs.query_statistics ? 2 : 1) * of_.rollback;
+    return std::max<index_t>(1, of_.needs.window) +
+           (of_.needs.query_statistics ? 2 * of_.rollback + of_.interval : of_.rollback);
   }
 
   void clear() noexcept {
