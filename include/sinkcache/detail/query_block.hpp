@@ -8,7 +8,7 @@
 #include <cstddef>
 
 #include "../attention_params.hpp"
-#include "absorb.hpp"
+#include "absorb_unrotated.hpp"
 #include "macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
@@ -24,16 +24,22 @@ inline bool sees_all(const kv_part& part, position_t query) {
   return part.placeless || (sees(part, query, part.first) && sees(part, query, part.end() - 1));
 }
 
-// What it sees: of consecutive rows their positions; of rows with positions of their own the numbers of all of them.
+// What it sees: of consecutive rows their positions; of rows with positions of their own the numbers of all of them,
+// or, where they lie by age and keys are turned to their places, of those that it does see.
 inline position_span span_of(const kv_part& part, position_t query) {
-  if (!part.at.empty()) return {0, part.rows};
+  if (!part.at.empty()) {
+    if (part.rank_angles.empty() || sees_all(part, query)) return {0, part.rows};
+    const position_t newest = std::min(query, part.as_of) - part.seen_from - part.at_offset;
+    const auto rows = part.at.first(static_cast<std::size_t>(part.rows));
+    return {0, std::upper_bound(rows.begin(), rows.end(), newest) - rows.begin()};
+  }
   if (part.placeless) return {part.first, part.first + part.rows};
   query = std::min(query, part.as_of);
   const position_t first = std::max(part.first, query - part.seen_until + 1);
   return {first, std::max(first, std::min(part.first + part.rows, query - part.seen_from + 1))};
 }
 inline index_t num_seen(const kv_part& part, position_t query) {
-  if (part.at.empty() || sees_all(part, query)) return span_of(part, query).size();
+  if (part.at.empty() || !part.rank_angles.empty() || sees_all(part, query)) return span_of(part, query).size();
   index_t n = 0;
   for (index_t i = 0; i < part.rows; ++i) n += sees(part, query, part.position(i));
   return n;
@@ -77,10 +83,11 @@ struct query_block {
     scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
     const bool in_cache = of.positions == positions::in_cache;
     if (in_cache) count_visible(parts, row, count, later);
-    std::fill_n(rotated_for, count, max_position);  // no gap
+    std::fill_n(rotated_for, count, -1);  // no gap
     position_t before = 0;
     for (index_t i = 0; i < parts.size(); ++i) {
       const kv_part& part = parts[i];
+      const bool turned = !part.rank_angles.empty();
       bool any = false, all = true;
       for (index_t r = 0, end; r < count; r = end) {
         const position_t at = query(row + r);
@@ -94,7 +101,7 @@ struct query_block {
         const extent seen = extent_of(part, at, gap, from - before, to - before);
         std::fill(extents + r, extents + end, seen);
         any = any || seen.lo < seen.hi;
-        all = all && (part.at.empty() || sees_all(part, at));
+        all = all && (part.at.empty() || turned || sees_all(part, at));
       }
       const position_span span = span_of(part, query(row));
       kept.first = static_cast<index_t>(before - (span.first - first_of(part)));
@@ -102,11 +109,14 @@ struct query_block {
       if (kept.to != nullptr && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
       if (in_cache && !part.at.empty() && part.seen_until != kv_part::always && !part.placeless)
         broken_source("rows with positions of their own, in cache order, have to be seen for ever");
+      if (turned) require_turnable(part);
       if (!any || part.k.reader == nullptr) continue;
       rows.num_sink_tokens = first_of(part) + part.pinned;
       if (has_terms) set_terms(part, kv_head, row, count, terms);
-      if (all && (part.at.empty() || (of.positions == positions::absolute && params.alibi_slopes.empty()))) {
-        rotate_queries(kv_head, row, count, extents, rotated_for, scratch);
+      if (turned) {
+        absorb_turned(part, rows, kv_head, row, extents, rotated_for, scratch, kept);
+      } else if (all && (part.at.empty() || (of.positions == positions::absolute && params.alibi_slopes.empty()))) {
+        rotate_queries(kv_head, row, count, extents, 0, rotated_for, scratch);
         const std::byte* const next =
             in_panels ? nullptr : keys_after(parts, i, query(row + count - 1), holds.kv_heads);
         detail::absorb(part, rows, extents, scratch.state, scratch.tile, next, kept);
@@ -161,14 +171,15 @@ struct query_block {
     return address(parts[0], 1);
   }
 
-  // The queries of all rows for these extents, in the scratch. What they were rotated for last is rotated_for.
-  void rotate_queries(index_t kv_head, index_t row, index_t count, const extent* extents, position_t* rotated_for,
-                      const worker_scratch& scratch) const noexcept {
+  // The queries of all rows for the gaps of these extents and `more`, in the scratch. What they were rotated for last
+  // is rotated_for.
+  void rotate_queries(index_t kv_head, index_t row, index_t count, const extent* extents, position_t more,
+                      position_t* rotated_for, const worker_scratch& scratch) const noexcept {
     bool done = true;
     for (index_t r = 0; r < count; ++r)
-      done = done && (extents[r].lo >= extents[r].hi || extents[r].gap == rotated_for[r]);
+      done = done && (extents[r].lo >= extents[r].hi || extents[r].gap + more == rotated_for[r]);
     if (done) return;
-    for (index_t r = 0; r < count; ++r) rotated_for[r] = extents[r].gap;
+    for (index_t r = 0; r < count; ++r) rotated_for[r] = extents[r].gap + more;
     const index_t dim = source.geometry().head_dim;
     if (!in_panels) return rotate_rows(kv_head, row, count, rotated_for, scratch.q);
     for (index_t r = 0; r < count; r += query_rows::panel)
@@ -232,6 +243,34 @@ struct query_block {
       const index_t h = head(kv_head, row + r);
       terms[r] = {query(row + r), part.placeless ? 0.f : of_head(params.alibi_slopes, h), of_head(params.sink_bias, h)};
     }
+  }
+
+  void require_turnable(const kv_part& part) const noexcept {
+    const kv_geometry& of = source.geometry();
+    if (!of.rotates() || static_cast<index_t>(part.rank_angles.size()) != of.rope->rank_angles_size())
+      broken_source("rank_angles have to be those of the geometry's rope");
+    if (of.positions != positions::in_cache || part.placeless)
+      broken_source("keys with rank_angles need positions in cache order");
+    if (!part.rank.empty()) broken_source("keys with rank_angles lie in the order of their age: they have no rank");
+    if (of.k_transform != nullptr) broken_source("keys with rank_angles cannot have a k_transform");
+  }
+
+  // A part whose keys are stored as they were before rope. Queries are rotated to where they count as being: by as much
+  // more as their first_position, which no place has.
+  void absorb_turned(const kv_part& part, const query_rows& rows, index_t kv_head, index_t row, const extent* extents,
+                     position_t* rotated_for, const worker_scratch& scratch, const kept_logits& kept) const noexcept {
+    const key_turns turns{*source.geometry().rope, part.rank_angles.data()};
+    const position_t more = source.geometry().first_position;
+    if (in_panels) {
+      rotate_queries(kv_head, row, rows.rows, extents, more, rotated_for, scratch);
+      return detail::absorb(part, rows, extents, scratch.state, scratch.tile, nullptr, kept, &turns);
+    }
+    absorb_unrotated(part, turns, rows, extents, scratch.state, scratch.tile, kept,
+                     [&](index_t r, index_t count, position_t base, float* to) {
+                       position_t gaps[tile_scratch::max_rows];
+                       for (index_t i = 0; i < count; ++i) gaps[i] = extents[r + i].gap + more + base;
+                       rotate_rows(kv_head, row + r, count, gaps, to);
+                     });
   }
 
   // `count` rows of one token, from number r of the block's on, over a part whose rows have positions of their own:
