@@ -28,7 +28,7 @@ class eviction_run {
     }
     for (index_t h = 0; h < s_.num_heads(); ++h)
       if (is_due(h)) tell(h);
-    for (index_t h = 0; h < s_.num_heads(); ++h) s_.rows.evict(h, {s_.leaves + s_.rows.head(h).first, size(h)});
+    for (index_t h = 0; h < s_.num_heads(); ++h) s_.rows.evict(h, seen_, {s_.leaves + s_.rows.head(h).first, size(h)});
     if (s_.of.rules.adaptive) s_.rows.lay_out(s_.of.rules.interval);
   }
 
