@@ -7,6 +7,7 @@
 #include <fstream>
 #include <map>
 #include <numbers>
+#include <numeric>
 #include <sstream>
 
 #include "catch.hpp"
@@ -549,6 +550,40 @@ TEST_CASE("oracle: budgets hold, pinned and recent tokens stay, nothing returns"
         last_seen = event.seen;
       }
     }
+}
+
+TEST_CASE("oracle: an evicted mass raises the other weights alike, and moves the output by no more than its bound") {
+  int compared = 0;
+  for (std::uint64_t seed = 1; seed <= 30; ++seed) {
+    INFO("seed " << seed);
+    random_stream stream(seed);
+    eviction_setup setup = random_setup(stream.dice, {"random"});
+    setup.in_cache = false;  // distances stay what they were
+    eviction_oracle cut(setup);
+    setup.budget = 1000;
+    eviction_oracle whole(setup);
+    for (stream_position t = 0; t < 60; ++t) {
+      const random_stream again = stream;
+      const std::vector<eviction_answer> changed = stream.feed(cut);
+      stream = again;
+      const std::vector<eviction_answer> all = stream.feed(whole);
+      if ((t + 1) % setup.interval == 0) continue;  // what it saw has just been cut
+      for (std::size_t qo_head = 0; qo_head < setup.qo_heads; ++qo_head) {
+        const positions_list kept = cut.kept(qo_head / (setup.qo_heads / setup.kv_heads));
+        const eviction_answer &before = all[qo_head], &after = changed[qo_head];
+        double mass = 1, moved = 0;
+        if (!setup.sink_logits.empty()) mass -= 1 - std::accumulate(before.weights.begin(), before.weights.end(), 0.);
+        for (stream_position at : kept) mass -= before.weights[static_cast<std::size_t>(at)];
+        for (std::size_t j = 0; j < kept.size(); ++j)
+          CHECK(after.weights[j] * (1 - mass) ==
+                Approx(before.weights[static_cast<std::size_t>(kept[j])]).margin(1e-12));
+        for (std::size_t c = 0; c < setup.dv; ++c) moved += std::pow(after.out[c] - before.out[c], 2);
+        CHECK(std::sqrt(moved) <= 2 * mass / (1 - mass) * before.v_norm + 1e-12);
+        ++compared;
+      }
+    }
+  }
+  CHECK(compared > 1000);
 }
 
 TEST_CASE("oracle: what looks at keys alone keeps the same under both position modes") {
