@@ -381,8 +381,8 @@ TEST_CASE("what was appended without attention is refused where a policy would n
     CAPTURE(name);
     f32_cache cache(config_of(positions::absolute), rules_of(8), policy(name));
     const bool learns = cache.learner() != nullptr;
-    CHECK(learns ==
-          (policy(name)->needs().window > 0 || policy(name)->needs().sums || policy(name)->needs().query_statistics));
+    CHECK(learns == (policy(name)->needs().window > 0 || policy(name)->needs().last_query ||
+                     policy(name)->needs().sums || policy(name)->needs().query_statistics));
     cache.append(s.k.topRows(20), s.v.topRows(20));
     const status found = cache.try_append(s.k.middleRows(20, 60), s.v.middleRows(20, 60));
     CHECK(found.ok() != learns);

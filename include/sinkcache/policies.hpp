@@ -124,7 +124,7 @@ struct h2o final : token_scorer {
 // What the event's last query gave a token, over all query heads of the layer: one set for all (TOVA, Oren et al. 2024,
 // arXiv 2401.06104, section 3.2).
 struct tova final : token_scorer {
-  scorer_needs needs() const noexcept override { return {.window = 1, .one_set = true}; }
+  scorer_needs needs() const noexcept override { return {.last_query = true, .one_set = true}; }
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
     for (index_t i = 0; i < head.rows; ++i) scores[static_cast<std::size_t>(i)] = head.weight(0, i);
   }

@@ -15,8 +15,10 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 // What a scorer wants to be told.
 struct scorer_needs {
-  // Of the newest `window` queries at an event, what each gave each row; rows of that window itself never leave.
+  // Of the newest `window` queries at an event, what each gives each row then; rows of that window never leave. Or of
+  // the last one alone, as it gave it when it ran: weight(0, i); its own row may leave.
   index_t window = 0;
+  bool last_query = false;
   enum class over_group {
     mean,       // of the query heads of a KV head
     max,        // of them

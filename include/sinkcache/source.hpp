@@ -238,7 +238,7 @@ struct weight_tile {
 };
 
 // The same, summed over the queries from `query` on and over all query heads that read the KV head: sums[j] is of token
-// first + j of the part.
+// first + j of the part. NaN counts nothing.
 struct weight_sums {
   index_t kv_head;
   position_t query;

@@ -67,7 +67,7 @@ class eviction_run {
                      .scratch = {s_.scratch, static_cast<std::size_t>(s_.scratch_floats)},
                      .queries = {s_.statistics, static_cast<std::size_t>(s_.needs.query_statistics ? log.group() : 0)},
                      .reader = {&s_, &key_of, &value_of},
-                     .weights = s_.needs.window > 0 ? log.window(0) + head.first : nullptr,
+                     .weights = s_.needs.window > 0 || s_.needs.last_query ? log.window(0) + head.first : nullptr,
                      .stride = log.sizes().rows};
     if (is_short(s_.of.rules, h))
       for (index_t i = 0; i < head.n; ++i) s_.scores[head.first + i] = static_cast<float>(i);

@@ -40,7 +40,7 @@ class scored_learner : public weight_reader {
     const index_t row = tile.part->row + tile.first, in_pool = s_.rows.head(h).first + row;
     if (s_.needs.sums && tile.query >= one_by_one()) s_.log.add(s_.rows.sums(h) + row, query, in_pool, tile);
     if (!is_last(query)) return;
-    if (s_.needs.window == 1) over_group(tile, nullptr, s_.log.window(0) + in_pool);
+    if (s_.needs.last_query) over_group(tile, nullptr, s_.log.window(0) + in_pool);
     if (s_.of.rules.accounts)
       for (index_t g = 0; g < tile.num_qo_heads; ++g)
         for (index_t j = 0; j < tile.n; ++j)
@@ -75,7 +75,7 @@ class scored_learner : public weight_reader {
 
   void end(const attention_call& call, const attention& by, workspace& memory) noexcept override {
     const position_t learned = own(call.first) + call.q.rows();
-    if (s_.needs.window > 1 && learned == cache->seen() && s_.is_due(learned) && s_.is_over_budget(0) &&
+    if (s_.needs.window > 0 && learned == cache->seen() && s_.is_due(learned) && s_.is_over_budget(0) &&
         !look_back(call, by, memory))
       return;
     for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
@@ -115,7 +115,7 @@ class scored_learner : public weight_reader {
     return query - std::atomic_ref(shift_).load(std::memory_order_relaxed);
   }
   bool is_last(position_t query) const noexcept {
-    return (s_.needs.window == 1 || s_.of.rules.accounts) && s_.is_due(query + 1);
+    return (s_.needs.last_query || s_.of.rules.accounts) && s_.is_due(query + 1);
   }
   // Of a prefix in front nothing is learned.
   bool is_own(const kv_part& part, index_t kv_head) const noexcept {

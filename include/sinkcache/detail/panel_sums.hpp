@@ -10,13 +10,16 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
+// NaN counts nothing in a sum.
+inline float known_weight(float w) { return w == w ? w : 0.f; }
+
 // Of each row of a block, in whole panels: the maximum of its logits, and the normalised weight of a logit that equals
 // it; 0 where nothing is seen, and behind the last row.
 struct row_weights {
   const float *m, *weight;
   float* to;  // sums, a key each
 
-  float of(index_t row, float logit) const { return exp2_nonpositive(logit - m[row]) * weight[row]; }
+  float of(index_t row, float logit) const { return known_weight(exp2_nonpositive(logit - m[row]) * weight[row]); }
 };
 
 // Where logits are kept for those who ask what a query gives each key: [rows, stride], a part's row 0 as number
@@ -40,7 +43,7 @@ inline position_span seen_of(const extent& extent, position_t first, position_t 
 }
 
 // Adds what the panel of rows from `row` on gives each of n keys to sums [n, lanes]. A row's weight of what it does not
-// see is 0, whatever is there.
+// see is 0, whatever is there, and so is NaN.
 inline void sum_panel(const query_rows& rows, index_t row, const extent* extents, tile_rows k, position_t first,
                       index_t n, const row_weights& weights, float* logits, float* sums) noexcept {
   constexpr int panel = query_rows::panel;
@@ -64,7 +67,7 @@ inline void sum_panel(const query_rows& rows, index_t row, const extent* extents
       const vfloat key = broadcast(static_cast<float>(j));
       const auto is_seen = (key >= sees_from) & (key < sees_upto);
       const vfloat w = exp2_nonpositive(load(logits + (j - lo) * panel + part) - m) * weight;
-      store(sums + j * lanes, load(sums + j * lanes) + (is_seen ? w : vfloat{}));
+      store(sums + j * lanes, load(sums + j * lanes) + (is_seen & (w == w) ? w : vfloat{}));
     }
   }
 }

@@ -36,10 +36,10 @@ class query_log {
     const index_t queries = num_queries(), stats = of.needs.query_statistics ? of.num_qo_heads : 0;
     c.take(learned_, of.num_kv_heads);
     c.take(q_, queries, of.num_qo_heads * of.head_dim);
-    c.take(window_q_, of.needs.window > 1 ? of.needs.window : 0, of.num_qo_heads * of.head_dim);
-    c.take(window_out_, of.needs.window > 1 ? of.needs.window : 0, of.num_qo_heads * of.v_head_dim);
+    c.take(window_q_, of.needs.window, of.num_qo_heads * of.head_dim);
+    c.take(window_out_, of.needs.window, of.num_qo_heads * of.v_head_dim);
     c.take(window_lse_, of.needs.window, of.num_qo_heads);
-    c.take(weights_, of.needs.together ? 1 : of.needs.window, of.rows);
+    c.take(weights_, of.needs.together || of.needs.last_query ? 1 : of.needs.window, of.rows);
     c.take(given_, of.needs.sums ? of.rollback : 0, of.rows);
     c.take(last_, of.accounts ? group() : 0, of.rows);
     c.take(sum_q_, stats, of.head_dim);
@@ -50,12 +50,13 @@ class query_log {
 
   index_t group() const { return of_.num_qo_heads / std::max<index_t>(1, of_.num_kv_heads); }
   const query_sizes& sizes() const { return of_; }
-  bool learns() const { return of_.needs.window > 0 || of_.needs.sums || of_.needs.query_statistics || of_.accounts; }
+  bool learns() const {
+    return of_.needs.window > 0 || of_.needs.last_query || of_.needs.sums || of_.needs.query_statistics || of_.accounts;
+  }
   // Rows of q that are kept.
   index_t num_queries() const {
-    if (of_.needs.window <= 1 && !of_.needs.query_statistics) return 0;
-    return std::max<index_t>(1, of_.needs.window) +
-           (of_.needs.query_statistics ? 2 * of_.rollback + of_.interval : of_.rollback);
+    if (of_.needs.window == 0 && !of_.needs.query_statistics) return 0;
+    return of_.needs.window + (of_.needs.query_statistics ? 2 * of_.rollback + of_.interval : of_.rollback);
   }
 
   void clear() noexcept {

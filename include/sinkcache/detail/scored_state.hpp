@@ -68,6 +68,9 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
                 "absent: this scorer keeps one set in all heads");
   found.require(shorts == 0 || !rules.adaptive, "short_heads", "given", "absent where budgets are adaptive");
   found.require(heads == 0 || rules.budget == 0, "budget", rules.budget, "0 where head_budgets are given");
+  found.require(needs.window >= 0, "the scorer's window", needs.window, "at least 0");
+  found.require(needs.window == 0 || !needs.last_query, "the scorer's window", needs.window,
+                "0 where it wants the last query alone");
   if (!found) return;
   bool alike = true;
   for (index_t h = 0; h < of.geometry.num_kv_heads; ++h) {
@@ -87,7 +90,8 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
   } else {
     found.require(rules.hard_budget == 0, "hard_budget", rules.hard_budget, "0 without a bound");
   }
-  const bool asks = needs.window > 0 || needs.sums || needs.query_statistics || rules.accounts || rules.bound;
+  const bool asks =
+      needs.window > 0 || needs.last_query || needs.sums || needs.query_statistics || rules.accounts || rules.bound;
   if (asks || rules.num_qo_heads != 0)
     found.require(rules.num_qo_heads >= 1 && rules.num_qo_heads % of.geometry.num_kv_heads == 0, "num_qo_heads",
                   rules.num_qo_heads, "a multiple of num_kv_heads,", of.geometry.num_kv_heads);
