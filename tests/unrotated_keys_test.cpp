@@ -8,8 +8,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -200,6 +203,47 @@ class weight_notes final : public sinkcache::weight_reader {
   std::map<std::pair<position_t, index_t>, std::map<position_t, float>> notes_;
 };
 
+// Adds up sums that it is told, by KV head and position, and counts the queries that they are of.
+class sum_notes final : public sinkcache::weight_reader {
+ public:
+  explicit sum_notes(index_t kv_heads) : sums_(as_size(kv_heads)), queries_(as_size(kv_heads)), seeing_(queries_) {}
+
+  bool wants(position_t) const noexcept override { return false; }
+  void read(const sinkcache::weight_tile&) noexcept override { std::abort(); }
+  bool wants_sums(position_t, position_t) const noexcept override { return true; }
+  void read_sums(const sinkcache::weight_sums& told) noexcept override {
+    for (index_t j = 0; j < told.n; ++j)
+      sums_[as_size(told.kv_head)][told.position(j)] += static_cast<double>(told.sums[as_size(j)]);
+    for (index_t i = 0; i < told.num_queries; ++i) queries_[as_size(told.kv_head)].insert(told.query + i);
+  }
+  // Takes what a query gives away again.
+  void take(position_t query, index_t kv_head, const std::vector<position_t>& seen, const oracle::answer& right) {
+    std::map<position_t, double>& sums = sums_[as_size(kv_head)];
+    for (std::size_t i = 0; i < seen.size(); ++i) sums[seen[i]] -= right.weights[i];
+    if (!seen.empty()) seeing_[as_size(kv_head)].insert(query);
+    a_ = std::max(a_, right.a);
+    ++rows_;
+  }
+  bool same_as(const sum_notes& other) const { return sums_ == other.sums_; }
+  // When all has been taken.
+  std::string wrong() const {
+    for (std::size_t h = 0; h < sums_.size(); ++h) {
+      if (!std::includes(queries_[h].begin(), queries_[h].end(), seeing_[h].begin(), seeing_[h].end()))
+        return "sums are not of all queries";
+      for (const auto& [position, left] : sums_[h])
+        if (!(std::abs(left) <= 16 * u * (1 + a_) * static_cast<double>(rows_) / static_cast<double>(sums_.size())))
+          return fmt::format("KV head {}: the sum of token {} is {} off", h, position, left);
+    }
+    return "";
+  }
+
+ private:
+  std::vector<std::map<position_t, double>> sums_;
+  std::vector<std::set<position_t>> queries_, seeing_;
+  double a_ = 0;
+  index_t rows_ = 0;
+};
+
 // Runs items backwards, as several threads might.
 struct backwards {
   index_t concurrency() const { return 3; }
@@ -256,21 +300,30 @@ class run_of {
     sinkcache::matrix out = sinkcache::matrix::Constant(rows, heads * c_.config.v_head_dim, 77.f), again = out;
     std::vector<float> lse(as_size(rows * heads), 77.f);
     weight_notes notes;
-    const bool noted = dice_.one_in(3);
-    attention_.attend(q, keys(), out, workspace_, {.lse = lse, .weights = noted ? &notes : nullptr});
+    const bool noted = dice_.one_in(3), summed = !noted && dice_.one_in(3);
+    sum_notes sums(c_.config.num_kv_heads);
+    sinkcache::weight_reader* reader = nullptr;
+    if (noted) reader = &notes;
+    if (summed) reader = &sums;
+    attention_.attend(q, keys(), out, workspace_, {.lse = lse, .weights = reader});
     const backwards executor;
     sinkcache::workspace other(executor);
-    attention_.attend(q, keys(), again, other, {.lse = {}, .weights = noted ? &notes_of_others_ : nullptr});
+    sum_notes others(c_.config.num_kv_heads);
+    if (noted) reader = &notes_of_others_;
+    if (summed) reader = &others;
+    attention_.attend(q, keys(), again, other, {.lse = {}, .weights = reader});
     if (out != again) return "threads give other bits";
+    if (summed && !sums.same_as(others)) return "threads give other sums";
     for (index_t i = 0; i < rows; ++i) {
-      if (rows > 4 && !dice_.one_in(4)) continue;
-      const std::string wrong = compare(first + i, out.row(i).data(), lse.data() + i * heads, noted ? &notes : nullptr);
+      if (!summed && rows > 4 && !dice_.one_in(4)) continue;
+      const std::string wrong = compare(first + i, out.row(i).data(), lse.data() + i * heads, noted ? &notes : nullptr,
+                                        summed ? &sums : nullptr);
       if (!wrong.empty()) return fmt::format("query {} of {} rows: {}", first + i, rows, wrong);
     }
-    return "";
+    return summed ? sums.wrong() : "";
   }
 
-  std::string compare(position_t query, const float* out, const float* lse, weight_notes* notes) {
+  std::string compare(position_t query, const float* out, const float* lse, weight_notes* notes, sum_notes* sums) {
     const index_t kv_heads = c_.config.num_kv_heads, dim = c_.config.head_dim, v_dim = c_.config.v_head_dim;
     const index_t group = c_.params.num_qo_heads / kv_heads;
     std::vector<oracle::answer> right;
@@ -295,6 +348,7 @@ class run_of {
       if (notes != nullptr && notes->wants(query))
         for (index_t i = 0; i < group && wrong.empty(); ++i)
           wrong = notes->wrong(query, h * group + i, seen, answers[as_size(i)]);
+      for (std::size_t i = 0; i < answers.size() && sums != nullptr; ++i) sums->take(query, h, seen, answers[i]);
       right.insert(right.end(), answers.begin(), answers.end());
     }
     return wrong.empty() ? proof::far_from(right, out, lse) : wrong;

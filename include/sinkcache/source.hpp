@@ -237,6 +237,19 @@ struct weight_tile {
   float weight(index_t j, index_t head) const { return w[static_cast<std::size_t>(head * stride + j)]; }
 };
 
+// The same, summed over the queries from `query` on and over all query heads that read the KV head: sums[j] is of token
+// first + j of the part.
+struct weight_sums {
+  index_t kv_head;
+  position_t query;
+  index_t num_queries;
+  const kv_part* part;
+  index_t first, n;
+  std::span<const float> sums;
+
+  position_t position(index_t j) const { return part->position(first + j); }
+};
+
 // A call of attention, as those are told who learn from it: rows of q [tokens, num_qo_heads * head_dim], the first of
 // which is the query at `first` of `keys`, and the KV heads that it is for.
 struct attention_call {
@@ -245,6 +258,7 @@ struct attention_call {
   const_matrix_view q;
   position_t first;
   index_t first_kv_head, num_kv_heads;
+  index_t following = 0;  // tokens that the same call will store after these
 };
 
 // Who wants to know what queries give tokens. Tiles of one KV head come one after the other, those of others may come
@@ -260,6 +274,11 @@ class weight_reader {
   virtual void require(status& /*found*/, const attention_call& /*call*/) const noexcept {}
   virtual void begin(const attention_call& /*call*/) noexcept {}
   virtual void end(const attention_call& /*call*/, const attention& /*by*/, workspace& /*memory*/) noexcept {}
+
+  // Whether it wants sums over the queries from `first` to `last`, none of which is wanted by itself, or over one
+  // query. Many queries then stay together, at less than twice the time; of one, or a few, sums come query by query.
+  virtual bool wants_sums(position_t, position_t) const noexcept { return false; }
+  virtual void read_sums(const weight_sums&) noexcept {}
 
  protected:
   weight_reader() = default;

@@ -9,8 +9,9 @@
 #include <cstring>
 
 #include "macros_off.hpp"
+#include "panel_sums.hpp"
+#include "part_rules.hpp"
 #include "reader.hpp"
-#include "tile_softmax.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -57,22 +58,6 @@ class row_loader {
   bool as_they_are_;
 };
 
-// Where logits are kept for those who ask what a query gives each key: [rows, stride], a part's row 0 as number
-// `first`.
-struct kept_logits {
-  float* to = nullptr;
-  index_t stride = 0, first = 0;
-
-  // Of n rows from `number` on.
-  void keep(const float* logits, index_t row, int rows, index_t number, index_t n) const noexcept {
-    for (int r = 0; r < rows; ++r)
-      for (index_t j = 0; j < n; ++j) to[(row + r) * stride + first + number + j] = logits[j * rows + r];
-  }
-};
-
-// What a part's rows are told apart by: positions, or numbers where each row has a position of its own.
-inline position_t first_of(const kv_part& part) { return part.at.empty() ? part.first : 0; }
-
 // A few rows of one group-by-group tile: logits that are there become weights and take in values.
 inline void absorb_values(const query_rows& rows, index_t row, index_t count, const loaded_rows& v, index_t offset,
                           index_t n, tile_rows next, const running_states& to, float* logits) noexcept {
@@ -114,12 +99,6 @@ struct seen_by_rows {
     }
   }
 };
-
-// What a row sees between `first` and `last`.
-inline position_span seen_of(const extent& extent, position_t first, position_t last) {
-  const position_span span{std::max(extent.lo, first), std::min(extent.hi, last)};
-  return span.first < span.last ? span : position_span{};
-}
 
 // The panel of rows from `row` on takes in what each row sees of a decoded tile of n keys, of positions from `first`
 // on.
@@ -193,10 +172,18 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
     end = std::min(all.hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
     const index_t offset = static_cast<index_t>(tile % tile_scratch::keys), n = static_cast<index_t>(end - tile);
     const tile_runs lie(part, static_cast<index_t>(tile - first), n);
+    const auto tile_keys = [&] {
+      return turns != nullptr
+                 ? placed_rows(part, rows.head_dim, static_cast<index_t>(tile - first), n, *turns, tile, scratch.k)
+                 : decoded_rows(part.k, lie, rows.head_dim, dim, scratch.k);
+    };
+    if (rows.in_panels && kept.sums != nullptr) {
+      sum_tile(rows, extents, tile_keys(), tile, n, *kept.sums, scratch,
+               kept.sums->to + kept.first + static_cast<index_t>(tile - first));
+      continue;
+    }
     if (rows.in_panels) {
-      const tile_rows k = turns != nullptr ? placed_rows(part, rows.head_dim, static_cast<index_t>(tile - first), n,
-                                                         *turns, tile, scratch.k)
-                                           : decoded_rows(part.k, lie, rows.head_dim, dim, scratch.k);
+      const tile_rows k = tile_keys();
       const tile_rows v = decoded_rows(part.v, lie, rows.v_head_dim, v_dim + 16, scratch.v);
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);

@@ -13,38 +13,6 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Whether the query at `query` sees a token at `position`.
-inline bool sees(const kv_part& part, position_t query, position_t position) {
-  query = std::min(query, part.as_of);
-  return part.placeless || (part.seen_from <= query - position && query - position < part.seen_until);
-}
-
-// Whether it sees all rows of a part.
-inline bool sees_all(const kv_part& part, position_t query) {
-  return part.placeless || (sees(part, query, part.first) && sees(part, query, part.end() - 1));
-}
-
-// What it sees: of consecutive rows their positions; of rows with positions of their own the numbers of all of them,
-// or, where they lie by age and keys are turned to their places, of those that it does see.
-inline position_span span_of(const kv_part& part, position_t query) {
-  if (!part.at.empty()) {
-    if (part.rank_angles.empty() || sees_all(part, query)) return {0, part.rows};
-    const position_t newest = std::min(query, part.as_of) - part.seen_from - part.at_offset;
-    const auto rows = part.at.first(static_cast<std::size_t>(part.rows));
-    return {0, std::upper_bound(rows.begin(), rows.end(), newest) - rows.begin()};
-  }
-  if (part.placeless) return {part.first, part.first + part.rows};
-  query = std::min(query, part.as_of);
-  const position_t first = std::max(part.first, query - part.seen_until + 1);
-  return {first, std::max(first, std::min(part.first + part.rows, query - part.seen_from + 1))};
-}
-inline index_t num_seen(const kv_part& part, position_t query) {
-  if (part.at.empty() || !part.rank_angles.empty() || sees_all(part, query)) return span_of(part, query).size();
-  index_t n = 0;
-  for (index_t i = 0; i < part.rows; ++i) n += sees(part, query, part.position(i));
-  return n;
-}
-
 // Neighbouring query tokens over one source of keys and values. Its query rows are, for each KV head, [tokens, group].
 // One plan holds for all of them.
 struct query_block {
@@ -67,7 +35,10 @@ struct query_block {
               const worker_scratch& scratch, kept_logits kept = {}) const noexcept {
     const kv_geometry& of = source.geometry();
     part_list parts(scratch.parts, source.max_parts());
-    const plan_end holds = source.plan(kv_head, query(row), query(row + count - 1), parts);
+    // Sums are over all queries: rows of parts have to be the same for all of them.
+    const position_t last = first + tokens - 1;
+    const plan_end holds = kept.sums != nullptr ? source.plan(kv_head, first, last, parts)
+                                                : source.plan(kv_head, query(row), query(row + count - 1), parts);
     extent extents[max_item_rows];
     logit_terms terms[max_item_rows];
     position_t later[max_item_rows], rotated_for[max_item_rows];
@@ -80,7 +51,7 @@ struct query_block {
                     .terms = has_terms ? terms : nullptr,
                     .num_sink_tokens = 0,
                     .soft_cap = params.logits_soft_cap * log2_e};
-    scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
+    if (kept.sums == nullptr) scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
     const bool in_cache = of.positions == positions::in_cache;
     if (in_cache) count_visible(parts, row, count, later);
     std::fill_n(rotated_for, count, -1);  // no gap
@@ -103,10 +74,10 @@ struct query_block {
         any = any || seen.lo < seen.hi;
         all = all && (part.at.empty() || turned || sees_all(part, at));
       }
-      const position_span span = span_of(part, query(row));
+      const position_span span = kept.sums != nullptr ? span_of(part, first, last) : span_of(part, query(row));
       kept.first = static_cast<index_t>(before - (span.first - first_of(part)));
       before += span.size();
-      if (kept.to != nullptr && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
+      if (kept.stride > 0 && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
       if (in_cache && !part.at.empty() && part.seen_until != kv_part::always && !part.placeless)
         broken_source("rows with positions of their own, in cache order, have to be seen for ever");
       if (turned) require_turnable(part);
@@ -127,6 +98,7 @@ struct query_block {
         }
       }
     }
+    if (kept.sums != nullptr) return;
     scratch.state.settle(count);
     if (of.v_transform != nullptr)
       for (index_t r = 0; r < count; ++r)
@@ -329,8 +301,11 @@ struct query_block {
             if (number[j] < part.pinned) logits[j * Rows + i] += terms.sink_bias;
           }
           if (kept.to != nullptr) kept.keep(logits + j * Rows, r + of, Rows, number[j], 1);
+          for (int i = 0; i < Rows && kept.sums != nullptr; ++i)
+            kept.sums->to[kept.first + number[j]] += kept.sums->of(r + of + i, logits[j * Rows + i]);
         }
       });
+      if (kept.sums != nullptr) continue;
       absorb_values(rows, r, count, v, 0, n, k.rows.from_row(n), scratch.state, memory.logits);
     }
   }

@@ -285,6 +285,7 @@ class scored_state {
                   .v_head_dim = g.v_head_dim,
                   .rows = pool,
                   .rollback = of.rollback,
+                  .interval = rules.interval,
                   .accounts = rules.accounts});
     c.take(rank_angles_memory, stores_unrotated() ? g.rope->rank_angles_size() : 0);
     most_pins = std::max<index_t>(0, smallest - stays - 1);
