@@ -180,7 +180,9 @@ void draw_rules(eviction_case& c, effort::dice& dice) {
   const index_t window = scorer_of(s)->needs().window;
   const auto lag = static_cast<index_t>(s.policy.number("lag", 0));
   s.recent = one_of<index_t>(dice, {0, 3, window, window + 5, 12, 24});
-  const index_t stays = s.num_sink_tokens + std::max({s.recent, window, 2 * lag});
+  // LagKV with room for two pins beside its window, whatever lag it takes: whether that counts against pins is open.
+  const index_t stays =
+      s.num_sink_tokens + std::max({s.recent, window, 2 * lag, index_t{s.policy.name == "lagkv" ? 6 : 0}});
   s.budget = stays + dice.from_to(2, dice.one_in(2) ? 6 : 40);
   s.interval = one_of<index_t>(dice, {1, 2, 5, 16, 64});
   s.seed = dice.bits();
