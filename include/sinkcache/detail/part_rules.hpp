@@ -37,8 +37,9 @@ inline position_span span_of(const kv_part& part, position_t query) {
   const position_t first = std::max(part.first, query - part.seen_until + 1);
   return {first, std::max(first, std::min(part.first + part.rows, query - part.seen_from + 1))};
 }
-inline index_t num_seen(const kv_part& part, position_t query) {
-  if (part.at.empty() || !part.rank_angles.empty() || sees_all(part, query)) return span_of(part, query).size();
+// How many rows of its span it sees.
+inline index_t num_seen(const kv_part& part, position_t query, const position_span& span) {
+  if (part.at.empty() || !part.rank_angles.empty() || sees_all(part, query)) return span.size();
   index_t n = 0;
   for (index_t i = 0; i < part.rows; ++i) n += sees(part, query, part.position(i));
   return n;

@@ -60,21 +60,24 @@ struct query_block {
       const kv_part& part = parts[i];
       const bool turned = !part.rank_angles.empty();
       bool any = false, all = true;
+      position_span span;
       for (index_t r = 0, end; r < count; r = end) {
         const position_t at = query(row + r);
         end = std::min(count, r + group - (row + r) % group);
+        const position_span of_query = span_of(part, at);
+        if (r == 0) span = of_query;
         position_t gap = part.placeless ? extent::placeless : 0;
         if (in_cache && !part.placeless) {
-          const index_t seen_here = num_seen(part, at);
+          const index_t seen_here = num_seen(part, at, of_query);
           later[r] -= seen_here;
-          gap = at + 1 - later[r] - (part.at.empty() ? span_of(part, at).last : seen_here);
+          gap = at + 1 - later[r] - (part.at.empty() ? of_query.last : seen_here);
         }
-        const extent seen = extent_of(part, at, gap, from - before, to - before);
+        const extent seen = extent_of(of_query, gap, from - before, to - before);
         std::fill(extents + r, extents + end, seen);
         any = any || seen.lo < seen.hi;
         all = all && (part.at.empty() || turned || sees_all(part, at));
       }
-      const position_span span = kept.sums != nullptr ? span_of(part, first, last) : span_of(part, query(row));
+      if (kept.sums != nullptr) span = span_of(part, first, last);
       kept.first = static_cast<index_t>(before - (span.first - first_of(part)));
       before += span.size();
       if (kept.stride > 0 && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
@@ -111,14 +114,12 @@ struct query_block {
     for (index_t r = 0; r < count; r += group - (row + r) % group) {
       visible[r] = 0;
       for (const kv_part& part : parts)
-        if (!part.placeless) visible[r] += num_seen(part, query(row + r));
+        if (!part.placeless) visible[r] += num_seen(part, query(row + r), span_of(part, query(row + r)));
     }
   }
 
   // What a query sees of a part, cut to the tokens number [from, to) of it, moved back to where a tile ends.
-  static extent extent_of(const kv_part& part, position_t query, position_t gap, position_t from,
-                          position_t to) noexcept {
-    const position_span span = span_of(part, query);
+  static extent extent_of(const position_span& span, position_t gap, position_t from, position_t to) noexcept {
     const auto cut = [&](position_t number) {
       const position_t at = span.first + number;
       return at < span.last ? std::max(at - at % tile_scratch::keys, span.first) : span.last;
