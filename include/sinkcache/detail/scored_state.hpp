@@ -252,14 +252,14 @@ class scored_state {
   void carve(carver& c, status& found) noexcept {
     const kv_geometry& g = of.geometry;
     const eviction& rules = of.rules;
-    index_t pool = 0, smallest = max_position;
+    index_t pool = 0, free = max_position;
     most_rows_ = 0;
     for (index_t h = 0; h < num_heads(); ++h) {
       const index_t budget = head_budget(rules, h);
       const index_t room = checked_sum(found, "budget + interval", budget, growth(rules, budget));
       most_rows_ = std::max(most_rows_, room);
       pool = checked_sum(found, "rows of the cache", pool, room);
-      smallest = std::min(smallest, budget);
+      free = std::min(free, budget - of.num_sink_tokens - newest_kept(h));
     }
     const index_t stays = of.num_sink_tokens + std::max(rules.recent, needs.window);
     // A head may get all that is free, where others keep only what never leaves.
@@ -292,7 +292,7 @@ class scored_state {
                   .interval = rules.interval,
                   .accounts = rules.accounts});
     c.take(rank_angles_memory, stores_unrotated() ? g.rope->rank_angles_size() : 0);
-    most_pins = std::max<index_t>(0, smallest - stays - 1);
+    most_pins = std::max<index_t>(0, free - 1);
     const index_t group = std::max<index_t>(1, log.group());
     c.take(pins_memory, most_pins + 1);
     c.take(scores, pool);
