@@ -1,6 +1,8 @@
 // Every template of the library once, all members of the class templates included: what clang-tidy reads.
 
 #include <sinkcache/fmt.hpp>
+#include <sinkcache/named_policies.hpp>
+#include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 template class sinkcache::kv_cache<sinkcache::f32>;
@@ -12,6 +14,8 @@ template class sinkcache::kv_cache<sinkcache::bf16, sinkcache::f16>;
 
 template class sinkcache::kv_view<sinkcache::f32>;
 template class sinkcache::kv_view<sinkcache::f16, sinkcache::bf16>;
+
+template class sinkcache::scored_kv_cache<sinkcache::f16, sinkcache::bf16>;
 
 template class sinkcache::static_tokens<sinkcache::f16, sinkcache::bf16>;
 

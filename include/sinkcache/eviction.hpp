@@ -108,6 +108,7 @@ inline std::vector<index_t> duo_budgets(const std::vector<bool>& short_heads, in
   detail::check(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "at least 0");
   detail::check(newest >= 1, "newest", newest, "at least 1");
   std::vector<index_t> budgets;
+  budgets.reserve(short_heads.size());
   for (const bool is_short : short_heads) budgets.push_back(is_short ? num_sink_tokens + newest : budget);
   return budgets;
 }

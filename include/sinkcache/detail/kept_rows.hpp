@@ -14,6 +14,7 @@
 
 #include "../source.hpp"
 #include "macros_off.hpp"
+#include "reader.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 

@@ -62,12 +62,13 @@ inline void sum_panel(const query_rows& rows, index_t row, const extent* extents
   if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<panel>(rows, row, extents, first + lo, hi - lo, logits);
   for (int part = 0; part < panel; part += lanes) {
     const vfloat m = load(weights.m + row + part), weight = load(weights.weight + row + part);
+    const vfloat zero{};
     const vfloat sees_from = load(from + part), sees_upto = load(upto + part);
     for (index_t j = lo; j < hi; ++j) {
       const vfloat key = broadcast(static_cast<float>(j));
       const auto is_seen = (key >= sees_from) & (key < sees_upto);
       const vfloat w = exp2_nonpositive(load(logits + (j - lo) * panel + part) - m) * weight;
-      store(sums + j * lanes, load(sums + j * lanes) + (is_seen & (w == w) ? w : vfloat{}));
+      store(sums + j * lanes, load(sums + j * lanes) + ((is_seen & (w >= zero)) ? w : zero));
     }
   }
 }

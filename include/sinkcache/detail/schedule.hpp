@@ -179,7 +179,7 @@ class schedule {
 
   // `count` rows of a KV head, and what they give each key, if that is asked for.
   void attend_block(const rows_job& job, index_t kv_head, index_t row, index_t count, const worker_scratch& scratch,
-                    float* sums = nullptr) const noexcept {
+                    float* sums = nullptr) const noexcept {  // NOLINT(readability-non-const-parameter)
     const query_block block{.params = params_,
                             .source = *job.keys,
                             .q = job.q,
