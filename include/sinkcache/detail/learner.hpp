@@ -151,11 +151,11 @@ class scored_learner : public weight_reader {
       std::copy_n(s_.log.q(cache->seen() - n + w) + call.first_kv_head * columns, call.num_kv_heads * columns,
                   s_.log.window_q() + w * q_dim + call.first_kv_head * columns);
     window_reader reader(*this, call.keys.seen() - n);
-    const bool logits = s_.needs.group == scorer_needs::over_group::max_logits;
-    constexpr float unseen = -std::numeric_limits<float>::infinity();
+    float unseen = 0;
+    if (s_.needs.group == scorer_needs::over_group::max_logits) unseen = -std::numeric_limits<float>::infinity();
     for (index_t w = 0; w < (s_.needs.together ? 1 : n); ++w)
       for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
-        std::fill_n(s_.log.window(w) + s_.rows.head(h).first, s_.rows.head(h).n, logits ? unseen : 0.f);
+        std::fill_n(s_.log.window(w) + s_.rows.head(h).first, s_.rows.head(h).n, unseen);
     std::atomic_ref(looking_back_).fetch_add(1, std::memory_order_relaxed);
     const status done = by.try_attend(
         const_matrix_view(s_.log.window_q(), n, q_dim), call.keys, matrix_view(s_.log.window_out(), n, v_dim), memory,
