@@ -80,7 +80,7 @@ inline void finish_tile(const query_rows& rows, index_t row, index_t count, cons
       float* const of_group = logits_of(logits, group);
       if (rows.soft_cap > 0 || rows.terms != nullptr)
         adjust_logits<Rows>(rows, row + r, extents, seen.first, n, of_group);
-      if (kept.to != nullptr) kept.keep(of_group, row + r, Rows, number, n);
+      if (kept.to != nullptr) kept.keep<Rows>(of_group, row + r, number, n);
     });
   absorb_values(rows, row, count, v, static_cast<index_t>(seen.first % tile_scratch::keys), n, next, to, logits);
 }

@@ -30,9 +30,11 @@ struct kept_logits {
   const row_weights* sums = nullptr;  // instead: what rows give each key is summed
 
   // Of n rows from `number` on.
-  void keep(const float* logits, index_t row, int rows, index_t number, index_t n) const noexcept {
-    for (int r = 0; r < rows; ++r)
-      for (index_t j = 0; j < n; ++j) to[(row + r) * stride + first + number + j] = logits[j * rows + r];
+  template <int Rows>
+  void keep(const float* logits, index_t row, index_t number, index_t n) const noexcept {
+    float* const at = to + row * stride + first + number;
+    for (index_t j = 0; j < n; ++j)
+      for (int r = 0; r < Rows; ++r) at[r * stride + j] = logits[j * Rows + r];
   }
 };
 

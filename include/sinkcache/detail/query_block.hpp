@@ -301,7 +301,7 @@ struct query_block {
             logits[j * Rows + i] += (part.placeless ? 0.f : terms.alibi_slope * distance);
             if (number[j] < part.pinned) logits[j * Rows + i] += terms.sink_bias;
           }
-          if (kept.to != nullptr) kept.keep(logits + j * Rows, r + of, Rows, number[j], 1);
+          if (kept.to != nullptr) kept.keep<Rows>(logits + j * Rows, r + of, number[j], 1);
           for (int i = 0; i < Rows && kept.sums != nullptr; ++i)
             kept.sums->to[kept.first + number[j]] += kept.sums->of(r + of + i, logits[j * Rows + i]);
         }

@@ -128,7 +128,9 @@ class query_log {
     }
   }
 
-  static std::int64_t whole(float weight) noexcept { return std::llrint(static_cast<double>(weight) * fixed); }
+  static std::int64_t whole(float weight) noexcept {
+    return static_cast<std::int64_t>(static_cast<double>(weight) * fixed + 0.5);  // weights are not negative
+  }
 
  private:
   static float known(float w) noexcept { return w == w ? w : 0.f; }

@@ -298,7 +298,7 @@ class scored_state {
     c.take(scores, pool);
     c.take(leaves, pool);
     c.take(kept, pool);
-    c.take(candidates, pool);
+    c.take(candidates, rules.adaptive ? pool : most_rows_);
     scratch_floats = of.scorer->scratch_floats({most_rows_, g.head_dim, g.v_head_dim, group});
     c.take(scratch, scratch_floats);
     c.take(row, round_up(std::max(g.head_dim, g.v_head_dim), 16));
