@@ -14,6 +14,7 @@
 //   softmax.hpp           the mathematics: partial states, how they merge, where the sink enters
 //   rope.hpp              rotary positions, exact at any distance from the start
 //   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
+//   quantized.hpp         rows of few bits, q8, q6, q4, q2, and the Hadamard transform that goes with them
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
@@ -35,6 +36,7 @@
 #include "kv_view.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"
+#include "quantized.hpp"
 #include "rope.hpp"
 #include "softmax.hpp"
 #include "source.hpp"
