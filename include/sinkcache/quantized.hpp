@@ -261,11 +261,10 @@ static_assert(q8::block_bytes(128) == 130 && q6::block_bytes(128) == 98 && q4::b
 static_assert(q8::block_bytes(1) == 18 && q6::block_bytes(33) == 38 && q4::block_bytes(80) == 42 &&
               q2::block_bytes(576) == 146);
 
-// A format F for tokens in the middle, whose pinned and newest tokens are stored in the format Full:
-// kv_cache<tiered<q4, f16>>; the formats above have bf16 unless told. F may be a format of yours.
-template <kv_format F, kv_format Full>
-struct tiered : F {
-  using spared = Full;
+// Rows of a format that loses little, transformed as those of few bits are: for tokens in front of such a cache.
+template <kv_format F>
+struct transformed : F {
+  static constexpr const row_transform* transform = &hadamard;
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

@@ -19,6 +19,8 @@
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
 //   storage.hpp           the one allocation behind a cache
+//   tiered_kv_cache.hpp   the cache of formats that spare pinned and the newest tokens
+//   tiered_storage.hpp    the one allocation behind that, and which token lies where
 //   detail/schedule.hpp   how a call is cut into work items
 //   detail/query_block.hpp  how query rows go over the parts of a plan
 //   detail/absorb.hpp     the hot loop
@@ -41,5 +43,7 @@
 #include "softmax.hpp"
 #include "source.hpp"
 #include "storage.hpp"
+#include "tiered_kv_cache.hpp"
+#include "tiered_storage.hpp"
 #include "version.hpp"
 #include "workspace.hpp"
