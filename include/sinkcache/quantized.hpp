@@ -28,6 +28,8 @@
 #include <string_view>
 
 #include "detail/macros_off.hpp"
+#include "detail/quantized_dots.hpp"
+#include "detail/quantized_values.hpp"
 #include "detail/reader.hpp"
 #include "format.hpp"
 #include "source.hpp"
@@ -103,22 +105,13 @@ inline std::uint16_t bf16_from_above(double x) noexcept {
   const std::uint64_t up = (std::bit_cast<std::uint64_t>(x) + (std::uint64_t{1} << dropped) - 1) >> dropped;
   return static_cast<std::uint16_t>(up - (std::uint64_t{1023 - 127} << 7));
 }
-inline float bf16_at(const std::byte* from) noexcept {
-  std::uint16_t half;
-  std::memcpy(&half, from, sizeof half);
-  return std::bit_cast<float>(std::uint32_t{half} << 16);
-}
 inline double value_of_bf16(std::uint16_t pattern) noexcept {
   const int exponent = pattern >> 7;  // of positive ones
   return exponent == 0 ? pattern * 0x1p-133
                        : std::bit_cast<double>((std::uint64_t{pattern} << 45) + (std::uint64_t{1023 - 127} << 52));
 }
 
-inline constexpr index_t scale_bytes = 2;
 inline constexpr std::uint16_t nan_scale = 0x7fc0, largest_q2_scale = 0x7f2a;  // 1.5 times that is a float
-
-// Bytes of `n` codes of so many bits; n is a multiple of 16.
-constexpr index_t code_bytes(int bits, index_t n) { return n * bits / 8; }
 
 // Codes below 2^Bits behind each other, and back; n is a multiple of 16.
 template <int Bits>
@@ -260,6 +253,29 @@ static_assert(q8::block_bytes(128) == 130 && q6::block_bytes(128) == 98 && q4::b
               q2::block_bytes(128) == 34);
 static_assert(q8::block_bytes(1) == 18 && q6::block_bytes(33) == 38 && q4::block_bytes(80) == 42 &&
               q2::block_bytes(576) == 146);
+
+namespace detail {
+
+// Formats whose rows are those, whatever they are called and spare.
+template <class F>
+concept quantized_format = kv_format<F> && requires {
+  requires F::block_bytes == &quantized_row<F::bits>::block_bytes;
+  requires F::decode == &quantized_row<F::bits>::decode;
+};
+
+}  // namespace detail
+
+#if defined(SINKCACHE_INTEGER_KERNELS)
+template <detail::quantized_format F>
+inline constexpr kv_reader reader_of<F> = {F::block_rows,
+                                           0,
+                                           &F::block_bytes,
+                                           &detail::load_rows<F>,
+                                           &detail::integer_pack,
+                                           &detail::integer_dots<F::bits>,
+                                           &detail::integer_add<F::bits>,
+                                           detail::format_name<F>()};
+#endif
 
 // Rows of a format that loses little, transformed as those of few bits are: for tokens in front of such a cache.
 template <kv_format F>

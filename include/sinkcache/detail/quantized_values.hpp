@@ -1,0 +1,198 @@
+#pragma once
+
+// Weighted sums of values of few bits. Weights times scales are rounded to 15 bits of the largest of a tile; four keys'
+// codes of a column lie side by side, to be multiplied at once.
+
+#include <cmath>
+
+#include "macros_off.hpp"
+#include "quantized_tile.hpp"
+#include "reader.hpp"
+
+#if defined(SINKCACHE_INTEGER_KERNELS)
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// The weights of a group of rows over a tile: [keys / 4, 2, 4 rows] of four keys' digits, and what the sums mean.
+struct weight_digits {
+  static constexpr index_t most = tile_scratch::keys / 4;
+
+  alignas(64) std::int8_t digits[most][2][4][4];
+  alignas(64) float factor[16];
+  alignas(64) std::int32_t sum[16];
+
+  // False where a weight or a scale is not a number, or all are too small.
+  template <int Rows>
+  bool put(const float* weights, const float* scales, index_t n) noexcept {
+    const __m512i lanes_of = numbers_of([](int i) { return std::min(i / 4 * Rows + i % 4, 15); });
+    const __m512i keys = numbers_of([](int i) { return i / 4; });
+    constexpr __mmask16 rows = Rows == 4 ? 0xffff : Rows == 3 ? 0x7777 : Rows == 2 ? 0x3333 : 0x1111;
+    alignas(64) float products[most][16];
+    vfloat largest{}, zero{};
+    const index_t fours = (n + 3) / 4;
+    for (index_t i = 0; i < fours; ++i) {
+      const index_t left = std::min<index_t>(4, n - 4 * i) * Rows;
+      const auto there = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+      const __m512 given = _mm512_maskz_loadu_ps(there, weights + 4 * i * Rows);
+      const vfloat w = _mm512_maskz_permutexvar_ps(rows, lanes_of, given);
+      const vfloat d = permuted(keys, vfloat(_mm512_maskz_loadu_ps(0xf, scales + 4 * i)));
+      const vfloat product = w * d;
+      store(products[i], product);
+      largest = max(product, largest);
+      zero += product * 0.f;
+    }
+    largest = joined(largest, [](vfloat a, vfloat b) { return max(a, b); });
+    for (int lane = 0; lane < 16; ++lane)
+      if (zero[lane] != 0) return false;
+    for (int row = 0; row < Rows; ++row)
+      if (largest[row] > 0 && largest[row] < 0x1p-90f) return false;
+    constexpr float top = 127 * 256 + 127;
+    const vfloat unit = largest * (1 / top);
+    const __mmask16 any = _mm512_cmp_ps_mask(largest, vfloat{}, _CMP_GT_OQ);
+    const vfloat per_unit = _mm512_maskz_div_ps(any, broadcast(top), largest);
+    const __m128i by_rows = _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    __m512i total{};
+    for (index_t i = 0; i < fours; ++i) {
+      const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, load(products[i]) * per_unit);
+      total = added(total, whole);
+      const __m512i high = _mm512_maskz_srai_epi32(0xffff, added(whole, _mm512_set1_epi32(128)), 8);
+      const __m512i low = _mm512_maskz_sub_epi32(0xffff, whole, _mm512_maskz_slli_epi32(0xffff, high, 8));
+      const auto put_digits = [&](int digit, __m512i of) {
+        const __m128i bytes = _mm_shuffle_epi8(_mm512_maskz_cvtepi32_epi8(0xffff, of), by_rows);
+        std::memcpy(digits[i][digit], &bytes, sizeof bytes);
+      };
+      put_digits(0, high);
+      put_digits(1, low);
+    }
+    total = std::bit_cast<__m512i>(joined(std::bit_cast<vfloat>(total), [](vfloat a, vfloat b) {
+      return std::bit_cast<vfloat>(added(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
+    }));
+    store(factor, unit);
+    std::memcpy(sum, &total, sizeof total);
+    return true;
+  }
+
+ private:
+  // What all four quarters join to, in each.
+  template <class F>
+  static vfloat joined(vfloat v, const F& join) noexcept {
+    return join_lanes<4>(v, join);
+  }
+};
+
+// Four keys' codes of 64 columns: vector i has, in its quarter number c, columns 16 c + 4 i and the three after it.
+template <int Bits>
+[[gnu::always_inline]] inline void four_rows(tile_rows v, index_t first, index_t n, index_t column, index_t dim,
+                                             std::uint8_t* to) noexcept {
+  __m512i row[4];
+#pragma GCC unroll 4
+  for (index_t j = 0; j < 4; ++j) row[j] = codes_at<Bits>(v.row(std::min(first + j, n - 1)), column, dim);
+  const __m512i a_low = _mm512_unpacklo_epi8(row[0], row[1]), a_high = _mm512_unpackhi_epi8(row[0], row[1]);
+  const __m512i b_low = _mm512_unpacklo_epi8(row[2], row[3]), b_high = _mm512_unpackhi_epi8(row[2], row[3]);
+  _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a_low, b_low));
+  _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi16(a_low, b_low));
+  _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi16(a_high, b_high));
+  _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi16(a_high, b_high));
+}
+
+// 64 columns of a tile times the weights of a group, for a group's sums.
+template <int Bits, int Rows>
+[[gnu::noinline]] void add_columns(const weight_digits& weights, const std::uint8_t* codes, index_t fours,
+                                   index_t column, index_t dim, const running_states& to) noexcept {
+  constexpr int vectors = Rows <= 2 ? 4 : 2;
+  alignas(64) float columns[Rows][64];
+  for (int part = 0; part < 4; part += vectors) {
+    __m512i high[vectors][Rows], low[vectors][Rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors * Rows; ++i) high[i / Rows][i % Rows] = low[i / Rows][i % Rows] = __m512i{};
+    for (index_t four = 0; four < fours; ++four) {
+      __m512i value[vectors];
+#pragma GCC unroll 4
+      for (int i = 0; i < vectors; ++i) value[i] = _mm512_loadu_si512(codes + four * 256 + (part + i) * 64);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        std::int32_t digits[2];
+        std::memcpy(&digits[0], weights.digits[four][0][r], 4);
+        std::memcpy(&digits[1], weights.digits[four][1][r], 4);
+        const __m512i w_high = _mm512_set1_epi32(digits[0]), w_low = _mm512_set1_epi32(digits[1]);
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; ++i) {
+          high[i][r] = dot_bytes(high[i][r], value[i], w_high);
+          low[i][r] = dot_bytes(low[i][r], value[i], w_low);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors * Rows; ++i) {
+      const int r = i % Rows, of = i / Rows;
+      const std::int32_t sum = weights.sum[r];
+      const __m512i centred = _mm512_maskz_sub_epi32(0xffff, both_digits(high[of][r], low[of][r]),
+                                                     _mm512_set1_epi32(sum * (1 << (Bits - 1))));
+      const vfloat x = (as_floats(centred) + 0.5f * static_cast<float>(sum)) * weights.factor[r];
+      for (int c = 0; c < 4; ++c)
+        std::memcpy(&columns[r][16 * c + 4 * (part + of)], reinterpret_cast<const float*>(&x) + 4 * c, 16);
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (index_t d = 0; d < std::min<index_t>(64, dim - column); d += lanes) {
+      const index_t at = r * to.o_stride + column + d;
+      const vfloat more = load(columns[r] + d), old = load(to.o + at), sum = old + more;
+      store(to.o_rest + at, load(to.o_rest + at) + (more - (sum - old)));
+      store(to.o + at, sum);
+    }
+}
+
+// The same in floats, for what integers cannot say: rows of NaN, weights next to nothing.
+template <int Bits, int Rows>
+[[gnu::noinline]] void add_as_floats(const float* weights, tile_rows v, index_t offset, index_t n, index_t dim,
+                                     const running_states& to) noexcept {
+  constexpr index_t some = 16;
+  alignas(64) float values[some * max_head_dim];
+  const index_t bytes = dim * index_t{sizeof(float)};
+  for (index_t j = 0, m; j < n; j += m) {
+    m = std::min(some, n - j);
+    for (index_t i = 0; i < m; ++i) quantized_row<Bits>::decode(v.row(j + i), 0, dim, values + i * dim);
+    group_add<f32>(weights + j * Rows, Rows, {reinterpret_cast<const std::byte*>(values), bytes, bytes}, offset + j, m,
+                   dim, to, {reinterpret_cast<const std::byte*>(values), bytes, bytes});
+  }
+}
+
+template <int Bits>
+void integer_add(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
+                 const running_states& to, tile_rows next) noexcept {
+  if (n <= 0) return;
+  constexpr index_t most_groups = (tile_scratch::max_rows + 3) / 4 + 1;
+  weight_digits groups[most_groups];
+  bool in_integers[most_groups];
+  alignas(64) float scales[tile_scratch::keys + 4];
+  for (index_t j = 0; j < n; ++j) scales[j] = bf16_at(v.row(j));
+  bool any = false;
+  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+    const float* const of_group = logits_of(const_cast<float*>(weights), group);
+    in_integers[group] = groups[group].template put<Rows>(of_group, scales, n);
+    any = any || in_integers[group];
+    if (!in_integers[group]) add_as_floats<Bits, Rows>(of_group, v, offset, n, dim, to.from_row(r));
+  });
+  if (!any) return;
+  alignas(64) std::uint8_t codes[tile_scratch::keys * 64];
+  const index_t fours = (n + 3) / 4;
+  for (index_t column = 0; column < dim; column += 64) {
+    const std::byte* line = next.data;
+    const index_t lines_bytes = next.stride <= 2 * next.bytes ? next.stride : next.bytes;
+    for (index_t four = 0; four < fours; ++four) {
+      four_rows<Bits>(v, 4 * four, n, column, dim, codes + four * 256);
+      if (column > 0) continue;
+      for (index_t at = 0; at < 4 * lines_bytes; at += 64) prefetch_line(line, at);
+      line = moved(line, 4 * lines_bytes);
+    }
+    in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+      if (in_integers[group]) add_columns<Bits, Rows>(groups[group], codes, fours, column, dim, to.from_row(r));
+    });
+  }
+}
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#endif
+
+#include "macros_on.hpp"
