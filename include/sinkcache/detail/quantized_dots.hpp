@@ -35,28 +35,37 @@ struct query_digits {
 
   // The row's numbers are factor * (256 high + low), rounded; their sum with codes of 8 bits fits 32.
   void put(int row, const float* q, index_t dim) const noexcept {
-    constexpr double largest = 127 * 256 + 127, largest_sum = 8.4e6;
-    double most = 0, magnitudes = 0;
-    bool finite = true;
-    for (index_t d = 0; d < dim; ++d) {
-      const double magnitude = std::abs(static_cast<double>(q[d]));
-      finite = finite && magnitude <= static_cast<double>(std::numeric_limits<float>::max());
-      most = std::max(most, magnitude);
-      magnitudes += magnitude;
+    constexpr float largest = 127 * 256 + 127, largest_sum = 8.4e6f;
+    vfloat mosts{}, sums{};
+    for (index_t d = 0; d < dim; d += lanes) {
+      const vfloat x = load(q + d);
+      mosts = max(max(x, -x), mosts);
+      sums += max(x, -x);
     }
-    const double per_unit = finite && most > 0 ? std::min(largest / most, largest_sum / magnitudes) : 0;
-    factor[row] = !finite ? std::numeric_limits<float>::quiet_NaN() : most > 0 ? static_cast<float>(1 / per_unit) : 0;
-    std::int32_t total = 0;
-    for (index_t d = 0; d < steps(dim) * step; ++d) {
-      const double x = d < dim && per_unit > 0 ? static_cast<double>(q[d]) * per_unit : 0;
-      const auto whole = static_cast<std::int32_t>(x < 0 ? x - 0.5 : x + 0.5);
-      const std::int32_t high = (whole + 128) >> 8;
+    const auto greater = [](vfloat a, vfloat b) { return max(a, b); };
+    float most = join_lanes<1>(mosts, greater)[0];
+    float magnitudes = join_lanes<1>(sums, [](vfloat a, vfloat b) { return a + b; })[0];
+    const bool finite = magnitudes * 0 == 0;
+    // Those next to nothing are scaled up first.
+    const float up = most < 0x1p-60f ? 0x1p80f : 1;
+    most *= up, magnitudes *= up;
+    const float per_unit = finite && most > 0 ? std::min(largest / most, largest_sum / magnitudes) : 0;
+    factor[row] = !finite ? std::numeric_limits<float>::quiet_NaN() : per_unit > 0 ? 1 / per_unit / up : 0;
+    __m512i total{};
+    for (index_t d = 0; d < steps(dim) * step; d += lanes) {
+      const vfloat x = d < dim ? load(q + d) * up * per_unit : vfloat{};
+      const __m512i whole = _mm512_maskz_cvtps_epi32(finite ? 0xffff : 0, x);
+      const __m512i high = _mm512_maskz_srai_epi32(0xffff, added(whole, _mm512_set1_epi32(128)), 8);
+      const __m512i low = _mm512_maskz_sub_epi32(0xffff, whole, _mm512_maskz_slli_epi32(0xffff, high, 8));
       std::int8_t* const at = digits + d / step * 128 + row * step + d % step;
-      at[0] = static_cast<std::int8_t>(high);
-      at[64] = static_cast<std::int8_t>(whole - 256 * high);
-      total += whole;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_maskz_cvtepi32_epi8(0xffff, high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 64), _mm512_maskz_cvtepi32_epi8(0xffff, low));
+      total = added(total, whole);
     }
-    sum[row] = total;
+    std::int32_t of_lanes[16], all = 0;
+    _mm512_storeu_si512(of_lanes, total);
+    for (std::int32_t of : of_lanes) all += of;
+    sum[row] = all;
   }
 };
 
@@ -65,8 +74,8 @@ inline const float* integer_pack(const float* rows, index_t count, index_t dim, 
   in_groups(count, [&]<int Rows>(index_t r, index_t) {
     const query_digits<Rows> group(to + r * dim, dim);
     for (int i = 0; i < Rows; ++i) group.put(i, rows + (r + i) * dim, dim);
-    if (Rows < group.rows) {
-      const float none[max_head_dim + 16] = {};
+    if constexpr (Rows < group.rows) {
+      alignas(64) static constexpr float none[round_up(max_head_dim, 16)] = {};
       group.put(Rows, none, dim);
     }
   });
@@ -84,19 +93,21 @@ template <int Rows>
     return _mm512_loadu_si512(codes);
 }
 
-// The products of four keys: in each quarter of the result the four keys' sums of that quarter.
+// The products of four keys, `stride` bytes apart: in each quarter of the result the four keys' sums of that quarter.
 template <int Rows>
-[[gnu::always_inline]] inline __m512i four_keys(const std::int8_t* digits, index_t steps,
-                                                const std::uint8_t* const* codes) noexcept {
-  __m512i high[4] = {}, low[4] = {};
+[[gnu::always_inline]] inline __m512i four_keys(const std::int8_t* digits, index_t steps, const std::uint8_t* codes,
+                                                index_t stride) noexcept {
+  __m512i high[4], low[4];
 #pragma GCC unroll 4
-  for (index_t i = 0; i < steps; ++i) {
-    const __m512i q_high = _mm512_loadu_si512(digits + i * 128), q_low = _mm512_loadu_si512(digits + i * 128 + 64);
+  for (int j = 0; j < 4; ++j) high[j] = low[j] = __m512i{};
+#pragma GCC unroll 1
+  for (index_t i = 0; i < steps; ++i, digits += 128, codes += query_digits<Rows>::step) {
+    const __m512i q_high = _mm512_loadu_si512(digits), q_low = _mm512_loadu_si512(digits + 64);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const __m512i key = spread_to_rows<Rows>(codes[j] + i * query_digits<Rows>::step);
-      high[j] = dot_bytes(high[j], key, q_high);
-      low[j] = dot_bytes(low[j], key, q_low);
+      const __m512i key = spread_to_rows<Rows>(codes + j * stride);
+      dot_bytes(high[j], key, q_high);
+      dot_bytes(low[j], key, q_low);
     }
   }
   __m512i sums[4], pairs[2];
@@ -114,94 +125,125 @@ template <int Rows>
   return added(_mm512_maskz_shuffle_i32x4(0xffff, a, b, 0x88), _mm512_maskz_shuffle_i32x4(0xffff, a, b, 0xdd));
 }
 
-// The codes of a block of keys, a byte each, where a step of any row may read them: where they lie, or in `memory`.
-inline constexpr index_t keys_of_block = 16;
+// Sixteen keys, a byte a code, where steps of any group may read them: where they lie, or in `memory`; after the last
+// key zeros.
+struct key_block {
+  static constexpr index_t keys = 16;
 
+  const std::uint8_t* codes;
+  index_t stride;
+  float scales[keys];
+  std::uint8_t memory[keys * round_up(max_head_dim, 64)];
+
+  template <int Bits>
+  void load(tile_rows k, index_t n, index_t dim) noexcept {
+    load_scales(k, std::min(keys, n), scales);
+    if (Bits == 8 && n >= keys && dim % 64 == 0) {
+      codes = reinterpret_cast<const std::uint8_t*>(k.data) + scale_bytes;
+      stride = k.stride;
+      return;
+    }
+    codes = memory;
+    stride = round_up(dim, 64);
+    for (index_t j = 0; j < std::min(keys, n); ++j)
+      for (index_t d = 0; d < dim; d += 64)
+        _mm512_storeu_si512(memory + j * stride + d, codes_at<Bits>(k.row(j), d, dim));
+  }
+};
+
+// What the lanes of a vector of logits [keys, Rows] are of, and where the products of quarters [rows, 4 keys] have
+// them.
+template <int Rows>
+struct logit_lanes {
+  static constexpr int rows = query_digits<Rows>::rows, keys = 16 / rows;
+
+  alignas(64) std::int32_t row[16], key[16], product[16];
+
+  constexpr logit_lanes() : row(), key(), product() {
+    for (int i = 0; i < 16; ++i) {
+      row[i] = i % Rows;
+      key[i] = std::min(i / Rows, keys - 1);
+      product[i] = key[i] / 4 * 4 * rows + row[i] * 4 + key[i] % 4;
+    }
+  }
+};
+
+// Prefetches rows, some at a time.
+struct row_prefetcher {
+  const std::byte* data;
+  index_t stride;
+
+  explicit row_prefetcher(tile_rows rows)
+      : data(rows.data), stride(rows.stride <= 2 * rows.bytes ? rows.stride : rows.bytes) {}
+  [[gnu::always_inline]] void next(index_t rows) noexcept {
+    for (index_t at = 0; at < rows * stride; at += 64) prefetch_line(data, at);
+    data = moved(data, rows * stride);
+  }
+};
+
+// logits[j][r] for one group and n keys of a block; some more than n are written.
 template <int Bits, int Rows>
-[[gnu::always_inline]] inline void codes_of_block(tile_rows k, index_t first, index_t n, index_t dim,
-                                                  std::uint8_t* memory, const std::uint8_t** codes,
-                                                  float* scales) noexcept {
-  const index_t padded = round_up(dim, 64);
-  for (index_t j = 0; j < keys_of_block; ++j) {
-    const std::byte* const row = k.row(std::min(first + j, n - 1));
-    scales[j] = bf16_at(row);
-    codes[j] = reinterpret_cast<const std::uint8_t*>(row) + scale_bytes;
-    if (Bits == 8 && dim % query_digits<Rows>::step == 0) continue;
-    codes[j] = memory + j * padded;
-    if (first + j < n)
-      for (index_t d = 0; d < padded; d += 64)
-        _mm512_storeu_si512(memory + j * padded + d, codes_at<Bits>(row, d, dim));
+[[gnu::noinline]] void block_dot_products(const query_digits<Rows>& q, index_t dim, const key_block& block, index_t n,
+                                          row_prefetcher* prefetch, float* logits) noexcept {
+  static constexpr logit_lanes<Rows> of{};
+  constexpr int rows = of.rows, keys = of.keys;
+  const index_t steps = q.steps(dim), stride = block.stride;
+  const auto four = [&](const std::uint8_t* codes) __attribute__((always_inline)) {
+    return four_keys<Rows>(q.digits, steps, codes, stride);
+  };
+  constexpr __mmask16 some = (1 << rows) - 1;
+  const __m512i of_row = _mm512_load_si512(of.row), sum = permuted(of_row, _mm512_maskz_loadu_epi32(some, q.sum));
+  const vfloat factor = permuted(of_row, vfloat(_mm512_maskz_loadu_ps(some, q.factor)));
+  const vfloat half_sum = as_floats(sum) * 0.5f;
+  const __m512i offset = _mm512_maskz_slli_epi32(0xffff, sum, Bits - 1);
+  const vfloat scales = load(block.scales);
+  __m512i of_key = _mm512_load_si512(of.key);
+  const std::uint8_t* codes = block.codes;
+  for (index_t j = 0; j < n; j += keys, codes += keys * stride, logits += keys * Rows) {
+    if (prefetch != nullptr) prefetch->next(keys);
+    __m512i products = four(codes);
+    if constexpr (rows == 2) products = halves_added(products, four(codes + 4 * stride));
+    if constexpr (rows == 1) {
+      products = halves_added(products, four(codes + 4 * stride));
+      const __m512i third = four(codes + 8 * stride);
+      products = halves_added(products, halves_added(third, four(codes + 12 * stride)));
+    }
+    if constexpr (rows > 1) products = permuted(_mm512_load_si512(of.product), products);
+    const __m512i centred = _mm512_maskz_sub_epi32(0xffff, products, offset);
+    const vfloat values = (as_floats(centred) + half_sum) * (factor * permuted(of_key, scales));
+    of_key = added(of_key, _mm512_set1_epi32(keys));
+    if constexpr (Rows == 3)
+      _mm512_mask_storeu_ps(logits, 0xfff, values);
     else
-      codes[j] = codes[0];
+      store(logits, values);
   }
 }
 
-// logits[j][r] for one group.
-template <int Bits, int Rows>
-[[gnu::noinline]] void integer_dot_products(const query_digits<Rows>& q, index_t dim, tile_rows k, index_t n,
-                                            tile_rows next, float* logits) noexcept {
-  constexpr int rows = query_digits<Rows>::rows, keys = 16 / rows;  // of a vector of logits
-  const index_t steps = q.steps(dim);
-  alignas(64) std::uint8_t memory[keys_of_block * round_up(max_head_dim, 64)];
-  const std::uint8_t* codes[keys_of_block];
-  alignas(64) float scales[keys_of_block];
-  // What lane i of a vector of logits is of: [keys, Rows].
-  const auto key_of = [](int i) { return std::min(i / Rows, keys - 1); };
-  const auto row_of = [](int i) { return i % Rows; };
-  const __m512i row_numbers = numbers_of(row_of), key_numbers = numbers_of(key_of);
-  float factors[16] = {};
-  std::int32_t sums[16] = {};
-  std::copy_n(q.factor, rows, factors);
-  std::copy_n(q.sum, rows, sums);
-  const vfloat factor = permuted(row_numbers, load(factors));
-  const __m512i sum = permuted(row_numbers, _mm512_loadu_si512(sums));
-  const vfloat half_sum = as_floats(sum) * 0.5f;
-  const __m512i offset = _mm512_maskz_slli_epi32(0xffff, sum, Bits - 1);
-  const __m512i order = numbers_of([&](int i) { return key_of(i) / 4 * 4 * rows + row_of(i) * 4 + key_of(i) % 4; });
-  const std::byte* line = next.data;
-  const index_t lines_bytes = next.stride <= 2 * next.bytes ? next.stride : next.bytes;
-  for (index_t first = 0; first < n; first += keys_of_block) {
-    codes_of_block<Bits, Rows>(k, first, n, dim, memory, codes, scales);
-    const index_t left = std::min(keys_of_block, n - first);
-    for (index_t j = 0; j < left; j += keys) {
-      for (index_t at = 0; at < keys * lines_bytes; at += 64) prefetch_line(line, at);
-      line = moved(line, keys * lines_bytes);
-      __m512i products = four_keys<Rows>(q.digits, steps, codes + j);
-      if constexpr (rows == 2) products = halves_added(products, four_keys<Rows>(q.digits, steps, codes + j + 4));
-      if constexpr (rows == 1) {
-        const __m512i after = four_keys<Rows>(q.digits, steps, codes + 4);
-        products = halves_added(products, after);
-        const __m512i third = four_keys<Rows>(q.digits, steps, codes + 8);
-        products = halves_added(products, halves_added(third, four_keys<Rows>(q.digits, steps, codes + 12)));
-      }
-      if constexpr (rows > 1) products = permuted(order, products);
-      const __m512i centred = _mm512_maskz_sub_epi32(0xffff, products, offset);
-      const __m512i numbers = added(key_numbers, _mm512_set1_epi32(static_cast<int>(j)));
-      const vfloat values = (as_floats(centred) + half_sum) * (factor * permuted(numbers, load(scales)));
-      float* const to = logits + (first + j) * Rows;
-      if constexpr (Rows == 3)
-        _mm512_mask_storeu_ps(to, 0xfff, values);
-      else
-        store(to, values);
-    }
-  }
+// The same for rows that are multiplied as floats.
+template <int Bits>
+void short_dots(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
+                float* logits) noexcept {
+  alignas(64) float keys[tile_scratch::keys * shortest_integer_row];
+  for (index_t j = 0; j < n; ++j) quantized_row<Bits>::decode(k.row(j), 0, dim, keys + j * dim);
+  const index_t bytes = dim * index_t{sizeof(float)};
+  group_dots<f32>(packed, count, dim, {reinterpret_cast<const std::byte*>(keys), bytes, bytes}, n, next, logits);
 }
 
 template <int Bits>
 void integer_dots(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
                   float* logits) noexcept {
   if (n <= 0) return;
-  if (dim < shortest_integer_row) {
-    alignas(64) float keys[tile_scratch::keys * shortest_integer_row];
-    for (index_t j = 0; j < n; ++j) quantized_row<Bits>::decode(k.row(j), 0, dim, keys + j * dim);
-    const index_t bytes = dim * index_t{sizeof(float)};
-    return group_dots<f32>(packed, count, dim, {reinterpret_cast<const std::byte*>(keys), bytes, bytes}, n, next,
-                           logits);
+  if (dim < shortest_integer_row) return short_dots<Bits>(packed, count, dim, k, n, next, logits);
+  key_block block;
+  row_prefetcher prefetch(next);
+  for (index_t first = 0; first < n; first += key_block::keys) {
+    block.load<Bits>(k.from_row(first), n - first, dim);
+    in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+      const query_digits<Rows> q(const_cast<float*>(packed) + r * dim, dim);
+      block_dot_products<Bits, Rows>(q, dim, block, std::min(key_block::keys, n - first), r == 0 ? &prefetch : nullptr,
+                                     logits_of(logits, group) + first * Rows);
+    });
   }
-  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    const query_digits<Rows> q(const_cast<float*>(packed) + r * dim, dim);
-    integer_dot_products<Bits, Rows>(q, dim, k, n, next, logits_of(logits, group));
-  });
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail

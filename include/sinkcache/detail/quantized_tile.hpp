@@ -35,15 +35,18 @@ inline float bf16_at(const std::byte* from) noexcept {
 
 #if defined(SINKCACHE_INTEGER_KERNELS)
 
-// As many bytes as there are, zeros behind them.
-[[gnu::always_inline]] inline __m512i load_bytes(const std::byte* from, index_t n) noexcept {
-  return _mm512_maskz_loadu_epi8(n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1, from);
-}
-[[gnu::always_inline]] inline __m256i load_half_bytes(const std::byte* from, index_t n) noexcept {
-  return _mm256_maskz_loadu_epi8(n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1, from);
-}
-[[gnu::always_inline]] inline __m128i load_quarter_bytes(const std::byte* from, index_t n) noexcept {
-  return _mm_maskz_loadu_epi8(static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1), from);
+// As many bytes as there are, zeros behind them; all without a mask, which takes longer.
+template <class V>
+[[gnu::always_inline]] inline V load_bytes(const std::byte* from, index_t n) noexcept {
+  V bytes;
+  if (n >= index_t{sizeof(V)}) {
+    std::memcpy(&bytes, from, sizeof bytes);
+    return bytes;
+  }
+  const __mmask64 some = (__mmask64{1} << n) - 1;
+  if constexpr (sizeof(V) == 64) return _mm512_maskz_loadu_epi8(some, from);
+  if constexpr (sizeof(V) == 32) return _mm256_maskz_loadu_epi8(static_cast<__mmask32>(some), from);
+  if constexpr (sizeof(V) == 16) return _mm_maskz_loadu_epi8(static_cast<__mmask16>(some), from);
 }
 
 // Codes of four bits in pairs, of two bits in fours, a byte each.
@@ -63,16 +66,27 @@ template <int Bits>
 [[gnu::always_inline]] inline __m512i codes_at(const std::byte* row, index_t first, index_t dim) noexcept {
   const std::byte* const codes = row + scale_bytes;
   const index_t n = dim - first;
-  if constexpr (Bits == 8) return load_bytes(codes + first, n);
-  if constexpr (Bits == 2) return spread_twos(load_quarter_bytes(codes + first / 4, n / 4));
-  const __m512i low = spread_fours(load_half_bytes(codes + first / 2, n / 2));
+  if constexpr (Bits == 8) return load_bytes<__m512i>(codes + first, n);
+  if constexpr (Bits == 2) return spread_twos(load_bytes<__m128i>(codes + first / 4, n / 4));
+  const __m512i low = spread_fours(load_bytes<__m256i>(codes + first / 2, n / 2));
   if constexpr (Bits == 4) return low;
-  const __m512i high = spread_twos(load_quarter_bytes(codes + dim / 2 + first / 4, n / 4));
+  const __m512i high = spread_twos(load_bytes<__m128i>(codes + dim / 2 + first / 4, n / 4));
   return _mm512_or_si512(low, _mm512_maskz_slli_epi32(0xffff, high, 4));
 }
 
-[[gnu::always_inline]] inline __m512i dot_bytes(__m512i sum, __m512i codes, __m512i digits) noexcept {
-  return _mm512_dpbusd_epi32(sum, codes, digits);
+// Assembly: g++ 12 copies every sum before it is added to, and loads digits again for each key.
+[[gnu::always_inline]] inline void dot_bytes(__m512i& sum, __m512i codes, __m512i digits) noexcept {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
+}
+
+// One by one: g++ makes a long way of them to fill vectors.
+inline void load_scales(tile_rows rows, index_t n, float* scales) noexcept {
+  const std::byte* row = rows.data;
+  for (index_t j = 0; j < n; ++j, row += rows.stride) {
+    std::uint32_t bits = std::bit_cast<std::uint32_t>(bf16_at(row));
+    asm("" : "+r"(bits));
+    scales[j] = std::bit_cast<float>(bits);
+  }
 }
 
 // Of integers that may wrap.

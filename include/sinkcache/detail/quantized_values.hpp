@@ -3,7 +3,7 @@
 // Weighted sums of values of few bits. Weights times scales are rounded to 15 bits of the largest of a tile; four keys'
 // codes of a column lie side by side, to be multiplied at once.
 
-#include <cmath>
+#include <limits>
 
 #include "macros_off.hpp"
 #include "quantized_tile.hpp"
@@ -28,22 +28,22 @@ struct weight_digits {
     const __m512i keys = numbers_of([](int i) { return i / 4; });
     constexpr __mmask16 rows = Rows == 4 ? 0xffff : Rows == 3 ? 0x7777 : Rows == 2 ? 0x3333 : 0x1111;
     alignas(64) float products[most][16];
-    vfloat largest{}, zero{};
+    vfloat largest{};
+    __mmask16 not_finite = 0;
     const index_t fours = (n + 3) / 4;
-    for (index_t i = 0; i < fours; ++i) {
-      const index_t left = std::min<index_t>(4, n - 4 * i) * Rows;
-      const auto there = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+    const auto take = [&](index_t i, __mmask16 there) {
       const __m512 given = _mm512_maskz_loadu_ps(there, weights + 4 * i * Rows);
       const vfloat w = _mm512_maskz_permutexvar_ps(rows, lanes_of, given);
       const vfloat d = permuted(keys, vfloat(_mm512_maskz_loadu_ps(0xf, scales + 4 * i)));
       const vfloat product = w * d;
       store(products[i], product);
       largest = max(product, largest);
-      zero += product * 0.f;
-    }
+      not_finite |= _mm512_cmp_ps_mask(product, broadcast(std::numeric_limits<float>::max()), _CMP_NLE_UQ);
+    };
+    for (index_t i = 0; i < n / 4; ++i) take(i, static_cast<__mmask16>((1 << 4 * Rows) - 1));
+    if (n % 4 > 0) take(n / 4, static_cast<__mmask16>((1 << n % 4 * Rows) - 1));
     largest = joined(largest, [](vfloat a, vfloat b) { return max(a, b); });
-    for (int lane = 0; lane < 16; ++lane)
-      if (zero[lane] != 0) return false;
+    if (not_finite != 0) return false;
     for (int row = 0; row < Rows; ++row)
       if (largest[row] > 0 && largest[row] < 0x1p-90f) return false;
     constexpr float top = 127 * 256 + 127;
@@ -95,12 +95,25 @@ template <int Bits>
   _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi16(a_high, b_high));
 }
 
+// The vectors whose quarters are quarters of a number of all of these.
+[[gnu::always_inline]] inline void quarters_in_order(vfloat (&v)[4]) noexcept {
+  const auto quarters = []<int Numbers>(vfloat a, vfloat b) {
+    return _mm512_maskz_shuffle_f32x4(0xffff, a, b, Numbers);
+  };
+  const vfloat a = quarters.template operator()<0x44>(v[0], v[1]), b = quarters.template operator()<0xee>(v[0], v[1]);
+  const vfloat c = quarters.template operator()<0x44>(v[2], v[3]), d = quarters.template operator()<0xee>(v[2], v[3]);
+  v[0] = quarters.template operator()<0x88>(a, c);
+  v[1] = quarters.template operator()<0xdd>(a, c);
+  v[2] = quarters.template operator()<0x88>(b, d);
+  v[3] = quarters.template operator()<0xdd>(b, d);
+}
+
 // 64 columns of a tile times the weights of a group, for a group's sums.
 template <int Bits, int Rows>
 [[gnu::noinline]] void add_columns(const weight_digits& weights, const std::uint8_t* codes, index_t fours,
                                    index_t column, index_t dim, const running_states& to) noexcept {
   constexpr int vectors = Rows <= 2 ? 4 : 2;
-  alignas(64) float columns[Rows][64];
+  vfloat columns[Rows][4];
   for (int part = 0; part < 4; part += vectors) {
     __m512i high[vectors][Rows], low[vectors][Rows];
 #pragma GCC unroll 8
@@ -117,8 +130,8 @@ template <int Bits, int Rows>
         const __m512i w_high = _mm512_set1_epi32(digits[0]), w_low = _mm512_set1_epi32(digits[1]);
 #pragma GCC unroll 4
         for (int i = 0; i < vectors; ++i) {
-          high[i][r] = dot_bytes(high[i][r], value[i], w_high);
-          low[i][r] = dot_bytes(low[i][r], value[i], w_low);
+          dot_bytes(high[i][r], value[i], w_high);
+          dot_bytes(low[i][r], value[i], w_low);
         }
       }
     }
@@ -128,18 +141,18 @@ template <int Bits, int Rows>
       const std::int32_t sum = weights.sum[r];
       const __m512i centred = _mm512_maskz_sub_epi32(0xffff, both_digits(high[of][r], low[of][r]),
                                                      _mm512_set1_epi32(sum * (1 << (Bits - 1))));
-      const vfloat x = (as_floats(centred) + 0.5f * static_cast<float>(sum)) * weights.factor[r];
-      for (int c = 0; c < 4; ++c)
-        std::memcpy(&columns[r][16 * c + 4 * (part + of)], reinterpret_cast<const float*>(&x) + 4 * c, 16);
+      columns[r][part + of] = (as_floats(centred) + 0.5f * static_cast<float>(sum)) * weights.factor[r];
     }
   }
-  for (int r = 0; r < Rows; ++r)
-    for (index_t d = 0; d < std::min<index_t>(64, dim - column); d += lanes) {
-      const index_t at = r * to.o_stride + column + d;
-      const vfloat more = load(columns[r] + d), old = load(to.o + at), sum = old + more;
+  for (int r = 0; r < Rows; ++r) {
+    quarters_in_order(columns[r]);
+    for (index_t d = 0; d < std::min<index_t>(4, (dim - column) / lanes); ++d) {
+      const index_t at = r * to.o_stride + column + d * lanes;
+      const vfloat more = columns[r][d], old = load(to.o + at), sum = old + more;
       store(to.o_rest + at, load(to.o_rest + at) + (more - (sum - old)));
       store(to.o + at, sum);
     }
+  }
 }
 
 // The same in floats, for what integers cannot say: rows of NaN, weights next to nothing.
@@ -165,7 +178,7 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
   weight_digits groups[most_groups];
   bool in_integers[most_groups];
   alignas(64) float scales[tile_scratch::keys + 4];
-  for (index_t j = 0; j < n; ++j) scales[j] = bf16_at(v.row(j));
+  load_scales(v, n, scales);
   bool any = false;
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const of_group = logits_of(const_cast<float*>(weights), group);
