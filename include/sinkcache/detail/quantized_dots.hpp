@@ -94,9 +94,11 @@ template <int Rows>
 }
 
 // The products of four keys, `stride` bytes apart: in each quarter of the result the four keys' sums of that quarter.
+// Prefetches their share of other rows first.
 template <int Rows>
 [[gnu::always_inline]] inline __m512i four_keys(const std::int8_t* digits, index_t steps, const std::uint8_t* codes,
-                                                index_t stride) noexcept {
+                                                index_t stride, row_prefetcher& prefetch) noexcept {
+  prefetch.next();
   __m512i high[4], low[4];
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) high[j] = low[j] = __m512i{};
@@ -168,28 +170,16 @@ struct logit_lanes {
   }
 };
 
-// Prefetches rows, some at a time.
-struct row_prefetcher {
-  const std::byte* data;
-  index_t stride;
-
-  explicit row_prefetcher(tile_rows rows)
-      : data(rows.data), stride(rows.stride <= 2 * rows.bytes ? rows.stride : rows.bytes) {}
-  [[gnu::always_inline]] void next(index_t rows) noexcept {
-    for (index_t at = 0; at < rows * stride; at += 64) prefetch_line(data, at);
-    data = moved(data, rows * stride);
-  }
-};
-
 // logits[j][r] for one group and n keys of a block; some more than n are written.
 template <int Bits, int Rows>
 [[gnu::noinline]] void block_dot_products(const query_digits<Rows>& q, index_t dim, const key_block& block, index_t n,
-                                          row_prefetcher* prefetch, float* logits) noexcept {
+                                          row_prefetcher& prefetch, float* logits) noexcept {
   static constexpr logit_lanes<Rows> of{};
   constexpr int rows = of.rows, keys = of.keys;
   const index_t steps = q.steps(dim), stride = block.stride;
+  row_prefetcher ahead = prefetch;  // in registers
   const auto four = [&](const std::uint8_t* codes) __attribute__((always_inline)) {
-    return four_keys<Rows>(q.digits, steps, codes, stride);
+    return four_keys<Rows>(q.digits, steps, codes, stride, ahead);
   };
   constexpr __mmask16 some = (1 << rows) - 1;
   const __m512i of_row = _mm512_load_si512(of.row), sum = permuted(of_row, _mm512_maskz_loadu_epi32(some, q.sum));
@@ -200,7 +190,6 @@ template <int Bits, int Rows>
   __m512i of_key = _mm512_load_si512(of.key);
   const std::uint8_t* codes = block.codes;
   for (index_t j = 0; j < n; j += keys, codes += keys * stride, logits += keys * Rows) {
-    if (prefetch != nullptr) prefetch->next(keys);
     __m512i products = four(codes);
     if constexpr (rows == 2) products = halves_added(products, four(codes + 4 * stride));
     if constexpr (rows == 1) {
@@ -217,6 +206,7 @@ template <int Bits, int Rows>
     else
       store(logits, values);
   }
+  prefetch = ahead;
 }
 
 // The same for rows that are multiplied as floats.
@@ -235,12 +225,13 @@ void integer_dots(const float* packed, index_t count, index_t dim, tile_rows k, 
   if (n <= 0) return;
   if (dim < shortest_integer_row) return short_dots<Bits>(packed, count, dim, k, n, next, logits);
   key_block block;
-  row_prefetcher prefetch(next);
+  row_prefetcher prefetch(next, n), none;
   for (index_t first = 0; first < n; first += key_block::keys) {
     block.load<Bits>(k.from_row(first), n - first, dim);
     in_groups(count, [&]<int Rows>(index_t r, index_t group) {
       const query_digits<Rows> q(const_cast<float*>(packed) + r * dim, dim);
-      block_dot_products<Bits, Rows>(q, dim, block, std::min(key_block::keys, n - first), r == 0 ? &prefetch : nullptr,
+      if (r == 0) prefetch.in_steps(4, 1);
+      block_dot_products<Bits, Rows>(q, dim, block, std::min(key_block::keys, n - first), r == 0 ? prefetch : none,
                                      logits_of(logits, group) + first * Rows);
     });
   }

@@ -89,6 +89,26 @@ inline void load_scales(tile_rows rows, index_t n, float* scales) noexcept {
   }
 }
 
+// Prefetches rows bit by bit: in a burst, what is under way would hold up what is multiplied.
+class row_prefetcher {
+ public:
+  row_prefetcher() = default;
+  row_prefetcher(tile_rows rows, index_t n)
+      : data_(rows.data), stride_(rows.stride <= 2 * rows.bytes ? rows.stride : rows.bytes), bytes_(n * stride_) {}
+
+  // From now on some rows take so many steps.
+  void in_steps(index_t rows, index_t steps) noexcept { step_ = round_up((rows * stride_ + steps - 1) / steps, 64); }
+  [[gnu::always_inline]] void next() noexcept {
+    if (at_ >= bytes_) return;
+    for (index_t i = 0; i < step_; i += 64) prefetch_line(data_, at_ + i);
+    at_ += step_;
+  }
+
+ private:
+  const std::byte* data_ = nullptr;
+  index_t stride_ = 0, bytes_ = 0, step_ = 0, at_ = 0;
+};
+
 // Of integers that may wrap.
 [[gnu::always_inline]] inline __m512i added(__m512i a, __m512i b) noexcept {
   return std::bit_cast<__m512i>(std::bit_cast<vuint>(a) + std::bit_cast<vuint>(b));

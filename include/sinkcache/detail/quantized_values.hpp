@@ -80,20 +80,40 @@ struct weight_digits {
   }
 };
 
-// Four keys' codes of 64 columns: vector i has, in its quarter number c, columns 16 c + 4 i and the three after it.
+// Four keys' codes of 64 columns, four of a column side by side: vector i has, in its quarter number c, columns
+// 16 c + 4 i and the three after it. From rows as they are stored, for one group, which takes `Vectors` of them at a
+// time; or from where they were put for several.
 template <int Bits>
-[[gnu::always_inline]] inline void four_rows(tile_rows v, index_t first, index_t n, index_t column, index_t dim,
-                                             std::uint8_t* to) noexcept {
-  __m512i row[4];
+struct rows_in_fours {
+  tile_rows v;
+  index_t n, column, dim;
+
+  template <int Vectors>
+  [[gnu::always_inline]] void load(index_t four, int part, __m512i* to) const noexcept {
+    __m512i row[4];
 #pragma GCC unroll 4
-  for (index_t j = 0; j < 4; ++j) row[j] = codes_at<Bits>(v.row(std::min(first + j, n - 1)), column, dim);
-  const __m512i a_low = _mm512_unpacklo_epi8(row[0], row[1]), a_high = _mm512_unpackhi_epi8(row[0], row[1]);
-  const __m512i b_low = _mm512_unpacklo_epi8(row[2], row[3]), b_high = _mm512_unpackhi_epi8(row[2], row[3]);
-  _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a_low, b_low));
-  _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi16(a_low, b_low));
-  _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi16(a_high, b_high));
-  _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi16(a_high, b_high));
-}
+    for (index_t j = 0; j < 4; ++j) row[j] = codes_at<Bits>(v.row(std::min(4 * four + j, n - 1)), column, dim);
+    if (part == 0) {
+      const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpacklo_epi8(row[2], row[3]);
+      to[0] = _mm512_unpacklo_epi16(a, b);
+      to[1] = _mm512_unpackhi_epi16(a, b);
+    }
+    if (Vectors == 4 || part == 2) {
+      const __m512i a = _mm512_unpackhi_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[2], row[3]);
+      to[Vectors - 2] = _mm512_unpacklo_epi16(a, b);
+      to[Vectors - 1] = _mm512_unpackhi_epi16(a, b);
+    }
+  }
+};
+struct stored_in_fours {
+  const std::uint8_t* codes;
+
+  template <int Vectors>
+  [[gnu::always_inline]] void load(index_t four, int part, __m512i* to) const noexcept {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vectors; ++i) to[i] = _mm512_loadu_si512(codes + four * 256 + (part + i) * 64);
+  }
+};
 
 // The vectors whose quarters are quarters of a number of all of these.
 [[gnu::always_inline]] inline void quarters_in_order(vfloat (&v)[4]) noexcept {
@@ -108,20 +128,25 @@ template <int Bits>
   v[3] = quarters.template operator()<0xdd>(b, d);
 }
 
+// Vectors of columns whose sums fit the registers.
+constexpr int vectors_of_group(int rows) { return rows <= 2 ? 4 : 2; }
+
 // 64 columns of a tile times the weights of a group, for a group's sums.
-template <int Bits, int Rows>
-[[gnu::noinline]] void add_columns(const weight_digits& weights, const std::uint8_t* codes, index_t fours,
-                                   index_t column, index_t dim, const running_states& to) noexcept {
-  constexpr int vectors = Rows <= 2 ? 4 : 2;
+template <int Bits, int Rows, class Codes>
+[[gnu::noinline]] void add_columns(const weight_digits& weights, const Codes& codes, index_t fours, index_t column,
+                                   index_t dim, row_prefetcher& prefetch, const running_states& to) noexcept {
+  constexpr int vectors = vectors_of_group(Rows);
   vfloat columns[Rows][4];
-  for (int part = 0; part < 4; part += vectors) {
+  row_prefetcher ahead = prefetch;  // in registers
+  const auto add_part = [&]<int Part>() __attribute__((always_inline)) {
+    constexpr int part = Part;
     __m512i high[vectors][Rows], low[vectors][Rows];
 #pragma GCC unroll 8
     for (int i = 0; i < vectors * Rows; ++i) high[i / Rows][i % Rows] = low[i / Rows][i % Rows] = __m512i{};
     for (index_t four = 0; four < fours; ++four) {
+      ahead.next();
       __m512i value[vectors];
-#pragma GCC unroll 4
-      for (int i = 0; i < vectors; ++i) value[i] = _mm512_loadu_si512(codes + four * 256 + (part + i) * 64);
+      codes.template load<vectors>(four, part, value);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         std::int32_t digits[2];
@@ -143,7 +168,10 @@ template <int Bits, int Rows>
                                                      _mm512_set1_epi32(sum * (1 << (Bits - 1))));
       columns[r][part + of] = (as_floats(centred) + 0.5f * static_cast<float>(sum)) * weights.factor[r];
     }
-  }
+  };
+  add_part.template operator()<0>();
+  if constexpr (vectors == 2) add_part.template operator()<2>();
+  prefetch = ahead;
   for (int r = 0; r < Rows; ++r) {
     quarters_in_order(columns[r]);
     for (index_t d = 0; d < std::min<index_t>(4, (dim - column) / lanes); ++d) {
@@ -179,6 +207,7 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
   bool in_integers[most_groups];
   alignas(64) float scales[tile_scratch::keys + 4];
   load_scales(v, n, scales);
+  std::fill_n(scales + n, 4, 0.f);
   bool any = false;
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const of_group = logits_of(const_cast<float*>(weights), group);
@@ -189,17 +218,23 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
   if (!any) return;
   alignas(64) std::uint8_t codes[tile_scratch::keys * 64];
   const index_t fours = (n + 3) / 4;
+  row_prefetcher prefetch(next, n), none;
   for (index_t column = 0; column < dim; column += 64) {
-    const std::byte* line = next.data;
-    const index_t lines_bytes = next.stride <= 2 * next.bytes ? next.stride : next.bytes;
-    for (index_t four = 0; four < fours; ++four) {
-      four_rows<Bits>(v, 4 * four, n, column, dim, codes + four * 256);
-      if (column > 0) continue;
-      for (index_t at = 0; at < 4 * lines_bytes; at += 64) prefetch_line(line, at);
-      line = moved(line, 4 * lines_bytes);
+    const rows_in_fours<Bits> rows{v, n, column, dim};
+    const bool once = count <= 2 || (count <= 4 && (Bits == 8 || Bits == 4));  // what is spread out is used so often
+    for (index_t four = 0; four < fours && !once; ++four) {
+      __m512i spread[4];
+      rows.template load<4>(four, 0, spread);
+      std::memcpy(codes + four * 256, spread, sizeof spread);
     }
     in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-      if (in_integers[group]) add_columns<Bits, Rows>(groups[group], codes, fours, column, dim, to.from_row(r));
+      if (!in_integers[group]) return;
+      row_prefetcher& of_group = r == 0 ? prefetch : none;
+      if (r == 0) prefetch.in_steps(4, (dim + 63) / 64 * (4 / vectors_of_group(Rows)));
+      if (once)
+        add_columns<Bits, Rows>(groups[group], rows, fours, column, dim, of_group, to.from_row(r));
+      else
+        add_columns<Bits, Rows>(groups[group], stored_in_fours{codes}, fours, column, dim, of_group, to.from_row(r));
     });
   }
 }
