@@ -21,9 +21,9 @@ struct weight_digits {
   alignas(64) float factor[16];
   alignas(64) std::int32_t sum[16];
 
-  // False where a weight or a scale is not a number, or all are too small.
+  // Which rows are left out, a bit each: where a weight or a scale is not a number, or all are next to nothing.
   template <int Rows>
-  bool put(const float* weights, const float* scales, index_t n) noexcept {
+  int put(const float* weights, const float* scales, index_t n) noexcept {
     const __m512i lanes_of = numbers_of([](int i) { return std::min(i / 4 * Rows + i % 4, 15); });
     const __m512i keys = numbers_of([](int i) { return i / 4; });
     constexpr __mmask16 rows = Rows == 4 ? 0xffff : Rows == 3 ? 0x7777 : Rows == 2 ? 0x3333 : 0x1111;
@@ -43,17 +43,18 @@ struct weight_digits {
     for (index_t i = 0; i < n / 4; ++i) take(i, static_cast<__mmask16>((1 << 4 * Rows) - 1));
     if (n % 4 > 0) take(n / 4, static_cast<__mmask16>((1 << n % 4 * Rows) - 1));
     largest = joined(largest, [](vfloat a, vfloat b) { return max(a, b); });
-    if (not_finite != 0) return false;
-    for (int row = 0; row < Rows; ++row)
-      if (largest[row] > 0 && largest[row] < 0x1p-90f) return false;
+    const __mmask16 positive = _mm512_cmp_ps_mask(largest, vfloat{}, _CMP_GT_OQ);
+    const __mmask16 tiny = _mm512_mask_cmp_ps_mask(positive, largest, broadcast(0x1p-90f), _CMP_LT_OQ);
+    const int lanes_left_out = not_finite | tiny;
+    const int left_out = (lanes_left_out | lanes_left_out >> 4 | lanes_left_out >> 8 | lanes_left_out >> 12) & 15;
     constexpr float top = 127 * 256 + 127;
-    const vfloat unit = largest * (1 / top);
-    const __mmask16 any = _mm512_cmp_ps_mask(largest, vfloat{}, _CMP_GT_OQ);
-    const vfloat per_unit = _mm512_maskz_div_ps(any, broadcast(top), largest);
+    const vfloat unit = _mm512_maskz_mov_ps(static_cast<__mmask16>(~(left_out * 0x1111)), largest * (1 / top));
+    const auto taken = static_cast<__mmask16>(positive & ~(left_out * 0x1111));
+    const vfloat per_unit = _mm512_maskz_div_ps(taken, broadcast(top), largest);
     const __m128i by_rows = _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     __m512i total{};
     for (index_t i = 0; i < fours; ++i) {
-      const __m512i whole = _mm512_maskz_cvtps_epi32(0xffff, load(products[i]) * per_unit);
+      const __m512i whole = _mm512_maskz_cvtps_epi32(taken, load(products[i]) * per_unit);
       total = added(total, whole);
       const __m512i high = _mm512_maskz_srai_epi32(0xffff, added(whole, _mm512_set1_epi32(128)), 8);
       const __m512i low = _mm512_maskz_sub_epi32(0xffff, whole, _mm512_maskz_slli_epi32(0xffff, high, 8));
@@ -69,7 +70,7 @@ struct weight_digits {
     }));
     store(factor, unit);
     std::memcpy(sum, &total, sizeof total);
-    return true;
+    return left_out;
   }
 
  private:
@@ -183,18 +184,21 @@ template <int Bits, int Rows, class Codes>
   }
 }
 
-// The same in floats, for what integers cannot say: rows of NaN, weights next to nothing.
+// The same in floats for one row of a group, which integers left out.
 template <int Bits, int Rows>
 [[gnu::noinline]] void add_as_floats(const float* weights, tile_rows v, index_t offset, index_t n, index_t dim,
                                      const running_states& to) noexcept {
   constexpr index_t some = 16;
-  alignas(64) float values[some * max_head_dim];
+  alignas(64) float values[some * round_up(max_head_dim, 16)], of_row[some];
   const index_t bytes = dim * index_t{sizeof(float)};
+  const tile_rows rows{reinterpret_cast<const std::byte*>(values), bytes, bytes};
   for (index_t j = 0, m; j < n; j += m) {
     m = std::min(some, n - j);
-    for (index_t i = 0; i < m; ++i) quantized_row<Bits>::decode(v.row(j + i), 0, dim, values + i * dim);
-    group_add<f32>(weights + j * Rows, Rows, {reinterpret_cast<const std::byte*>(values), bytes, bytes}, offset + j, m,
-                   dim, to, {reinterpret_cast<const std::byte*>(values), bytes, bytes});
+    for (index_t i = 0; i < m; ++i) {
+      of_row[i] = weights[(j + i) * Rows];
+      quantized_row<Bits>::decode(v.row(j + i), 0, dim, values + i * dim);
+    }
+    group_add<f32>(of_row, 1, rows, offset + j, m, dim, to, rows);
   }
 }
 
@@ -204,18 +208,15 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
   if (n <= 0) return;
   constexpr index_t most_groups = (tile_scratch::max_rows + 3) / 4 + 1;
   weight_digits groups[most_groups];
-  bool in_integers[most_groups];
   alignas(64) float scales[tile_scratch::keys + 4];
   load_scales(v, n, scales);
   std::fill_n(scales + n, 4, 0.f);
-  bool any = false;
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     const float* const of_group = logits_of(const_cast<float*>(weights), group);
-    in_integers[group] = groups[group].template put<Rows>(of_group, scales, n);
-    any = any || in_integers[group];
-    if (!in_integers[group]) add_as_floats<Bits, Rows>(of_group, v, offset, n, dim, to.from_row(r));
+    const int left_out = groups[group].template put<Rows>(of_group, scales, n);
+    for (int i = 0; i < Rows; ++i)
+      if ((left_out >> i & 1) != 0) add_as_floats<Bits, Rows>(of_group + i, v, offset, n, dim, to.from_row(r + i));
   });
-  if (!any) return;
   alignas(64) std::uint8_t codes[tile_scratch::keys * 64];
   const index_t fours = (n + 3) / 4;
   row_prefetcher prefetch(next, n), none;
@@ -228,7 +229,6 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
       std::memcpy(codes + four * 256, spread, sizeof spread);
     }
     in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-      if (!in_integers[group]) return;
       row_prefetcher& of_group = r == 0 ? prefetch : none;
       if (r == 0) prefetch.in_steps(4, (dim + 63) / 64 * (4 / vectors_of_group(Rows)));
       if (once)
