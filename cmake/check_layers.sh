@@ -6,7 +6,7 @@ cd "$(dirname -- "$0")/../include/sinkcache"
 
 order='detail/macros_off detail/macros_on version config policy matrix detail/simd detail/halves format rope softmax source
        detail/scratch detail/tile_rows detail/tile detail/tile_dots detail/tile_softmax detail/tile_values detail/reader
-       detail/quantized_tile detail/quantized_dots detail/quantized_values quantized detail/absorb workspace storage any_kv_cache tiered_storage tiered_kv_cache kv_cache kv_memory kv_view joined attention_params
+       detail/quantized_tile detail/quantized_dots detail/quantized_values quantized detail/absorb workspace storage any_kv_cache tiered_storage tiered_kv_cache kv_cache ggml_formats kv_memory kv_view joined attention_params
        detail/query_block detail/schedule attention fmt sinkcache'
 
 # shellcheck disable=SC2016 # awk's own variables

@@ -41,6 +41,34 @@ concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element(from) } -> std::same_as<float>;
 } &&(F::element_bytes == 1 || F::element_bytes == 2 || F::element_bytes == 4);
 
+// A format whose rows are units of some elements behind each other, as others lay them out: `unit_elements` of them in
+// `unit_bytes`. kv_view reads such rows in place; what strides it takes are multiples of a unit's elements.
+template <class F>
+concept unit_format = kv_format<F> && requires {
+  { F::unit_elements } -> std::convertible_to<index_t>;
+  { F::unit_bytes } -> std::convertible_to<index_t>;
+};
+
+namespace detail {
+
+// Bytes of so many elements: of whole units.
+template <class F>
+struct stride_of;
+template <elementwise_format F>
+struct stride_of<F> {
+  static constexpr index_t elements = 1, bytes = F::element_bytes;
+};
+template <unit_format F>
+struct stride_of<F> {
+  static constexpr index_t elements = F::unit_elements, bytes = F::unit_bytes;
+};
+
+}  // namespace detail
+
+// What a kv_view can read.
+template <class F>
+concept viewed_format = elementwise_format<F> || unit_format<F>;
+
 // A format for tokens in the middle, whose pinned and newest tokens are spared: stored in another.
 template <class F>
 concept tiered_format = kv_format<F> && kv_format<typename F::spared>;

@@ -15,6 +15,7 @@
 //   rope.hpp              rotary positions, exact at any distance from the start
 //   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
 //   quantized.hpp         rows of few bits, q8, q6, q4, q2, and the Hadamard transform that goes with them
+//   ggml_formats.hpp      rows as ggml lays them out, q8_0 and q4_0, for a kv_view
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
@@ -32,6 +33,7 @@
 #include "attention_params.hpp"
 #include "config.hpp"
 #include "format.hpp"
+#include "ggml_formats.hpp"
 #include "joined.hpp"
 #include "kv_cache.hpp"
 #include "kv_memory.hpp"
