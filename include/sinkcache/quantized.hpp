@@ -25,6 +25,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string_view>
 
 #include "detail/macros_off.hpp"
@@ -80,7 +81,9 @@ inline void hadamard_block(float* row, index_t n) noexcept {
         row[j + h] = a - b;
       }
   const float scale = 1 / std::sqrt(static_cast<float>(n));
-  for (index_t i = 0; i < n; ++i) row[i] *= scale;
+  index_t i = 0;
+  for (; i + lanes <= n; i += lanes) store(row + i, load(row + i) * scale);
+  for (; i < n; ++i) row[i] *= scale;
 }
 
 // Of any number of floats: blocks of the largest powers of two first, 80 = 64 + 16.
@@ -105,12 +108,6 @@ inline std::uint16_t bf16_from_above(double x) noexcept {
   const std::uint64_t up = (std::bit_cast<std::uint64_t>(x) + (std::uint64_t{1} << dropped) - 1) >> dropped;
   return static_cast<std::uint16_t>(up - (std::uint64_t{1023 - 127} << 7));
 }
-inline double value_of_bf16(std::uint16_t pattern) noexcept {
-  const int exponent = pattern >> 7;  // of positive ones
-  return exponent == 0 ? pattern * 0x1p-133
-                       : std::bit_cast<double>((std::uint64_t{pattern} << 45) + (std::uint64_t{1023 - 127} << 52));
-}
-
 inline constexpr std::uint16_t nan_scale = 0x7fc0, largest_q2_scale = 0x7f2a;  // 1.5 times that is a float
 
 // Codes below 2^Bits behind each other, and back; n is a multiple of 16.
@@ -133,34 +130,57 @@ void unpack_codes(const std::byte* from, index_t n, std::uint8_t* codes) noexcep
           static_cast<std::uint8_t>(static_cast<unsigned>(from[i]) >> Bits * j & ((1 << Bits) - 1));
 }
 
-// The scale of a row: of b bits, rounded up to a bf16.
-inline std::uint16_t quantized_scale(int bits, const float* y, index_t dim) noexcept {
-  constexpr index_t ways = 8;  // sums side by side: the same on every processor
-  double squares[ways] = {}, finite[ways] = {};
-  float largest[ways] = {};
-  index_t i = 0;
-  const auto take = [&](index_t way) {
-    const float magnitude = std::abs(y[i + way]);
-    largest[way] = largest[way] < magnitude ? magnitude : largest[way];
-    squares[way] += static_cast<double>(magnitude) * static_cast<double>(magnitude);
-    finite[way] += static_cast<double>(magnitude * 0.f);
+// The largest magnitude of a row, NaN where one is not finite.
+inline float largest_magnitude(const float* y, index_t dim) noexcept {
+  vfloat mosts{}, zeros{};
+  const auto take = [&](vfloat x) {
+    mosts = max(max(x, -x), mosts);
+    zeros += x * 0.f;
   };
-  for (; i + ways <= dim; i += ways)
-    for (index_t way = 0; way < ways; ++way) take(way);
-  for (index_t way = 0; way < dim - i; ++way) take(way);
-  double sum = 0, all_finite = 0;
-  float most = 0;
-  for (index_t way = 0; way < ways; ++way) {
-    sum += squares[way], all_finite += finite[way];
-    most = std::max(most, largest[way]);
-  }
-  if (all_finite != 0) return nan_scale;
-  if (most == 0) return 0;
-  if (bits == 2) return std::min(bf16_from_above(std::sqrt(sum / static_cast<double>(dim))), largest_q2_scale);
-  return bf16_from_above(std::ldexp(static_cast<double>(most), 1 - bits));
+  index_t i = 0;
+  for (; i + lanes <= dim; i += lanes) take(load(y + i));
+  float last[lanes] = {};
+  std::copy_n(y + i, dim - i, last);
+  take(load(last));
+  float most = 0, zero = 0;
+  for (int lane = 0; lane < lanes; ++lane) most = std::max(most, mosts[lane]), zero += zeros[lane];
+  return most + zero;
 }
 
-// The one place where rows are quantised. In double, where y / d is never rounded to a whole number that it is not.
+// Of squares, summed eight ways: the same on every processor.
+inline double mean_square(const float* y, index_t dim) noexcept {
+  constexpr index_t ways = 8;
+  double squares[ways] = {}, sum = 0;
+  for (index_t i = 0; i < dim; i += ways)
+    for (index_t way = 0; way < std::min(ways, dim - i); ++way)
+      squares[way] += static_cast<double>(y[i + way]) * static_cast<double>(y[i + way]);
+  for (double square : squares) sum += square;
+  return sum / static_cast<double>(dim);
+}
+
+// The scale of a row of b bits, rounded up to a bf16.
+inline std::uint16_t quantized_scale(int bits, const float* y, index_t dim) noexcept {
+  const float most = largest_magnitude(y, dim);
+  if (!(most <= std::numeric_limits<float>::max())) return nan_scale;
+  if (most == 0) return 0;
+  if (bits == 2) return std::min(bf16_from_above(std::sqrt(mean_square(y, dim))), largest_q2_scale);
+  return bf16_from_above(static_cast<double>(most) * (2. / (1 << bits)));
+}
+
+// The codes of `lanes` elements. A quotient may have been rounded up to a whole number, never down from one; what it
+// stands for is exact, and tells.
+[[gnu::always_inline]] inline void quantize(vfloat y, float d, int half, std::uint8_t* codes) noexcept {
+  typedef std::uint8_t vbyte __attribute__((vector_size(lanes)));
+  const vfloat steps = y / broadcast(d), one = broadcast(1);
+  vfloat whole = __builtin_convertvector(__builtin_convertvector(steps, vint), vfloat);
+  whole = whole > steps ? whole - one : whole;
+  whole = whole * d > y ? whole - one : whole;
+  whole = min(max(whole, broadcast(static_cast<float>(-half))), broadcast(static_cast<float>(half - 1)));
+  const vbyte bytes = __builtin_convertvector(__builtin_convertvector(whole, vint) + half, vbyte);
+  std::memcpy(codes, &bytes, sizeof bytes);
+}
+
+// The one place where rows are quantised.
 [[gnu::noinline]] inline void encode_quantized(int bits, const float* y, index_t dim, std::byte* to) noexcept {
   const index_t padded = round_up(dim, 16);
   const std::uint16_t pattern = quantized_scale(bits, y, dim);
@@ -170,25 +190,25 @@ inline std::uint16_t quantized_scale(int bits, const float* y, index_t dim) noex
     std::memset(to, 0, static_cast<std::size_t>(code_bytes(bits, padded)));
     return;
   }
-  const double d = value_of_bf16(pattern);
+  const float d = std::bit_cast<float>(std::uint32_t{pattern} << 16);
   const int half = 1 << (bits - 1);
   constexpr index_t piece = 64;
   for (index_t from = 0; from < dim; from += piece) {
     const index_t n = std::min(piece, padded - from), given = std::min(piece, dim - from);
     std::uint8_t codes[piece] = {}, high[piece];
-    for_each_index(
-        given, [&](index_t i) __attribute__((always_inline)) {
-          double steps = static_cast<double>(y[from + i]) / d;
-          steps = steps < -half ? -half : steps;
-          steps = steps > half - 1 ? half - 1 : steps;
-          const int whole = static_cast<int>(steps);
-          codes[i] = static_cast<std::uint8_t>(whole - (steps < whole) + half);
-        });
+    index_t i = 0;
+    for (; i + lanes <= given; i += lanes) quantize(load(y + from + i), d, half, codes + i);
+    if (i < given) {
+      float last[lanes] = {};
+      std::copy_n(y + from + i, given - i, last);
+      quantize(load(last), d, half, codes + i);
+      std::fill(codes + given, codes + piece, std::uint8_t{0});
+    }
     if (bits == 8) std::memcpy(to + from, codes, static_cast<std::size_t>(n));
     if (bits == 4 || bits == 6) pack_codes<4>(codes, n, to + code_bytes(4, from));
     if (bits == 2) pack_codes<2>(codes, n, to + code_bytes(2, from));
     if (bits != 6) continue;
-    for (index_t i = 0; i < n; ++i) high[i] = static_cast<std::uint8_t>(codes[i] >> 4);
+    for (index_t j = 0; j < n; ++j) high[j] = static_cast<std::uint8_t>(codes[j] >> 4);
     pack_codes<2>(high, n, to + code_bytes(4, padded) + code_bytes(2, from));
   }
 }
