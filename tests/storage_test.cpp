@@ -111,7 +111,14 @@ TEST_CASE("storage: a resource that has no more") {
   CHECK(resource.all_returned());
 }
 
-struct odd_blocks {
+struct odd_blocks {  // of elements that are read where they lie
+  static constexpr index_t block_rows = 1, element_bytes = 1;
+  static constexpr index_t block_bytes(index_t dim) { return dim; }
+  static void encode(const float*, index_t, std::byte*) {}
+  static void decode(const std::byte*, index_t, index_t, float*) {}
+  static float element(const std::byte*) { return 0; }
+};
+struct packed_blocks {  // of rows that are only decoded, or have kernels of their own
   static constexpr index_t block_rows = 1;
   static constexpr index_t block_bytes(index_t dim) { return dim; }
   static void encode(const float*, index_t, std::byte*) {}
@@ -134,6 +141,15 @@ TEST_CASE("storage: sizes that do not fit are refused before anything is allocat
   CHECK_THROWS_AS(odd(1, 1, 0, 16, &resource), std::invalid_argument);
   CHECK_NOTHROW(odd(1, 1, 64, 16, &resource));
   CHECK(resource.allocations == 1);
+
+  using packed = detail::storage<packed_blocks, f32>;
+  CHECK_THROWS_WITH(packed(1, 1, 0, 16, &resource),
+                    "sinkcache: a format's block_bytes(dim) was 0, had to be at least 1");
+  {
+    const packed p(3, 1, 13, 16, &resource);
+    CHECK(p.nbytes() == 64 + 3 * 64);  // values begin a line
+    CHECK(p.v(0, 0) == p.k(0, 0) + 64);
+  }
   CHECK(resource.all_returned());
 }
 

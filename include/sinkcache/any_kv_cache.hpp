@@ -2,6 +2,7 @@
 
 // What every cache is, whatever its formats and policy: a source that grows, and the calls that an engine makes on it.
 
+#include <algorithm>
 #include <cstddef>
 #include <optional>
 #include <string_view>
@@ -27,6 +28,7 @@ struct cache_config {
   position_t first_position = 0;                       // where the stream starts: enters phases only
   index_t rollback = 63;  // evicted tokens kept a while longer: so many appended ones can be taken back, and prefill
                           // takes one more at a time. 0 saves their memory, and prefills token by token
+  index_t recent = 64;    // the newest tokens that formats of few bits spare, besides those pinned; 0: none
 };
 
 namespace detail {
@@ -61,6 +63,23 @@ inline kv_geometry geometry_of(const cache_config& config) noexcept {
           .inputs = config.inputs,
           .rope = config.rope,
           .first_position = config.first_position};
+}
+
+// The same, with what rows go through before formats K and V take them.
+template <kv_format K, kv_format V>
+kv_geometry geometry_of(const cache_config& config) noexcept {
+  kv_geometry geometry = geometry_of(config);
+  geometry.k_transform = transform_of<K>();
+  geometry.v_transform = transform_of<V>();
+  return geometry;
+}
+
+// A row as it is, or what it becomes, in `to`.
+inline const float* transformed_row(const row_transform* transform, const float* row, index_t dim, float* to) noexcept {
+  if (transform == nullptr) return row;
+  std::copy_n(row, dim, to);
+  transform->apply(to, dim);
+  return to;
 }
 
 }  // namespace detail

@@ -63,13 +63,15 @@ struct fmt::formatter<sinkcache::cache_config> : sinkcache::detail::plain_format
                          c.positions == sinkcache::positions::in_cache ? "in_cache" : "absolute",
                          c.inputs == sinkcache::inputs::raw ? "raw" : "rotated");
     if (c.rope) out = fmt::format_to(out, ", rope of width {}", c.rope->width());
+    if (c.recent != sinkcache::cache_config{}.recent) out = fmt::format_to(out, ", recent {}", c.recent);
     if (c.first_position != 0) out = fmt::format_to(out, ", first_position {}", c.first_position);
     return fmt::format_to(out, "}}");
   }
 };
 
 // Pinned tokens, then the others, as the newest query of KV head 0 sees them: spans of positions, or how many of how
-// wide a span where they are scattered.
+// wide a span where they are scattered; and their formats where not all are stored alike:
+// kv_cache<q4>{sinks 0-3 bf16 | 4-959 q4 | 960-1023 bf16, 1.3 MB}.
 template <std::derived_from<sinkcache::any_kv_cache> Cache>
 struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
   auto format(const Cache& cache, fmt::format_context& context) const {
@@ -81,15 +83,19 @@ struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
     std::vector<kv_part> memory(static_cast<std::size_t>(cache.max_parts()));
     sinkcache::part_list parts(memory.data(), cache.max_parts());
     cache.plan(0, cache.seen() - 1, cache.seen() - 1, parts);
-    bool any = false;
+    const auto alike = [&](index_t i, index_t j) {
+      return parts[i].k.reader == parts[j].k.reader && parts[i].v.reader == parts[j].v.reader;
+    };
+    bool any = false, tiers = false;
+    for (index_t i = 1; i < parts.size(); ++i) tiers = tiers || !alike(0, i);
     for (index_t i = 0, next; i < parts.size(); i = next) {
       sinkcache::position_span span{parts[i].first, parts[i].end()};
       bool pinned = parts[i].pinned == parts[i].rows;
-      for (next = i + 1; next < parts.size() && parts[next].first == span.last; ++next) {
+      for (next = i + 1; next < parts.size() && parts[next].first == span.last && alike(i, next); ++next) {
         span.last = parts[next].end();
         pinned = pinned && parts[next].pinned == parts[next].rows;
       }
-      const bool is_window = any && parts[i].seen_until != kv_part::always;
+      const bool is_window = any && !tiers && parts[i].seen_until != kv_part::always;
       out = fmt::format_to(out, "{}{}", any ? " | " : "",
                            pinned && next < parts.size() ? "sinks "
                            : is_window                   ? "window "
@@ -98,6 +104,10 @@ struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
       if (!parts[i].at.empty()) out = fmt::format_to(out, "{} of ", parts[i].rows);
       out = fmt::format_to(out, "{}", span);
       any = true;
+      if (!tiers || parts[i].k.reader == nullptr) continue;
+      out = fmt::format_to(out, " {}", parts[i].k.reader->name);
+      if (parts[i].v.reader->name != parts[i].k.reader->name)
+        out = fmt::format_to(out, " and {}", parts[i].v.reader->name);
     }
     return fmt::format_to(out, "{}, {:.1f} MB}}", any ? "" : "empty", static_cast<double>(cache.nbytes()) * 1e-6);
   }

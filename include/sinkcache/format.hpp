@@ -19,10 +19,12 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 // What a format must offer:
 //   block_rows                   rows (tokens) in a block;
-//   block_bytes(dim)             bytes of a block of rows of `dim` floats, a multiple of 64;
+//   block_bytes(dim)             bytes of a block of rows of `dim` floats;
 //   encode(rows, dim, to)        block_rows x dim floats into the block `to`, padding included;
 //   decode(from, row, dim, out)  one row of the block `from` into `dim` floats.
-// A `name` is for messages and with_formats; a format of your own does without it.
+// A `name` is for messages and with_formats; a format of your own does without it. A format may also say what stored
+// rows go through before they are encoded, `transform`, a pointer to a row_transform; and what pinned and the newest
+// tokens are stored in, `spared`, a format that they lose little in. kv_cache heeds both.
 template <class F>
 concept kv_format = requires(const float* rows, index_t dim, std::byte* to, const std::byte* from, float* out) {
   { F::block_rows } -> std::convertible_to<index_t>;
@@ -32,12 +34,50 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
 };
 
 // A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each, 1, 2
-// or 4, and zeros behind the last; element(from) is the float of one.
+// or 4, and zeros behind the last, block_bytes a multiple of 64; element(from) is the float of one.
 template <class F>
 concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element_bytes } -> std::convertible_to<index_t>;
   { F::element(from) } -> std::same_as<float>;
 } &&(F::element_bytes == 1 || F::element_bytes == 2 || F::element_bytes == 4);
+
+// A format whose rows are units of some elements behind each other, as others lay them out: `unit_elements` of them in
+// `unit_bytes`. kv_view reads such rows in place; what strides it takes are multiples of a unit's elements.
+template <class F>
+concept unit_format = kv_format<F> && requires {
+  { F::unit_elements } -> std::convertible_to<index_t>;
+  { F::unit_bytes } -> std::convertible_to<index_t>;
+};
+
+namespace detail {
+
+// Bytes of so many elements: of whole units.
+template <class F>
+struct stride_of;
+template <elementwise_format F>
+struct stride_of<F> {
+  static constexpr index_t elements = 1, bytes = F::element_bytes;
+};
+template <unit_format F>
+struct stride_of<F> {
+  static constexpr index_t elements = F::unit_elements, bytes = F::unit_bytes;
+};
+
+}  // namespace detail
+
+// What a kv_view can read.
+template <class F>
+concept viewed_format = elementwise_format<F> || unit_format<F>;
+
+// A format for tokens in the middle, whose pinned and newest tokens are spared: stored in another.
+template <class F>
+concept tiered_format = kv_format<F> && kv_format<typename F::spared>;
+
+// F with `Full` for tokens that are spared: kv_cache<tiered<q4, f16>>. F may be a format of yours.
+template <kv_format F, kv_format Full>
+struct tiered : F {
+  using spared = Full;
+};
 
 // Plain floats.
 struct f32 {
@@ -130,6 +170,18 @@ template <class F>
 concept named_format = kv_format<F> && requires {
   { F::name } -> std::convertible_to<std::string_view>;
 };
+
+template <kv_format F>
+struct spared_of {
+  using type = F;
+};
+template <tiered_format F>
+struct spared_of<F> {
+  using type = typename F::spared;
+};
+// What spared tokens are stored in: the format itself where it spares none.
+template <kv_format F>
+using spared_format = typename spared_of<F>::type;
 
 template <kv_format F>
 constexpr std::string_view format_name() noexcept {

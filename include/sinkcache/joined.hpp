@@ -16,7 +16,8 @@ namespace sinkcache::inline SINKCACHE_TAG {
 // Keys with values that every query sees, wherever it stands: learned sink keys with values (openPangu), meta tokens,
 // soft prompts. They have no positions: a query meets them without its rotary position, and they count nowhere, in no
 // distance and no eviction. (Keys that were trained at position 0, and meet rotated queries, are pinned tokens of a
-// kv_view.) Holds a copy, in formats K and V.
+// kv_view.) Holds a copy, in formats K and V: in front of a cache of few bits those have to transform rows as its do,
+// transformed<bf16> or q8.
 template <kv_format K, kv_format V = K>
 class static_tokens final : public kv_source {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: static_tokens stores tokens one by one");
@@ -72,13 +73,17 @@ class static_tokens final : public kv_source {
 
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource, int)
-      : kv_source(detail::geometry_of(config)),
+      : kv_source(detail::geometry_of<K, V>(config)),
         num_tokens_(k.rows()),
         rows_(geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim, resource) {
+    const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
     for (index_t i = 0; i < num_tokens_; ++i)
       for (index_t head = 0; head < geometry_.num_kv_heads; ++head) {
-        K::encode(k.row(i) + head * geometry_.head_dim, geometry_.head_dim, rows_.k(head, i));
-        V::encode(v.row(i) + head * geometry_.v_head_dim, geometry_.v_head_dim, rows_.v(head, i));
+        alignas(64) float row[max_head_dim];
+        K::encode(detail::transformed_row(geometry_.k_transform, k.row(i) + head * dim, dim, row), dim,
+                  rows_.k(head, i));
+        V::encode(detail::transformed_row(geometry_.v_transform, v.row(i) + head * v_dim, v_dim, row), v_dim,
+                  rows_.v(head, i));
       }
   }
 

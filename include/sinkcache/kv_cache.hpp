@@ -13,12 +13,14 @@
 #include "detail/macros_off.hpp"
 #include "format.hpp"
 #include "storage.hpp"
+#include "tiered_kv_cache.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
 // Keys in format K and values in format V, kept and dropped by Policy. One allocation, at construction. Const calls may
 // run concurrently; append, truncate and prefill may not run beside any other.
-template <kv_format K, kv_format V = K, class Policy = sink_window>
+// Formats that spare tokens, q8, q6, q4, q2, have a kv_cache of their own with the same calls: tiered_kv_cache.hpp.
+template <kv_format K, kv_format V, class Policy>
 class kv_cache final : public any_kv_cache {
   static_assert(eviction_policy<Policy>, "sinkcache: the third argument of kv_cache must model eviction_policy");
   static_assert(

@@ -56,7 +56,7 @@ class kv_memory {
   = delete;  // refused: a temporary would dangle
 
  private:
-  template <elementwise_format K, elementwise_format V>
+  template <viewed_format K, viewed_format V>
   friend class kv_view;
 
   std::span<const kv_piece> pieces() const noexcept { return pieces_.empty() ? std::span(&piece_, 1) : pieces_; }

@@ -24,7 +24,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 // holds the first num_sink_tokens and the newest `window`; a window of 0 is none: all that is held. Between spans of
 // positions that the memory does not hold, in_cache closes the gap as after evicted tokens. A view is cheap to make,
 // cheaper to assign again, and allocates nothing.
-template <elementwise_format K, elementwise_format V = K>
+template <viewed_format K, viewed_format V = K>
 class kv_view final : public kv_source {
   static_assert(K::block_rows == 1 && V::block_rows == 1,
                 "sinkcache: kv_view reads element by element; a format whose block_rows is above 1 has no elements");
@@ -46,8 +46,9 @@ class kv_view final : public kv_source {
     found.require(config.num_sink_tokens >= 0, "num_sink_tokens", config.num_sink_tokens, "at least 0");
     found.require(config.window >= 0, "window", config.window, "at least 0");
     detail::require_geometry(found, detail::geometry_of(config));
-    require_strides(found, "k", layout.k, K::element_bytes);
-    require_strides(found, "v", layout.v, V::element_bytes);
+    const kv_geometry of = detail::geometry_of(config);
+    require_strides<K>(found, "k", layout.k, of.head_dim);
+    require_strides<V>(found, "v", layout.v, of.v_head_dim);
     return found;
   }
 
@@ -196,22 +197,27 @@ class kv_view final : public kv_source {
     return &config;
   }
 
-  template <elementwise_format F>
+  // Bytes of so many elements. A row of units has no stride from element to element: its format knows.
+  template <viewed_format F>
+  static constexpr index_t bytes_of(index_t elements) noexcept {
+    return elements / detail::stride_of<F>::elements * detail::stride_of<F>::bytes;
+  }
+  template <viewed_format F>
   static kv_strides in_bytes(const kv_strides& s) noexcept {
-    return {s.head * F::element_bytes, s.token * F::element_bytes, s.dim * F::element_bytes};
+    return {bytes_of<F>(s.head), bytes_of<F>(s.token), elementwise_format<F> ? bytes_of<F>(s.dim) : 0};
   }
 
   static const std::byte* of_head(const void* memory, const kv_strides& strides, index_t kv_head) noexcept {
     return memory == nullptr ? nullptr : static_cast<const std::byte*>(memory) + kv_head * strides.head;
   }
-  template <elementwise_format F>
+  template <viewed_format F>
   static kv_rows rows_of(const kv_strides& strides, const void* memory, index_t page, index_t kv_head) noexcept {
     return {.reader = &reader_of<F>,
             .base = of_head(memory, strides, kv_head),
             .block = strides.token,
             .step = strides.dim,
             .head = strides.head,
-            .page = page * F::element_bytes};
+            .page = bytes_of<F>(page)};
   }
 
   index_t num_paged() const noexcept {
@@ -231,12 +237,21 @@ class kv_view final : public kv_source {
 
   // One rule each for what is given.
 
-  static void require_strides(status& found, const char* of, const kv_strides& s, index_t element_bytes) noexcept {
+  template <viewed_format F>
+  static void require_strides(status& found, const char* of, const kv_strides& s, index_t dim) noexcept {
+    constexpr index_t unit = detail::stride_of<F>::elements, unit_bytes = detail::stride_of<F>::bytes;
     if (s.head < 0) found.refuse("layout.{}.head was {}, had to be at least 0", of, s.head);
     if (s.token < 1) found.refuse("layout.{}.token was {}, had to be at least 1", of, s.token);
     if (s.dim < 1) found.refuse("layout.{}.dim was {}, had to be at least 1", of, s.dim);
+    if constexpr (unit > 1) {
+      if (s.dim != 1) found.refuse("layout.{}.dim was {}, had to be 1: this format has units of elements", of, s.dim);
+      for (const index_t elements : {s.head, s.token, dim})
+        if (elements % unit != 0)
+          found.refuse("a stride of layout.{}, or its head_dim, was {}, had to be a multiple of {}", of, elements,
+                       unit);
+    }
     for (const index_t stride : {s.head, s.token, s.dim})
-      detail::checked_product(found, "bytes of a stride", stride, element_bytes);
+      detail::checked_product(found, "bytes of a stride", stride, unit_bytes);
   }
 
   static void require_seen(status& found, position_t seen) noexcept {
@@ -246,8 +261,9 @@ class kv_view final : public kv_source {
   // That sizes do not overflow: bytes from the first element to the last, of all heads of so many tokens.
   static index_t reach(status& found, const kv_strides& bytes, index_t heads, index_t tokens, index_t dim) noexcept {
     constexpr const char* what = "bytes that a layout reaches over";
-    const index_t rows = detail::checked_sum(found, what, detail::checked_product(found, what, heads - 1, bytes.head),
-                                             detail::checked_product(found, what, dim, bytes.dim));
+    const index_t rows =
+        detail::checked_sum(found, what, detail::checked_product(found, what, heads - 1, bytes.head),
+                            detail::checked_product(found, what, dim, std::max<index_t>(bytes.dim, 1)));
     return detail::checked_sum(found, what, rows, detail::checked_product(found, what, tokens, bytes.token));
   }
 
@@ -299,12 +315,14 @@ class kv_view final : public kv_source {
                                                    static_cast<index_t>(pages.table.size()));
     found.require(tokens <= max_position - pages.first, "positions of the table", tokens, "at most",
                   max_position - pages.first);
-    const auto before = [&](index_t page, index_t element_bytes) {
+    const auto before = [&]<class F>(const char* of, index_t page, F) {
+      using unit = detail::stride_of<F>;
+      if (page % unit::elements != 0) found.refuse("{} was {}, had to be a multiple of {}", of, page, unit::elements);
       return detail::checked_product(found, "bytes of the pages", pages.num_pages,
-                                     detail::checked_product(found, "bytes of a page", page, element_bytes));
+                                     detail::checked_product(found, "bytes of a page", page, unit::bytes));
     };
-    require_reach(found, pages.page_tokens, before(pages.k_page, K::element_bytes),
-                  before(pages.v_page, V::element_bytes));
+    const index_t k = before("k_page", pages.k_page, K()), v = before("v_page", pages.v_page, V());
+    require_reach(found, pages.page_tokens, k, v);
   }
 
   index_t num_sink_tokens_;

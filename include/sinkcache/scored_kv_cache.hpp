@@ -31,6 +31,8 @@ namespace sinkcache::inline SINKCACHE_TAG {
 template <kv_format K, kv_format V = K>
 class scored_kv_cache final : public any_kv_cache {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: scored_kv_cache stores tokens one by one");
+  static_assert(detail::transform_of<K>() == nullptr && detail::transform_of<V>() == nullptr,
+                "sinkcache: scored_kv_cache has no rows of few bits yet; use f32, f16, bf16 or a format of your own");
 
  public:
   template <std::derived_from<token_scorer> S>

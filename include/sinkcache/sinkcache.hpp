@@ -14,10 +14,14 @@
 //   softmax.hpp           the mathematics: partial states, how they merge, where the sink enters
 //   rope.hpp              rotary positions, exact at any distance from the start
 //   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
+//   quantized.hpp         rows of few bits, q8, q6, q4, q2, and the Hadamard transform that goes with them
+//   ggml_formats.hpp      rows as ggml lays them out, q8_0 and q4_0, for a kv_view
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
 //   storage.hpp           the one allocation behind a cache
+//   tiered_kv_cache.hpp   the cache of formats that spare pinned and the newest tokens
+//   tiered_storage.hpp    the one allocation behind that, and which token lies where
 //   detail/schedule.hpp   how a call is cut into work items
 //   detail/query_block.hpp  how query rows go over the parts of a plan
 //   detail/absorb.hpp     the hot loop
@@ -33,15 +37,19 @@
 #include "attention_params.hpp"
 #include "config.hpp"
 #include "format.hpp"
+#include "ggml_formats.hpp"
 #include "joined.hpp"
 #include "kv_cache.hpp"
 #include "kv_memory.hpp"
 #include "kv_view.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"
+#include "quantized.hpp"
 #include "rope.hpp"
 #include "softmax.hpp"
 #include "source.hpp"
 #include "storage.hpp"
+#include "tiered_kv_cache.hpp"
+#include "tiered_storage.hpp"
 #include "version.hpp"
 #include "workspace.hpp"

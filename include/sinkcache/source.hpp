@@ -9,11 +9,13 @@
 // tokens of later parts; so sources are joined by listing the parts of one after those of another.
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 
 #include "detail/macros_off.hpp"
 #include "format.hpp"
@@ -43,6 +45,21 @@ struct row_transform {
   void (*apply)(float* row, index_t dim) noexcept;
   void (*undo)(float* row, index_t dim) noexcept;
 };
+
+namespace detail {
+
+// What rows go through before a format encodes them; null: nothing.
+template <kv_format F>
+constexpr const row_transform* transform_of() noexcept {
+  if constexpr (requires {
+                  { F::transform } -> std::convertible_to<const row_transform*>;
+                })
+    return F::transform;
+  else
+    return nullptr;
+}
+
+}  // namespace detail
 
 // What attention has to know of every source: sizes, and what positions mean.
 struct kv_geometry {
@@ -91,6 +108,7 @@ struct kv_reader {
                float* logits) noexcept;
   void (*add)(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
               const detail::running_states& to, tile_rows next) noexcept;
+  std::string_view name = "custom";
   void (*turned_dots)(const float* packed, index_t count, index_t dim, const detail::key_turns& turns, position_t place,
                       tile_rows k, index_t n, tile_rows next, index_t done, float* logits) noexcept = nullptr;
 };

@@ -74,6 +74,17 @@ inline cache_memory take_memory(std::size_t bytes, std::pmr::memory_resource* re
   return {static_cast<std::byte*>(memory), {resource, bytes}};
 }
 
+// What is read element by element is read sixteen at a time, in lines of its own.
+template <kv_format F>
+index_t checked_block_bytes(status& found, index_t dim) noexcept {
+  const index_t bytes = F::block_bytes(dim);
+  if constexpr (elementwise_format<F>)
+    found.require(bytes > 0 && bytes % 64 == 0, "a format's block_bytes(dim)", bytes, "a positive multiple of 64");
+  else
+    found.require(bytes > 0, "a format's block_bytes(dim)", bytes, "at least 1");
+  return bytes;
+}
+
 // [num_kv_heads, rows] blocks of keys, then as many of values; a head's rows lie together (HND).
 template <kv_format K, kv_format V>
 class storage {
@@ -86,7 +97,7 @@ class storage {
   storage(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim, std::pmr::memory_resource* resource)
       : rows_(rows), k_block_(K::block_bytes(head_dim)), v_block_(V::block_bytes(v_head_dim)) {
     const std::size_t bytes = required_bytes(num_kv_heads, rows, head_dim, v_head_dim);
-    v_offset_ = num_kv_heads * rows * k_block_;
+    v_offset_ = round_up(num_kv_heads * rows * k_block_, 64);
     memory_ = take_memory(bytes, resource);
   }
 
@@ -98,10 +109,13 @@ class storage {
   }
   static std::size_t required_bytes(status& found, index_t num_kv_heads, index_t rows, index_t head_dim,
                                     index_t v_head_dim) noexcept {
-    const index_t k_bytes = block_bytes<K>(found, head_dim), v_bytes = block_bytes<V>(found, v_head_dim);
+    const index_t k_bytes = checked_block_bytes<K>(found, head_dim),
+                  v_bytes = checked_block_bytes<V>(found, v_head_dim);
     const index_t row_bytes = checked_sum(found, "bytes of a token", k_bytes, v_bytes);
     const index_t all_rows = checked_product(found, "num_kv_heads * tokens", num_kv_heads, rows);
-    return static_cast<std::size_t>(checked_product(found, "bytes of the cache", all_rows, row_bytes));
+    const index_t bytes = checked_product(found, "bytes of the cache", all_rows, row_bytes);
+    const index_t aligned = found ? round_up(all_rows * k_bytes, 64) - all_rows * k_bytes : 0;  // values begin a line
+    return static_cast<std::size_t>(checked_sum(found, "bytes of the cache", bytes, aligned));
   }
 
   std::byte* k(index_t kv_head, index_t row) const { return data() + (kv_head * rows_ + row) * k_block_; }
@@ -118,13 +132,6 @@ class storage {
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
  private:
-  template <kv_format F>
-  static index_t block_bytes(status& found, index_t dim) noexcept {
-    const index_t bytes = F::block_bytes(dim);
-    found.require(bytes > 0 && bytes % 64 == 0, "a format's block_bytes(dim)", bytes, "a positive multiple of 64");
-    return bytes;
-  }
-
   index_t rows_, k_block_, v_block_, v_offset_ = 0;
   cache_memory memory_;
 };

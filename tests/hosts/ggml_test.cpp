@@ -324,11 +324,11 @@ TEST_CASE("what the operator cannot serve it refuses by name, and no graph dies 
     CHECK(op.build(c, q, k, v, positions, found) == nullptr);
     return std::string(found.message());
   };
-  ggml_tensor* const blocks = ggml_new_tensor_3d(c, GGML_TYPE_Q8_0, 64, 256, 2);
+  ggml_tensor* const blocks = ggml_new_tensor_3d(c, GGML_TYPE_Q5_0, 64, 256, 2);
   CHECK(refusal(h.q, blocks, h.v, h.positions) ==
-        "sinkcache: the format of keys was 'q8_0', had to be f32, f16 or bf16");
+        "sinkcache: the format of keys was 'q5_0', had to be f32, f16, bf16, q8_0 or q4_0");
   CHECK(refusal(h.q, h.k, blocks, h.positions) ==
-        "sinkcache: the format of values was 'q8_0', had to be f32, f16 or bf16");
+        "sinkcache: the format of values was 'q5_0', had to be f32, f16, bf16, q8_0 or q4_0");
   CHECK(refusal(h.q, h.k, h.v, h.k).find("positions' type was f16, had to be i32") != std::string::npos);
   CHECK(refusal(ggml_new_tensor_3d(c, GGML_TYPE_F32, 64, 3, 8), h.k, h.v, h.positions).find("q->nb[2] was 768") !=
         std::string::npos);

@@ -80,22 +80,27 @@ class ggml_attention {
   // Calls f with a view of such tensors that holds no tokens so far.
   template <class F>
   status with_view(const ggml_tensor* k, const ggml_tensor* v, F&& f) const noexcept {
-    return sinkcache::try_with_formats(
+    return sinkcache::try_with_formats<sinkcache::q8_0, sinkcache::q4_0>(
         ggml_type_name(k->type), ggml_type_name(v->type), [&]<class K, class V>(K, V) -> status {
           status found;
           sinkcache::cache_config config = config_;
           config.num_kv_heads = k->ne[2];
           config.head_dim = k->ne[0];
           config.v_head_dim = v->ne[0];
-          const sinkcache::kv_layout layout{strides(*k, K::element_bytes), strides(*v, V::element_bytes)};
+          const sinkcache::kv_layout layout{strides<K>(*k), strides<V>(*v)};
           std::optional view = sinkcache::kv_view<K, V>::try_create(config, layout, found);
           return view ? f(*view) : found;
         });
   }
 
-  static sinkcache::kv_strides strides(const ggml_tensor& t, index_t element_bytes) noexcept {
-    const auto elements = [&](int i) { return static_cast<index_t>(t.nb[i]) / element_bytes; };
-    return {elements(2), elements(1), elements(0)};
+  // In elements; of a quantised type nb[0] is a block's bytes.
+  template <class F>
+  static sinkcache::kv_strides strides(const ggml_tensor& t) noexcept {
+    const index_t block = ggml_blck_size(t.type);
+    const auto elements = [&](int i) {
+      return static_cast<index_t>(t.nb[i]) / static_cast<index_t>(ggml_type_size(t.type)) * block;
+    };
+    return {elements(2), elements(1), sinkcache::unit_format<F> ? 1 : elements(0)};
   }
 
   // Called from C, by all threads of the graph at once.

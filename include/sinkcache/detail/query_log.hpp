@@ -129,7 +129,7 @@ class query_log {
   }
 
   static std::int64_t whole(float weight) noexcept {
-    return static_cast<std::int64_t>(static_cast<double>(weight) * fixed + 0.5);  // weights are not negative
+    return static_cast<std::int64_t>(static_cast<double>(weight) * fixed);  // in vectors, unlike rounding
   }
 
  private:

@@ -32,13 +32,13 @@ void group_add(const float* weights, index_t count, tile_rows v, index_t offset,
 template <kv_format F>
 constexpr kv_reader make_reader() {
   if constexpr (in_vectors<F>)
-    return {F::block_rows,   F::element_bytes, &F::block_bytes, &load_rows<F>,
-            &packed_rows<F>, &group_dots<F>,   &group_add<F>,   &turned_group_dots<F>};
+    return {F::block_rows,  F::element_bytes, &F::block_bytes,  &load_rows<F>,        &packed_rows<F>,
+            &group_dots<F>, &group_add<F>,    format_name<F>(), &turned_group_dots<F>};
   else if constexpr (elementwise_format<F>)
     return {F::block_rows,   F::element_bytes, &F::block_bytes, &load_rows<F>,
-            &packed_rows<F>, &group_dots<F>,   &group_add<F>};
+            &packed_rows<F>, &group_dots<F>,   &group_add<F>,   format_name<F>()};
   else
-    return {F::block_rows, 0, &F::block_bytes, &load_rows<F>, nullptr, nullptr, nullptr};
+    return {F::block_rows, 0, &F::block_bytes, &load_rows<F>, nullptr, nullptr, nullptr, format_name<F>()};
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail

@@ -1,0 +1,314 @@
+#pragma once
+
+// kv_cache for formats that spare some tokens: pinned tokens and the newest `recent` are stored in another format,
+// those between go to the formats of few bits once, when they leave the newest, from the row as it is stored. Where a
+// token is read from is a pure function of how many were seen; a ring of each tier keeps `rollback` rows longer, so
+// that the queries of a chunk, and those after a rollback, find what decode would.
+
+#include <algorithm>
+#include <concepts>
+#include <cstring>
+#include <memory_resource>
+#include <optional>
+#include <utility>
+
+#include "any_kv_cache.hpp"
+#include "detail/macros_off.hpp"
+#include "tiered_storage.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG {
+
+template <kv_format K, kv_format V = K, class Policy = sink_window>
+class kv_cache;
+
+// See kv_cache.hpp: the same calls. Of formats that spare tokens, or that transform rows.
+template <kv_format K, kv_format V, class Policy>
+requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nullptr ||
+         detail::transform_of<V>() != nullptr) class kv_cache<K, V, Policy> final : public any_kv_cache {
+  static_assert(std::same_as<Policy, sink_window>,
+                "sinkcache: formats that spare tokens have to know which come next: they take no policy of yours");
+  static_assert(K::block_rows == 1 && V::block_rows == 1,
+                "sinkcache: kv_cache stores tokens one by one, so block_rows must be 1");
+
+ public:
+  explicit kv_cache(const cache_config& config, std::pmr::memory_resource* resource = default_resource())
+      : kv_cache(checked(validate(config), resource), config, resource) {
+    got_memory().or_fail();
+  }
+  kv_cache(kv_cache&& from) noexcept
+      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
+        high_(std::exchange(from.high_, 0)),
+        encoded_(std::exchange(from.encoded_, 0)),
+        config_recent_(from.config_recent_),
+        shape_(from.shape_),
+        rows_(std::move(from.rows_)) {}
+  kv_cache& operator=(kv_cache&& from) noexcept {
+    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
+    high_ = std::exchange(from.high_, 0);
+    encoded_ = std::exchange(from.encoded_, 0);
+    config_recent_ = from.config_recent_;
+    shape_ = from.shape_;
+    rows_ = std::move(from.rows_);
+    return *this;
+  }
+
+  static status validate(const cache_config& config) noexcept {
+    status found;
+    detail::require_window(found, {config.num_sink_tokens, config.window, config.rollback});
+    found.require(config.recent >= 0, "recent", config.recent, "at least 0");
+    detail::require_geometry(found, detail::geometry_of(config));
+    if (found) bytes_of(found, config);
+    return found;
+  }
+
+  static std::optional<kv_cache> try_create(const cache_config& config, status& found,
+                                            std::pmr::memory_resource* resource = default_resource()) noexcept {
+    found = validate(config);
+    std::optional<kv_cache> cache;
+    require_resource(found, resource);
+    if (!found) return cache;
+#if defined(__cpp_exceptions)
+    try {
+      cache = kv_cache(checked(found, resource), config, resource);
+    } catch (...) {
+    }
+#else
+    cache = kv_cache(checked(found, resource), config, resource);
+#endif
+    if (!cache || cache->nbytes() == 0) {
+      refuse_memory(found, bytes_of(found, config));
+      cache.reset();
+    }
+    return cache;
+  }
+
+  static std::size_t required_bytes(const cache_config& config) {
+    status found = validate(config);
+    found.or_fail();
+    return bytes_of(found, config);
+  }
+
+  // As many as both rings have rows that the next token does not see.
+  index_t room() const noexcept override {
+    position_t n = max_position;
+    if (shape_.spared() > 0) n = shape_.spared() + shape_.first_recent(seen_ + 1) - seen_;
+    if (shape_.few() > 0) n = std::min(n, shape_.few() + shape_.first_visible(seen_ + 1) - (seen_ - shape_.recent));
+    return static_cast<index_t>(std::max<position_t>(1, n));
+  }
+
+  void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
+             index_t n) noexcept override {
+    const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
+    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates();
+    for (index_t i = 0; i < n; ++i) {
+      const position_t position = seen_ + i;
+      rope::angles angles;
+      if (rotates) geometry_.rope->angles_at(geometry_.first_position + position, true, angles);
+      for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
+        move_to_few(head, position - shape_.recent);  // before its row is written over
+        alignas(64) float rotated[max_head_dim], k_row[max_head_dim], v_row[max_head_dim];
+        const float* key = k.row(first_row + i) + head * dim;
+        if (rotates) {
+          geometry_.rope->turn(angles, key, dim, rotated);
+          key = rotated;
+        }
+        key = detail::transformed_row(geometry_.k_transform, key, dim, k_row);
+        const float* const value =
+            detail::transformed_row(geometry_.v_transform, v.row(first_row + i) + head * v_dim, v_dim, v_row);
+        if (position < shape_.pinned || shape_.recent > 0) {
+          const index_t row = spared_row(position);
+          full_k::encode(key, dim, rows_.spared_k(head, row));
+          full_v::encode(value, v_dim, rows_.spared_v(head, row));
+        } else {
+          encode_few(head, position, key, value);
+        }
+      }
+    }
+  }
+
+  void advance(index_t n) noexcept override {
+    seen_ += n;
+    high_ = std::max(high_, seen_);
+    encoded_ = std::max(encoded_, seen_ - shape_.recent);
+  }
+
+  void clear() noexcept override { seen_ = high_ = encoded_ = 0; }
+
+  status try_truncate(position_t seen) noexcept override {
+    status found;
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (!found) return found;
+    if (!shape_.can_go_back(seen, high_)) {
+      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, min_truncate());
+      return found;
+    }
+    seen_ = seen;
+    encoded_ = std::min(encoded_, seen);
+    if (seen <= shape_.pinned) high_ = seen;  // nothing else is left that could have been written over
+    return found;
+  }
+  position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
+
+  kv_cache clone() const {
+    status found;
+    require_memory(found);
+    found.or_fail();
+    kv_cache copy(config(), rows_.resource());
+    copy.copy_tokens(*this);
+    return copy;
+  }
+  std::optional<kv_cache> try_clone(status& found) const noexcept {
+    found = status();
+    require_memory(found);
+    if (!found) return std::nullopt;
+    std::optional<kv_cache> copy = try_create(config(), found, rows_.resource());
+    if (copy) copy->copy_tokens(*this);
+    return copy;
+  }
+
+  index_t capacity() const noexcept override { return nbytes() > 0 ? shape_.policy().max_visible() : 0; }
+  std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
+  cache_kind kind() const noexcept override { return {detail::format_name<K>(), detail::format_name<V>()}; }
+  sink_window policy() const { return shape_.policy(); }
+
+  cache_config config() const {
+    const kv_geometry& of = geometry_;
+    return {.num_kv_heads = of.num_kv_heads,
+            .head_dim = of.head_dim,
+            .v_head_dim = of.v_head_dim,
+            .num_sink_tokens = shape_.pinned,
+            .window = shape_.window,
+            .positions = of.positions,
+            .inputs = of.inputs,
+            .rope = of.rope,
+            .first_position = of.first_position,
+            .rollback = shape_.rollback,
+            .recent = config_recent_};
+  }
+
+  index_t num_visible(position_t query) const noexcept override {
+    return nbytes() > 0 && query >= 0 ? shape_.policy().visible(query + 1).num_tokens() : 0;
+  }
+
+  // Pinned tokens, then both rings, before and after the row where each wraps.
+  index_t max_parts() const noexcept override { return nbytes() == 0 ? 0 : 5; }
+
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    const plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+    if (nbytes() == 0) return end;
+    const position_t until = last + 1;
+    kv_part spared;
+    spared.k = rows_.spared_k_rows(kv_head);
+    spared.v = rows_.spared_v_rows(kv_head);
+    kv_part pinned = spared;
+    pinned.rows = pinned.pinned = static_cast<index_t>(std::min<position_t>(shape_.pinned, until));
+    parts.push_back(pinned);
+    kv_part few;
+    few.k = rows_.k_rows(kv_head);
+    few.v = rows_.v_rows(kv_head);
+    few.seen_from = shape_.recent;
+    few.seen_until = shape_.window;
+    push_ring(few, {shape_.first_visible(first + 1), until - shape_.recent}, 0, shape_.few(), parts);
+    spared.seen_until = shape_.recent;
+    push_ring(spared, {shape_.first_recent(first + 1), until}, shape_.pinned, shape_.spared(), parts);
+    return end;
+  }
+
+ private:
+  using rows = detail::tiered_storage<K, V>;
+  using full_k = typename rows::full_k;
+  using full_v = typename rows::full_v;
+
+  // What passed all checks.
+  struct checked {
+    checked(status found, const std::pmr::memory_resource* resource) {
+      require_resource(found, resource);
+      found.or_fail();
+    }
+  };
+
+  static void require_resource(status& found, const std::pmr::memory_resource* resource) noexcept {
+    found.require(resource != nullptr, "resource", "null", "a memory resource");
+  }
+
+  // Without memory where the resource had none, and exceptions are off.
+  kv_cache(checked, const cache_config& config, std::pmr::memory_resource* resource)
+      : any_kv_cache(detail::geometry_of<K, V>(config)),
+        config_recent_(config.recent),
+        shape_(shape_of(config)),
+        rows_(storage_shape(config), resource) {}
+
+  // All is spared where neither format spares any.
+  static detail::tier_shape shape_of(const cache_config& config) noexcept {
+    constexpr bool spares = tiered_format<K> || tiered_format<V>;
+    return {config.num_sink_tokens, config.window, spares ? std::min(config.recent, config.window) : config.window,
+            config.rollback};
+  }
+  static typename rows::shape storage_shape(const cache_config& config) noexcept {
+    const detail::tier_shape shape = shape_of(config);
+    return {config.num_kv_heads, config.head_dim, detail::geometry_of(config).v_head_dim, shape.full_rows(),
+            shape.few()};
+  }
+  static std::size_t bytes_of(status& found, const cache_config& config) noexcept {
+    return rows::required_bytes(found, storage_shape(config));
+  }
+
+  status got_memory() const noexcept {
+    status found;
+    if (nbytes() == 0) refuse_memory(found, bytes_of(found, config()));
+    return found;
+  }
+  static void refuse_memory(status& found, std::size_t bytes) noexcept {
+    found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+  }
+
+  void copy_tokens(const kv_cache& from) noexcept {
+    std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
+    seen_ = from.seen_;
+    high_ = from.high_;
+    encoded_ = from.encoded_;
+  }
+
+  index_t spared_row(position_t position) const noexcept {
+    if (position < shape_.pinned) return static_cast<index_t>(position);
+    return shape_.pinned + static_cast<index_t>((position - shape_.pinned) % shape_.spared());
+  }
+
+  void encode_few(index_t head, position_t position, const float* key, const float* value) const noexcept {
+    const auto row = static_cast<index_t>((position - shape_.pinned) % shape_.few());
+    K::encode(key, geometry_.head_dim, rows_.k(head, row));
+    V::encode(value, geometry_.v_head_dim, rows_.v(head, row));
+  }
+
+  // What leaves the newest tokens, unless it is there already: of tokens that were taken back, those after them were.
+  void move_to_few(index_t head, position_t position) const noexcept {
+    if (shape_.recent == 0 || shape_.few() == 0 || position < shape_.pinned || position < encoded_) return;
+    const index_t row = spared_row(position);
+    alignas(64) float key[max_head_dim], value[max_head_dim];
+    full_k::decode(rows_.spared_k(head, row), 0, geometry_.head_dim, key);
+    full_v::decode(rows_.spared_v(head, row), 0, geometry_.v_head_dim, value);
+    encode_few(head, position, key, value);
+  }
+
+  // A part for what lies before and after the end of a ring of rows [first_row, first_row + size).
+  void push_ring(kv_part part, position_span span, index_t first_row, index_t size, part_list& parts) const noexcept {
+    for (position_t p = span.first, end; p < span.last && size > 0; p = end) {
+      const auto at = static_cast<index_t>((p - shape_.pinned) % size);
+      end = std::min<position_t>(span.last, p + size - at);
+      part.row = first_row + at;
+      part.rows = static_cast<index_t>(end - p);
+      part.first = p;
+      parts.push_back(part);
+    }
+  }
+
+  position_t high_ = 0;     // how far the stream got before it was last taken back: what was overwritten
+  position_t encoded_ = 0;  // those before this, and not pinned, are in the formats of few bits
+  index_t config_recent_;
+  detail::tier_shape shape_;
+  rows rows_;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"

@@ -1,0 +1,132 @@
+#pragma once
+
+// Rows of a cache whose formats spare some tokens, in one allocation: whole rows of the spared, then rows of the
+// others; and which tokens those are.
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <memory_resource>
+
+#include "detail/macros_off.hpp"
+#include "policy.hpp"
+#include "storage.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+// Where positions lie: those spared in rows [0, pinned) and a ring of `spared` rows after them, others in a ring of
+// `few` rows. Those that are a tier's are `recent` and `window` - `recent`; a ring without tokens has no rows.
+struct tier_shape {
+  index_t pinned, window, recent, rollback;
+
+  constexpr index_t spared() const { return recent > 0 ? recent + rollback : 0; }
+  constexpr index_t few() const { return window > recent ? window - recent + rollback : 0; }
+  constexpr index_t full_rows() const { return pinned + spared(); }
+  constexpr sink_window policy() const { return {pinned, window, rollback}; }
+
+  // The first positions that are among the newest `recent`, and that are visible at all, after so many tokens.
+  constexpr position_t first_recent(position_t seen) const { return std::max<position_t>(pinned, seen - recent); }
+  constexpr position_t first_visible(position_t seen) const { return std::max<position_t>(pinned, seen - window); }
+
+  // Whether what was visible after `back` tokens is still stored where it was, in a stream that got as far as `high`.
+  constexpr bool can_go_back(position_t back, position_t high) const {
+    const position_t newest = first_recent(back), middle = first_visible(back);
+    if (newest < back && newest + spared() < high) return false;
+    return middle >= newest || middle + few() >= high - recent;
+  }
+  // The smallest count down to which every count can be gone back to.
+  constexpr position_t min_truncate(position_t seen, position_t high) const {
+    const bool overwritten =
+        (spared() > 0 && pinned + spared() < high) || (few() > 0 && pinned + few() < high - recent);
+    return overwritten ? std::min(high - rollback, seen) : 0;
+  }
+};
+
+// [num_kv_heads, rows] blocks of keys and of values of the spared tokens, then of the others; each of the four begins a
+// line, and a head's rows lie together.
+template <kv_format K, kv_format V>
+class tiered_storage {
+ public:
+  using full_k = spared_format<K>;
+  using full_v = spared_format<V>;
+
+  struct shape {
+    index_t num_kv_heads, head_dim, v_head_dim, full_rows, few_rows;
+  };
+
+  // Holds no memory where the resource had none, and exceptions are off.
+  tiered_storage(const shape& of, std::pmr::memory_resource* resource)
+      : full_k_{0, full_k::block_bytes(of.head_dim), of.full_rows},
+        full_v_{0, full_v::block_bytes(of.v_head_dim), of.full_rows},
+        few_k_{0, K::block_bytes(of.head_dim), of.few_rows},
+        few_v_{0, V::block_bytes(of.v_head_dim), of.few_rows} {
+    status found;
+    const std::size_t bytes = required_bytes(found, of);
+    found.or_fail();
+    index_t at = 0;
+    for (section* s : {&full_k_, &full_v_, &few_k_, &few_v_}) {
+      s->offset = at;
+      at += round_up(of.num_kv_heads * s->rows * s->block, alignment);
+    }
+    // Volatile: a resource that may not throw returns null, which libstdc++ tells the compiler never happens.
+    void* volatile memory = resource->allocate(bytes, alignment);
+    memory_ = {static_cast<std::byte*>(memory), {resource, bytes}};
+  }
+
+  static std::size_t required_bytes(status& found, const shape& of) noexcept {
+    index_t bytes = 0;
+    const auto add = [&](index_t block, index_t rows) {
+      const index_t all = checked_product(found, "num_kv_heads * tokens", of.num_kv_heads, rows);
+      const index_t size = checked_product(found, "bytes of the cache", all, block);
+      const index_t padded = checked_sum(found, "bytes of the cache", size, alignment - 1) & -alignment;
+      bytes = checked_sum(found, "bytes of the cache", bytes, padded);
+    };
+    add(checked_block_bytes<full_k>(found, of.head_dim), of.full_rows);
+    add(checked_block_bytes<full_v>(found, of.v_head_dim), of.full_rows);
+    add(checked_block_bytes<K>(found, of.head_dim), of.few_rows);
+    add(checked_block_bytes<V>(found, of.v_head_dim), of.few_rows);
+    return static_cast<std::size_t>(bytes);
+  }
+
+  std::byte* spared_k(index_t kv_head, index_t row) const { return data() + full_k_.at(kv_head, row); }
+  std::byte* spared_v(index_t kv_head, index_t row) const { return data() + full_v_.at(kv_head, row); }
+  std::byte* k(index_t kv_head, index_t row) const { return data() + few_k_.at(kv_head, row); }
+  std::byte* v(index_t kv_head, index_t row) const { return data() + few_v_.at(kv_head, row); }
+  // As parts name them.
+  kv_rows spared_k_rows(index_t kv_head) const { return rows_of<full_k>(full_k_, kv_head); }
+  kv_rows spared_v_rows(index_t kv_head) const { return rows_of<full_v>(full_v_, kv_head); }
+  kv_rows k_rows(index_t kv_head) const { return rows_of<K>(few_k_, kv_head); }
+  kv_rows v_rows(index_t kv_head) const { return rows_of<V>(few_v_, kv_head); }
+
+  std::size_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
+  std::byte* data() const { return memory_.get(); }
+  std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
+
+ private:
+  static constexpr index_t alignment = 64;
+
+  struct section {
+    index_t offset, block, rows;
+
+    index_t at(index_t kv_head, index_t row) const { return offset + (kv_head * rows + row) * block; }
+  };
+
+  template <kv_format F>
+  kv_rows rows_of(const section& s, index_t kv_head) const {
+    return {.reader = &reader_of<F>, .base = data() + s.at(kv_head, 0), .block = s.block, .head = s.rows * s.block};
+  }
+
+  struct give_back {
+    std::pmr::memory_resource* resource;
+    std::size_t bytes;
+
+    void operator()(std::byte* memory) const { resource->deallocate(memory, bytes, alignment); }
+  };
+
+  section full_k_, full_v_, few_k_, few_v_;
+  std::unique_ptr<std::byte, give_back> memory_;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "detail/macros_on.hpp"
