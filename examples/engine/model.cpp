@@ -192,7 +192,10 @@ session::session(const model& m, const cache_factory& make_cache, const session_
   layers_.reserve(m.layers_.size());
   for (const model::layer& layer : m.layers_) {
     layers_.push_back(
-        {make_cache({.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = m.rope_}),
+        {make_cache({{.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = m.rope_},
+                     c.num_attention_heads,
+                     static_cast<index_t>(layers_.size()),
+                     c.num_hidden_layers}),
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
                                .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)})});
   }

@@ -54,9 +54,14 @@ class model {
   std::vector<layer> layers_;
 };
 
-// Makes the cache of one layer, given what the model says of it: its heads and its rope. What is kept is the factory's
-// choice.
-using cache_factory = std::function<std::unique_ptr<sinkcache::any_kv_cache>(const sinkcache::cache_config& layer)>;
+// What the model says of a layer.
+struct layer_info {
+  sinkcache::cache_config cache;  // its heads and its rope; its window, or 0: it attends to all that its cache holds
+  index_t num_qo_heads, layer, num_layers;
+};
+
+// Makes the cache of one layer. What is kept is the factory's choice.
+using cache_factory = std::function<std::unique_ptr<sinkcache::any_kv_cache>(const layer_info&)>;
 
 struct session_config {
   std::optional<sinkcache::softmax_variant> softmax = {};  // instead of the model's own
@@ -77,6 +82,7 @@ class session {
 
   void clear();
   std::size_t cache_bytes() const;
+  const sinkcache::any_kv_cache& cache(index_t layer) const { return *layers_[static_cast<std::size_t>(layer)].cache; }
 
   // [num_hidden_layers, num_attention_heads] What each head gave to the pinned tokens of its attention for the token
   // decoded last. Only where the session watches sinks.

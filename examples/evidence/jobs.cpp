@@ -18,8 +18,9 @@
 namespace evidence {
 namespace {
 
+using compare::decode_work;
+
 constexpr index_t recomputed_passes = 4;
-constexpr index_t decode_work = 4;  // a decoded token takes about so many times as long as one of a chunk
 
 const char* kind_name(job::kind kind) {
   switch (kind) {
@@ -190,8 +191,8 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   }
   engine::session session(model, caches_of(j), {.threads = o.threads});
   const double ms = j.policy.is == compare::policy::kind::recompute
-                        ? ms_per_pass(session, j.cache, ids, recomputed_passes, on_tokens)
-                        : ms_per_token(session, j.cache, all, decoded_tokens, on_decoded);
+                        ? compare::ms_per_pass(session, j.cache, ids, recomputed_passes, on_tokens)
+                        : compare::ms_per_token(session, j.cache, all, decoded_tokens, on_decoded);
   return {{"ms_per_token", ms}, {"cache_bytes", session.cache_bytes()}};
 }
 
