@@ -52,12 +52,16 @@ run loss_of(const subject& s, const policy& p, const token_stream& stream, index
   return r;
 }
 
+// A step of a small model is over before other threads are awake.
+constexpr index_t small_model = 10'000'000;
+
 // Alone, because runs share caches and memory.
 double us_per_token(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t tokens,
                     index_t threads, const progress& on_tokens) {
   const auto ids = std::span(stream.ids).first(static_cast<std::size_t>(tokens) + 1);
   const index_t own = cache_of(p, cache, tokens), room = is_full(p) ? decoded_tokens : 0;
-  engine::session session(*s.model, caches_of(p, own + room), config_of(s, {.threads = threads}));
+  engine::session session(*s.model, caches_of(p, own + room),
+                          config_of(s, {.threads = s.model->num_parameters() < small_model ? 1 : threads}));
   return 1000 * (is_recompute(p) ? ms_per_pass(session, own, ids, timed_passes, on_tokens)
                                  : ms_per_token(session, own, ids, decoded_tokens, on_tokens));
 }
