@@ -138,7 +138,12 @@ void rank(options o, const std::string& command) {
     all.emplace_back([&of_text](const job& j) { return of_text(j); });
   }
   if (!o.report_only) {
-    for (std::size_t i = 0; i < texts.size(); ++i) run_missing(ranking_plan(texts[i].options, i == 0), texts[i]);
+    for (int now = 0; now < stages; ++now)
+      for (std::size_t i = 0; i < texts.size(); ++i) {
+        std::vector<job> jobs = ranking_plan(texts[i].options, i == 0);
+        std::erase_if(jobs, [&](const job& j) { return stage(j) != now; });
+        run_missing(jobs, texts[i]);
+      }
     for (const index_t cache : o.caches) {
       const std::vector<contender> changed = with_budgets(texts, cache, all);
       for (const setting& s : texts) run_missing(budget_plan(s, cache, changed), s);

@@ -115,15 +115,14 @@ std::vector<job> ranking_plan(const options& o, bool first) {
       }
     }
   }
-  // What matters most comes first, so that a run that is cut short is worth something; those that are timed come last.
-  const auto rank = [](const job& j) {
-    return (j.is == job::kind::decode ? 8 : 0) + (j.is == job::kind::recall ? 2 : 0) +
-           (j.policy.num_sink_tokens == 4 ? 0
-            : j.policy.scored             ? 4
-                                          : 0);
-  };
-  std::stable_sort(jobs.begin(), jobs.end(), [&](const job& a, const job& b) { return rank(a) < rank(b); });
+  std::stable_sort(jobs.begin(), jobs.end(), [](const job& a, const job& b) { return stage(a) < stage(b); });
   return jobs;
+}
+
+int stage(const job& j) {
+  if (j.is == job::kind::decode) return stages - 1;
+  if (j.is == job::kind::recall) return 1;
+  return j.policy.num_sink_tokens == 4 || !j.policy.scored ? 0 : 2;
 }
 
 std::vector<standing> standings(const setting& s, index_t cache, const results& kept,

@@ -33,6 +33,11 @@ bool fits(const contender&, index_t cache, index_t sinks);
 // `first`: of the first text, which times and recall are measured on.
 std::vector<job> ranking_plan(const options&, bool first);
 
+// What matters most comes first, on all texts, so that a ranking that is cut short is worth something; what is timed
+// comes last.
+inline constexpr int stages = 4;
+int stage(const job&);
+
 // A contender in a cache of a text: what it lost, and by how much more than sinks:4 over the same tokens.
 struct standing {
   contender of;
