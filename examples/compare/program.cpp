@@ -64,6 +64,7 @@ setting setting_of(const options& o, const std::vector<subject>& subjects, const
   if (o.tokens && *o.tokens > available)
     throw usage_error(fmt::format("--tokens is {}, but {} has only {} to predict", *o.tokens, o.text, available));
   setting s{shown_path(o.text), o.cache, o.tokens.value_or(std::min(tokens, available))};
+  s.cache_bytes = o.bytes.value_or(0);
   if (subjects.front().tokenizer) {
     const auto bytes = streams.front().bytes.begin() + 1;
     s.bytes = std::accumulate(bytes, bytes + s.tokens, index_t{0});

@@ -8,6 +8,7 @@
 
 #include "../compare/command_line.hpp"
 #include "../compare/known_models.hpp"
+#include "../compare/scored_policies.hpp"
 
 namespace evidence {
 
@@ -50,6 +51,10 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                               ->type_name("LIST");
   CLI::Option* svg =
       app.add_option("--svg", o.svg, "draw the ranking there: loss and recall against bytes")->type_name("FILE");
+  std::string only;
+  CLI::Option* of_only =
+      app.add_option("--only", only, "rank these alone, comma separated names of compare_policies --list-policies")
+          ->type_name("LIST");
   CLI::Option* report_only =
       app.add_flag("--report-only", o.report_only, "run nothing: report what of the ranking is kept so far");
   count("--tokens", 32, 1 << 30, o.tokens, "tokens to predict (default: 65536)");
@@ -65,13 +70,15 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                  "(default: print them)")
       ->type_name("FILE");
   if (!compare::parse(app, argc, argv)) return {};
-  if (!o.ranking && of_texts->count() + svg->count() + report_only->count() > 0)
-    throw compare::usage_error("--texts, --svg and --report-only are of --ranking");
+  if (!o.ranking && of_texts->count() + svg->count() + report_only->count() + of_only->count() > 0)
+    throw compare::usage_error("--texts, --svg, --only and --report-only are of --ranking");
   if (o.ranking) {
     if (app.count("--tokens") == 0) o.tokens = 32768;
     if (app.count("--facts") == 0) o.facts = 32;
     if (app.count("--caches") == 0) o.caches.clear();
     if (app.count("--folder") == 0) o.folder = SINKCACHE_SOURCE_DIR "/build/ranking";
+    if (of_only->count() > 0) o.only = compare::split("--only", only);
+    for (const std::string& name : o.only) compare::parse_scored(name, {});
     o.check = 0;
     o.texts = of_texts->count() > 0 ? compare::split("--texts", texts)
                                     : std::vector<std::string>{SINKCACHE_SOURCE_DIR "/examples/data/sotu-heldout.txt",

@@ -86,14 +86,16 @@ bool fits(const contender& c, index_t cache, index_t sinks) {
   return compare::least_cache(policy_of(c.entry(sinks))) <= cache;
 }
 
-std::vector<contender> contenders(index_t cache) {
+std::vector<contender> contenders(const options& o, index_t cache) {
   std::vector<std::pair<index_t, index_t>> places;  // recent and interval
   for (const index_t interval : {16, 64})
     if (fits({"random", "", 32, interval}, cache, 4)) places.emplace_back(32, interval);
   if (places.empty()) places.emplace_back(cache / 4, std::max<index_t>(1, cache / 8));
   std::vector<contender> all;
   for (const auto& [recent, interval] : places)
-    for (const auto& [name, own] : usual) all.push_back({name, own, recent, interval});
+    for (const auto& [name, own] : usual)
+      if (o.only.empty() || std::find(o.only.begin(), o.only.end(), name) != o.only.end())
+        all.push_back({name, own, recent, interval});
   return all;
 }
 
@@ -105,7 +107,7 @@ std::vector<job> ranking_plan(const options& o, bool first) {
       jobs.push_back({job::kind::loss, rolling, cache});
       if (first && sinks != 1) jobs.push_back({job::kind::recall, rolling, cache});
       if (first) jobs.push_back({job::kind::decode, rolling, cache});
-      for (const contender& c : contenders(cache)) {
+      for (const contender& c : contenders(o, cache)) {
         if (!fits(c, cache, sinks)) continue;
         for (const char* seed : random_seeds)
           if (*seed == '\0' || c.is_random()) jobs.push_back(loss_job(c.entry(sinks, seed), cache));
@@ -151,8 +153,8 @@ std::vector<standing> standings(const setting& s, index_t cache, const results& 
 std::vector<contender> with_budgets(const std::vector<setting>& texts, index_t cache,
                                     const std::vector<results>& kept) {
   std::vector<std::pair<double, contender>> all;
-  for (const contender& c : contenders(cache)) {
-    if (c.is_random() || c.interval != contenders(cache).front().interval) continue;
+  for (const contender& c : contenders(texts.front().options, cache)) {
+    if (c.is_random() || c.interval != contenders(texts.front().options, cache).front().interval) continue;
     double more = 0;
     for (std::size_t i = 0; i < texts.size(); ++i) {
       const std::vector<standing> found = standings(texts[i], cache, kept[i], {c});

@@ -3,6 +3,7 @@
 // All policies on the same texts and rows: which of them lose least, and what they recall.
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,8 +26,9 @@ struct contender {
   bool is_random() const { return name == "random"; }
 };
 
-// Intervals and recent tokens that a cache has room for: 16 and 64, and 32; smaller ones where neither fits.
-std::vector<contender> contenders(index_t cache);
+// Those of options::only, or all, at the intervals that a cache has room for: 16 and 64, with 32 recent tokens, and
+// smaller ones where neither fits.
+std::vector<contender> contenders(const options&, index_t cache);
 // Whether it fits with so many pinned.
 bool fits(const contender&, index_t cache, index_t sinks);
 
@@ -54,6 +56,9 @@ std::vector<standing> standings(const setting&, index_t cache, const results&, c
 // The three of the usual ones that lose least over all texts with 4 pinned, with budgets by layer and by head.
 std::vector<contender> with_budgets(const std::vector<setting>&, index_t cache, const std::vector<results>&);
 std::vector<job> budget_plan(const setting&, index_t cache, const std::vector<contender>&);
+
+// Of the digits that a kept recall job asked for so many tokens later; nothing where none were.
+std::optional<double> recalled_share(const json& file, index_t distance);
 
 // Tables in Markdown, and a picture.
 std::string ranking_report(const std::vector<setting>&, const std::string& command, const std::vector<results>&);
