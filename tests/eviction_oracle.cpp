@@ -138,27 +138,34 @@ bool eviction_oracle::is_short(std::size_t head) const {
 
 bool eviction_oracle::pinned(stream_position at) const { return at < setup_.num_sink_tokens || pins_.count(at) > 0; }
 
-// How many of the newest rows are not scored.
-std::size_t eviction_oracle::own_window(const held_rows& rows) const {
-  const std::string& name = setup_.policy.name;
-  double window = 0;
-  if (name == "snapkv" || name == "rkv" || name == "gkv") window = setup_.policy.number("window", 8);
-  if (name == "lagkv") {
-    const auto lag = static_cast<std::size_t>(setup_.policy.number("lag", 128));
-    std::vector<std::size_t> unpinned;
-    for (std::size_t j = 0; j < rows.size(); ++j)
-      if (!pinned(rows[j].at) && !rows[j].judged) unpinned.push_back(j);
-    const std::size_t m = unpinned.size(), last = std::min(m, lag + m % lag);
-    return last == 0 ? 0 : rows.size() - unpinned[m - last];
-  }
-  return std::min(rows.size(), static_cast<std::size_t>(window));
+std::size_t eviction_oracle::lag(std::size_t head) const {
+  const double given = setup_.policy.number("lag", 0);
+  const stream_position quarter = (budget(head) - setup_.num_sink_tokens) / 4;
+  return static_cast<std::size_t>(given > 0 ? static_cast<stream_position>(given)
+                                            : std::max<stream_position>(1, std::min<stream_position>(128, quarter)));
 }
 
-stream_position eviction_oracle::most_protected() const {
+std::size_t eviction_oracle::query_window() const {
   const std::string& name = setup_.policy.name;
-  double window = 0;
-  if (name == "snapkv" || name == "rkv" || name == "gkv") window = setup_.policy.number("window", 8);
-  if (name == "lagkv") window = 2 * setup_.policy.number("lag", 128) - 1;
+  const bool looks = name == "snapkv" || name == "rkv" || name == "gkv";
+  return looks ? static_cast<std::size_t>(setup_.policy.number("window", 8)) : 0;
+}
+
+// How many of the newest rows are not scored.
+std::size_t eviction_oracle::own_window(std::size_t head) const {
+  const held_rows& rows = heads_[head];
+  if (setup_.policy.name != "lagkv") return std::min(rows.size(), query_window());
+  std::vector<std::size_t> unpinned;
+  for (std::size_t j = 0; j < rows.size(); ++j)
+    if (!pinned(rows[j].at) && !rows[j].judged) unpinned.push_back(j);
+  const std::size_t m = unpinned.size(), last = std::min(m, lag(head) + m % lag(head));
+  return last == 0 ? 0 : rows.size() - unpinned[m - last];
+}
+
+// How many of the newest rows may be forced at an event.
+stream_position eviction_oracle::most_protected(std::size_t head) const {
+  if (is_short(head)) return 0;
+  const std::size_t window = setup_.policy.name == "lagkv" ? 2 * lag(head) - 1 : query_window();
   return std::max(setup_.recent, static_cast<stream_position>(window));
 }
 
@@ -168,9 +175,10 @@ bool eviction_oracle::pin(stream_position at) {
     if (at < seen_ && std::none_of(rows.begin(), rows.end(), [&](const held_row& row) { return row.at == at; }))
       return false;
   stream_position least = std::numeric_limits<stream_position>::max();
-  for (std::size_t head = 0; head < setup_.kv_heads; ++head) least = std::min(least, budget(head));
+  for (std::size_t head = 0; head < setup_.kv_heads; ++head)
+    least = std::min(least, budget(head) - most_protected(head));
   const auto pins = static_cast<stream_position>(pins_.size()) + 1;
-  if (least - setup_.num_sink_tokens - pins - most_protected() < 1) return false;
+  if (least - setup_.num_sink_tokens - pins < 1) return false;
   pins_.insert(at);
   return true;
 }
@@ -229,6 +237,7 @@ eviction_answer eviction_oracle::attend(std::size_t qo_head, const held_rows& ro
   for (std::size_t j = 0; j < rows.size(); ++j) {
     answer.out = add(answer.out, rows[j].value, answer.weights[j]);
     answer.a = std::max(answer.a, std::abs(setup_.sm_scale) * norm(q) * norm(rows[j].key));
+    answer.v_norm = std::max(answer.v_norm, norm(rows[j].value));
     for (double x : rows[j].value) answer.v_max = std::max(answer.v_max, std::abs(x));
   }
   return answer;
@@ -349,7 +358,7 @@ eviction_oracle::head_scores eviction_oracle::snapkv(std::size_t head) const {
   const held_rows& rows = heads_[head];
   const auto window = static_cast<std::size_t>(setup_.policy.number("window", 8));
   const auto kernel = static_cast<std::size_t>(setup_.policy.number("kernel", 7));
-  const std::size_t n = rows.size() - own_window(rows);
+  const std::size_t n = rows.size() - own_window(head);
   doubles mean(n);
   if (setup_.policy.word("form", "") == "rkv") {
     mean = group_max_importance(head, window);
@@ -395,7 +404,7 @@ doubles eviction_oracle::lag_totals(const held_rows& rows, const std::vector<std
 
 eviction_oracle::head_scores eviction_oracle::lagkv(std::size_t head) const {
   const held_rows& rows = heads_[head];
-  const auto lag = static_cast<std::size_t>(setup_.policy.number("lag", 128));
+  const std::size_t lag = this->lag(head);
   const bool cross = setup_.policy.number("cross", 0) != 0;
   std::vector<std::size_t> unpinned;
   for (std::size_t j = 0; j < rows.size(); ++j)
@@ -498,7 +507,7 @@ doubles eviction_oracle::redundancy(const held_rows& rows, double* steady) const
 eviction_oracle::head_scores eviction_oracle::rkv(std::size_t head) const {
   const held_rows& rows = heads_[head];
   const double lambda = setup_.policy.number("lambda", 0.07);
-  const std::size_t n = rows.size() - own_window(rows);
+  const std::size_t n = rows.size() - own_window(head);
   head_scores scores;
   scores.score = group_max_importance(head, static_cast<std::size_t>(setup_.policy.number("window", 8)));
   scores.score.resize(rows.size(), infinite);
@@ -518,7 +527,7 @@ eviction_oracle::head_scores eviction_oracle::gkv(std::size_t head, doubles* fin
   const double decay = setup_.policy.number("decay", 0.8), lambda = setup_.policy.number("lambda", 0.1);
   const std::string combine = setup_.policy.word("combine", "max");
   const stream_position queries = std::min(seen_, window);
-  const std::size_t n = rows.size() - own_window(rows);
+  const std::size_t n = rows.size() - own_window(head);
   doubles score(n);
   for (stream_position query = seen_ - queries; query < seen_; ++query) {
     doubles largest(n);
@@ -554,7 +563,7 @@ eviction_oracle::head_scores eviction_oracle::gkv(std::size_t head, doubles* fin
 
 std::vector<bool> eviction_oracle::forced(std::size_t head) const {
   const held_rows& rows = heads_[head];
-  const std::size_t newest = is_short(head) ? 0 : std::max(static_cast<std::size_t>(setup_.recent), own_window(rows));
+  const std::size_t newest = is_short(head) ? 0 : std::max(static_cast<std::size_t>(setup_.recent), own_window(head));
   std::vector<bool> result;
   for (std::size_t j = 0; j < rows.size(); ++j) result.push_back(pinned(rows[j].at) || j + newest >= rows.size());
   return result;
@@ -646,7 +655,7 @@ void eviction_oracle::choose_over_heads(const std::vector<head_scores>& scores, 
 
 void eviction_oracle::choose_fifo(std::size_t head, head_event& event) {
   held_rows& rows = heads_[head];
-  const auto lag = static_cast<std::size_t>(setup_.policy.number("lag", 128));
+  const std::size_t lag = this->lag(head);
   const auto best = static_cast<std::size_t>(setup_.policy.number("ratio", 0.5) * static_cast<double>(lag));
   std::vector<std::size_t> unjudged;
   for (std::size_t j = 0; j < rows.size(); ++j)

@@ -25,7 +25,7 @@
 //      scores, which are remembered without them; the redundancy is divided by its largest, too. Window 8 (the
 //      class's).
 //  21  Expected Attention's |v|, and all that LagKV and mean key read, are of the rows as stored.
-//  22  fifo: see below.
+//  22  lag 0 (the default): min(128, (the head's budget - num_sink_tokens) / 4), at least 1. fifo: see below.
 //  23  Covariance is divided by the count; no queries yet: mean and covariance are 0; sm_scale stands for 1 / sqrt(d).
 //      After `seen` tokens the statistics hold those of positions num_sink_tokens to seen - J - 1.
 //  25  Pinned and recent rows of a head are forced; int(alpha (its own budget - forced)) more are safe.
@@ -111,10 +111,10 @@ struct eviction_setup {
   std::function<doubles(const doubles&row, std::size_t kv_head, stream_position at)> stored_key = {}, stored_value = {};
 };
 
-struct eviction_answer {  // of one query head
-  doubles out, weights;   // weights of the rows held
-  double lse = 0, a = 0;  // a: the largest sm_scale |q| |k|
-  double v_max = 0;       // the largest |v|
+struct eviction_answer {         // of one query head
+  doubles out, weights;          // weights of the rows held
+  double lse = 0, a = 0;         // a: the largest sm_scale |q| |k|
+  double v_max = 0, v_norm = 0;  // the largest number, and the largest |v|, of the values held
 };
 
 struct head_event {
@@ -175,8 +175,10 @@ class eviction_oracle {
   std::size_t group() const { return setup_.qo_heads / setup_.kv_heads; }
   stream_position budget(std::size_t head) const;
   bool pinned(stream_position at) const;
-  std::size_t own_window(const held_rows& rows) const;
-  stream_position most_protected() const;
+  std::size_t lag(std::size_t head) const;  // LagKV's
+  std::size_t query_window() const;
+  std::size_t own_window(std::size_t head) const;
+  stream_position most_protected(std::size_t head) const;
   bool is_short(std::size_t head) const;
 
   // Weights or logits of one query over a head's rows, both where the mode puts them.

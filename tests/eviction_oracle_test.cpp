@@ -7,6 +7,7 @@
 #include <fstream>
 #include <map>
 #include <numbers>
+#include <numeric>
 #include <sstream>
 
 #include "catch.hpp"
@@ -134,7 +135,7 @@ eviction_setup random_setup(effort::dice& dice, const eviction_policy& policy) {
 
 }  // namespace
 
-TEST_CASE("oracle: tokens stand at their ranks, or at their positions", "[eviction_oracle]") {
+TEST_CASE("oracle: tokens stand at their ranks, or at their positions") {
   for (bool in_cache : {true, false}) {
     eviction_setup setup = two_dimensions({"knorm"}, 2, 3);
     setup.in_cache = in_cache;
@@ -166,7 +167,7 @@ TEST_CASE("oracle: tokens stand at their ranks, or at their positions", "[evicti
   }
 }
 
-TEST_CASE("oracle: softmaxes and the cap", "[eviction_oracle]") {
+TEST_CASE("oracle: softmaxes and the cap") {
   eviction_setup setup = plain({"knorm"}, 100, 1);
   setup.sink_logits = {0};
   eviction_oracle with_one(setup);
@@ -187,7 +188,7 @@ TEST_CASE("oracle: softmaxes and the cap", "[eviction_oracle]") {
   require_near(capped.feed({1}, {3}, {20})[0].weights, {1 / (1 + w), w / (1 + w)});
 }
 
-TEST_CASE("oracle: H2O sums what every query gave", "[eviction_oracle]") {
+TEST_CASE("oracle: H2O sums what every query gave") {
   eviction_setup setup = plain({"h2o"}, 2, 4);
   setup.sm_scale = 0;  // each of n rows gets 1/n
   setup.recent = 1;
@@ -212,7 +213,7 @@ TEST_CASE("oracle: H2O sums what every query gave", "[eviction_oracle]") {
   require_near(last_scores(with_one), {1. / 2 + 1. / 3 + 1. / 4 + 1. / 5, 1. / 3 + 1. / 4 + 1. / 5, 9. / 20, 1. / 5});
 }
 
-TEST_CASE("oracle: H2O takes the group's mean", "[eviction_oracle]") {
+TEST_CASE("oracle: H2O takes the group's mean") {
   eviction_setup setup = plain({"h2o"}, 1, 2);
   setup.qo_heads = 2;
   eviction_oracle oracle(setup);
@@ -222,7 +223,7 @@ TEST_CASE("oracle: H2O takes the group's mean", "[eviction_oracle]") {
   CHECK(oracle.kept(0) == positions_list{0});
 }
 
-TEST_CASE("oracle: TOVA keeps one set for the layer", "[eviction_oracle]") {
+TEST_CASE("oracle: TOVA keeps one set for the layer") {
   eviction_setup setup = plain({"tova"}, 3, 4);
   setup.kv_heads = setup.qo_heads = 2;
   eviction_oracle oracle(setup);
@@ -234,7 +235,7 @@ TEST_CASE("oracle: TOVA keeps one set for the layer", "[eviction_oracle]") {
   }
 }
 
-TEST_CASE("oracle: SnapKV's pools", "[eviction_oracle]") {
+TEST_CASE("oracle: SnapKV's pools") {
   const doubles weights = {1, 5, 1, 1, 8, 4};
   const auto with = [](const eviction_policy& policy, stream_position sinks, const doubles& given) {
     eviction_setup setup = plain(policy, 4, 6);
@@ -262,7 +263,7 @@ TEST_CASE("oracle: SnapKV's pools", "[eviction_oracle]") {
   CHECK(tight.kept(0) == positions_list{0, 3, 4, 5});
 }
 
-TEST_CASE("oracle: SnapKV's window is causal, and its mean is over queries and group", "[eviction_oracle]") {
+TEST_CASE("oracle: SnapKV's window is causal, and its mean is over queries and group") {
   eviction_setup setup = plain({"snapkv", {{"window", 2.}, {"kernel", 1.}}}, 3, 4);
   setup.qo_heads = 2;
   eviction_oracle oracle(setup);
@@ -277,7 +278,7 @@ TEST_CASE("oracle: SnapKV's window is causal, and its mean is over queries and g
   require_near(last_scores(of_largest_logits), {.25, .75, inf, inf});  // of max(1/3, 1) and 3
 }
 
-TEST_CASE("oracle: what looks at keys alone", "[eviction_oracle]") {
+TEST_CASE("oracle: what looks at keys alone") {
   const auto with = [](const char* name, const std::vector<doubles>& keys) {
     eviction_oracle oracle(two_dimensions({name}, 2, 3));
     for (const doubles& key : keys) oracle.feed({1, 1}, key, {1});
@@ -297,7 +298,7 @@ TEST_CASE("oracle: what looks at keys alone", "[eviction_oracle]") {
   CHECK(with("knorm", {{1, 0}, {0, 1}, {-1, 0}}).kept(0) == positions_list{1, 2});
 }
 
-TEST_CASE("oracle: LagKV's partitions", "[eviction_oracle]") {
+TEST_CASE("oracle: LagKV's partitions") {
   eviction_setup setup = two_dimensions({"lagkv", {{"lag", 2.}}}, 5, 6);
   setup.dv = 2;
   setup.num_sink_tokens = 1;
@@ -320,7 +321,7 @@ TEST_CASE("oracle: LagKV's partitions", "[eviction_oracle]") {
   require_near(last_scores(totals), {inf, low / (low + high) + .5, high / (low + high) + .5, inf, inf, inf});
 }
 
-TEST_CASE("oracle: LagKV first in, first out", "[eviction_oracle]") {
+TEST_CASE("oracle: LagKV first in, first out") {
   eviction_setup setup = two_dimensions({"lagkv", {{"lag", 2.}, {"mode", "fifo"}}}, 5, 1);
   setup.dv = 2;
   setup.num_sink_tokens = 1;
@@ -336,7 +337,7 @@ TEST_CASE("oracle: LagKV first in, first out", "[eviction_oracle]") {
   CHECK(feed({0, 1}) == positions_list{0, 4, 6, 7, 8});  // 5 and 6 tie: the younger
 }
 
-TEST_CASE("oracle: Expected Attention's moments and its mean rotation", "[eviction_oracle]") {
+TEST_CASE("oracle: Expected Attention's moments and its mean rotation") {
   eviction_setup setup = plain({"expected_attention"}, 2, 3);
   eviction_oracle oracle(setup);
   const double keys[] = {0, 1, 2}, queries[] = {1, 3, 2}, values[] = {1, 2, -3};
@@ -375,7 +376,7 @@ TEST_CASE("oracle: Expected Attention's moments and its mean rotation", "[evicti
   }
 }
 
-TEST_CASE("oracle: R-KV keeps the newest copy", "[eviction_oracle]") {
+TEST_CASE("oracle: R-KV keeps the newest copy") {
   eviction_oracle oracle(two_dimensions({"rkv", {{"window", 1.}, {"kernel", 3.}, {"lambda", .5}}}, 3, 4));
   for (const doubles& key : std::vector<doubles>{{1, 0}, {1, 0}, {1, 0}, {0, 1}}) oracle.feed({0, 0}, key, {1});
   // Columns of C after the newest copies are gone: 2, 1, 0, 0.
@@ -391,7 +392,7 @@ TEST_CASE("oracle: R-KV keeps the newest copy", "[eviction_oracle]") {
   require_near(last_scores(apart), {-1 / (1 + c + e), -c / (1 + c + e), inf});
 }
 
-TEST_CASE("oracle: G-KV's old scores", "[eviction_oracle]") {
+TEST_CASE("oracle: G-KV's old scores") {
   struct combination {
     const char* name;
     doubles second;
@@ -411,7 +412,7 @@ TEST_CASE("oracle: G-KV's old scores", "[eviction_oracle]") {
   }
 }
 
-TEST_CASE("oracle: random asks the hash", "[eviction_oracle]") {
+TEST_CASE("oracle: random asks the hash") {
   for (bool once : {false, true}) {
     eviction_setup setup = plain({"random"}, 2, 3);
     if (once) setup.policy.given["draw"] = "once";
@@ -431,7 +432,7 @@ TEST_CASE("oracle: random asks the hash", "[eviction_oracle]") {
   }
 }
 
-TEST_CASE("oracle: pins", "[eviction_oracle]") {
+TEST_CASE("oracle: pins") {
   eviction_setup setup = plain({"window"}, 5, 1);
   setup.num_sink_tokens = 1;
   setup.recent = 1;
@@ -452,7 +453,7 @@ TEST_CASE("oracle: pins", "[eviction_oracle]") {
   CHECK(other.pin(15));
 }
 
-TEST_CASE("oracle: budgets by layer and head", "[eviction_oracle]") {
+TEST_CASE("oracle: budgets by layer and head") {
   // 31.2, 21.07, 10.93 and 0.8, and 4 in each.
   CHECK(pyramid_budgets(4, 20, 4) == positions_list{35, 25, 15, 5});
   CHECK(pyramid_budgets(1, 20, 4) == positions_list{20});
@@ -477,7 +478,7 @@ TEST_CASE("oracle: budgets by layer and head", "[eviction_oracle]") {
   CHECK(oracle.kept(1) == positions_list{0, 2, 3});
 }
 
-TEST_CASE("oracle: Ada-KV cuts over all heads, to the exact total", "[eviction_oracle]") {
+TEST_CASE("oracle: Ada-KV cuts over all heads, to the exact total") {
   using choice = std::vector<std::vector<bool>>;
   const std::vector<doubles> scores = {{5, 4, 3}, {2, 1, 6}};
   const std::vector<positions_list> at = {{0, 1, 2}, {0, 1, 2}};
@@ -510,7 +511,7 @@ TEST_CASE("oracle: Ada-KV cuts over all heads, to the exact total", "[eviction_o
   }
 }
 
-TEST_CASE("oracle: budgets hold, pinned and recent tokens stay, nothing returns", "[eviction_oracle]") {
+TEST_CASE("oracle: budgets hold, pinned and recent tokens stay, nothing returns") {
   std::uint64_t seed = 100;
   for (const eviction_policy& policy : all_policies())
     for (int i = 0; i < effort::cases(10); ++i) {
@@ -551,7 +552,41 @@ TEST_CASE("oracle: budgets hold, pinned and recent tokens stay, nothing returns"
     }
 }
 
-TEST_CASE("oracle: what looks at keys alone keeps the same under both position modes", "[eviction_oracle]") {
+TEST_CASE("oracle: an evicted mass raises the other weights alike, and moves the output by no more than its bound") {
+  int compared = 0;
+  for (std::uint64_t seed = 1; seed <= 30; ++seed) {
+    INFO("seed " << seed);
+    random_stream stream(seed);
+    eviction_setup setup = random_setup(stream.dice, {"random"});
+    setup.in_cache = false;  // distances stay what they were
+    eviction_oracle cut(setup);
+    setup.budget = 1000;
+    eviction_oracle whole(setup);
+    for (stream_position t = 0; t < 60; ++t) {
+      const random_stream again = stream;
+      const std::vector<eviction_answer> changed = stream.feed(cut);
+      stream = again;
+      const std::vector<eviction_answer> all = stream.feed(whole);
+      if ((t + 1) % setup.interval == 0) continue;  // what it saw has just been cut
+      for (std::size_t qo_head = 0; qo_head < setup.qo_heads; ++qo_head) {
+        const positions_list kept = cut.kept(qo_head / (setup.qo_heads / setup.kv_heads));
+        const eviction_answer &before = all[qo_head], &after = changed[qo_head];
+        double mass = 1, moved = 0;
+        if (!setup.sink_logits.empty()) mass -= 1 - std::accumulate(before.weights.begin(), before.weights.end(), 0.);
+        for (stream_position at : kept) mass -= before.weights[static_cast<std::size_t>(at)];
+        for (std::size_t j = 0; j < kept.size(); ++j)
+          CHECK(after.weights[j] * (1 - mass) ==
+                Approx(before.weights[static_cast<std::size_t>(kept[j])]).margin(1e-12));
+        for (std::size_t c = 0; c < setup.dv; ++c) moved += std::pow(after.out[c] - before.out[c], 2);
+        CHECK(std::sqrt(moved) <= 2 * mass / (1 - mass) * before.v_norm + 1e-12);
+        ++compared;
+      }
+    }
+  }
+  CHECK(compared > 1000);
+}
+
+TEST_CASE("oracle: what looks at keys alone keeps the same under both position modes") {
   std::uint64_t seed = 5000;
   for (const eviction_policy& policy : all_policies()) {
     const std::string& name = policy.name;
@@ -582,7 +617,7 @@ TEST_CASE("oracle: what looks at keys alone keeps the same under both position m
   }
 }
 
-TEST_CASE("oracle: a planted key is kept by what asks for it", "[eviction_oracle]") {
+TEST_CASE("oracle: a planted key is kept by what asks for it") {
   enum asking { steadily, now_and_then, never };
   const auto holds = [](const eviction_policy& policy, asking how, std::uint64_t seed) {
     eviction_setup setup;
@@ -685,7 +720,7 @@ void require_like_golden(const eviction_event& event, const std::vector<doubles>
 
 }  // namespace
 
-TEST_CASE("oracle: kvpress scores a prompt alike", "[eviction_oracle]") {
+TEST_CASE("oracle: kvpress scores a prompt alike") {
   struct press {
     const char* name;
     eviction_policy policy;
@@ -729,7 +764,7 @@ TEST_CASE("oracle: kvpress scores a prompt alike", "[eviction_oracle]") {
   CHECK(ada.heads[0].kept.size() != ada.heads[1].kept.size());
 }
 
-TEST_CASE("oracle: R-KV and G-KV score and keep alike, event after event", "[eviction_oracle]") {
+TEST_CASE("oracle: R-KV and G-KV score and keep alike, event after event") {
   const golden_scores golden;
   const auto with = [](eviction_policy policy) {
     policy.given["window"] = 6.;
@@ -759,7 +794,7 @@ TEST_CASE("oracle: R-KV and G-KV score and keep alike, event after event", "[evi
   check("gkv_sum", {"gkv", {{"combine", "sum"}, {"kernel", 5.}, {"redundancy", 1.}}}, 2);
 }
 
-TEST_CASE("oracle: H2O's and TOVA's own caches keep alike, token by token", "[eviction_oracle]") {
+TEST_CASE("oracle: H2O's and TOVA's own caches keep alike, token by token") {
   const golden_scores golden;
   for (bool in_cache : {true, false}) {
     const std::string mode = in_cache ? "in_cache" : "absolute";

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "attention_params.hpp"
+#include "detail/learning.hpp"
 #include "detail/macros_off.hpp"
 #include "detail/schedule.hpp"
 #include "kv_cache.hpp"
@@ -83,7 +84,7 @@ class attention {
   }
   status try_decode(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}) const noexcept {
-    const learning both(cache, extra.weights);
+    const detail::learning both(cache, extra.weights);
     return try_decode(q, std::as_const(cache), out, workspace, {extra.lse, both.reader()});
   }
 
@@ -147,7 +148,7 @@ class attention {
   }
   status try_attend(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}, const call_part& part = {}) const noexcept {
-    const learning both(cache, extra.weights);
+    const detail::learning both(cache, extra.weights);
     return try_attend(q, std::as_const(cache), out, workspace, {extra.lse, both.reader()}, part);
   }
 
@@ -185,20 +186,20 @@ class attention {
                      const extra_outputs& extra = {}) const noexcept {
     status found = detail::check_prefill(params_, q, k, v, cache, keys, out, extra.lse);
     const index_t tokens = q.rows(), kv_heads = cache.geometry().num_kv_heads;
-    const learning both(cache, extra.weights);
+    const detail::learning both(cache, extra.weights);
     weight_reader* const reader = both.reader();
     if (found && reader != nullptr) reader->require(found, call_of(q, keys, keys.seen()));
     if (!found || tokens == 0) return found;
     detail::schedule schedule(params_, workspace);
     for (index_t row = 0, n; row < tokens; row += n) {
       if (row == 0 || reader != nullptr)  // a reader's own calls may have taken the memory
-        found = reserve(schedule, keys, tokens, reader == nullptr ? -1 : keys.capacity());
+        found = reserve(schedule, keys, tokens, reader == nullptr ? -1 : most_kept(keys, tokens));
       if (!found) return found;
       n = cache.next_block(tokens - row);
       schedule.for_heads(kv_heads, [&](index_t head) { cache.write(head, 1, k, v, row, n); });
       cache.advance(n);
       const attention_call call =
-          call_of(const_matrix_view(q.row(row), n, q.cols(), q.stride()), keys, keys.seen() - n);
+          call_of(const_matrix_view(q.row(row), n, q.cols(), q.stride()), keys, keys.seen() - n, tokens - row - n);
       if (reader != nullptr) reader->begin(call);
       attend_block(schedule, q, keys, out, keys.seen() - n - row, {extra.lse, reader}, {0, kv_heads, row, n}, n);
       if (reader != nullptr) reader->end(call, *this, workspace);
@@ -210,7 +211,7 @@ class attention {
   // concurrency; with weights: where somebody wants those.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
     status found;
-    const index_t shared = shared_bytes(found, keys, weights ? keys.capacity() : -1);
+    const index_t shared = shared_bytes(found, keys, weights ? most_kept(keys, tokens) : -1);
     const index_t bytes =
         detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);
     found.or_fail();
@@ -218,41 +219,20 @@ class attention {
   }
 
  private:
-  // A cache's own reader of weights, and the caller's.
-  class learning final : public weight_reader {
-   public:
-    learning(any_kv_cache& cache, weight_reader* other) noexcept : learner_(cache.learner()), other_(other) {}
-
-    // Null where nobody wants any.
-    weight_reader* reader() const noexcept {
-      if (learner_ == nullptr) return other_;
-      return other_ == nullptr ? learner_ : const_cast<learning*>(this);
-    }
-    bool wants(position_t query) const noexcept override { return learner_->wants(query) || other_->wants(query); }
-    void read(const weight_tile& tile) noexcept override {
-      if (learner_->wants(tile.query)) learner_->read(tile);
-      if (other_->wants(tile.query)) other_->read(tile);
-    }
-    void require(status& found, const attention_call& call) const noexcept override {
-      learner_->require(found, call);
-      other_->require(found, call);
-    }
-    void begin(const attention_call& call) noexcept override {
-      learner_->begin(call);
-      other_->begin(call);
-    }
-    void end(const attention_call& call, const attention& by, workspace& memory) noexcept override {
-      learner_->end(call, by, memory);
-      other_->end(call, by, memory);
-    }
-
-   private:
-    weight_reader *learner_, *other_;
-  };
-
-  attention_call call_of(const_matrix_view q, const kv_source& keys, position_t first) const noexcept {
-    return {params_, keys, q, first, 0, keys.geometry().num_kv_heads};
+  attention_call call_of(const_matrix_view q, const kv_source& keys, position_t first,
+                         index_t following = 0) const noexcept {
+    return {params_, keys, q, first, 0, keys.geometry().num_kv_heads, following};
   }
+  // Sums are of so many queries at a time, so that they see few rows more than one of them does.
+  static constexpr index_t sum_queries = 512;
+  static bool wants_any(const weight_reader& reader, position_t query) noexcept {
+    return reader.wants(query) || reader.wants_sums(query, query);
+  }
+  // Rows of parts that so many neighbouring queries see, at most.
+  static index_t most_kept(const kv_source& keys, index_t tokens) noexcept {
+    return keys.capacity() + keys.max_parts() * std::max<index_t>(0, std::min(tokens, sum_queries) - 1);
+  }
+
   static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
   // What workers share in a call over one source, with so many logits kept per query head; -1: none.
@@ -270,7 +250,7 @@ class attention {
   void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
-      return one.weights != nullptr && one.weights->wants(one.query) ? one.keys->capacity() : -1;
+      return one.weights != nullptr && wants_any(*one.weights, one.query) ? one.keys->capacity() : -1;
     };
     index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
     detail::schedule::shape of{16, 1, 1, 0};
@@ -293,7 +273,7 @@ class attention {
   void attend_rows(const_matrix_view q, const kv_source& keys, matrix_view out, position_t first, workspace& workspace,
                    const extra_outputs& extra, const call_part& part, status& found) const noexcept {
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : keys.capacity());
+    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : most_kept(keys, part.num_rows));
     if (found) attend_block(schedule, q, keys, out, first, extra, part, q.rows());
   }
 
@@ -307,11 +287,15 @@ class attention {
     const auto wanted = [&](index_t row) { return extra.weights != nullptr && extra.weights->wants(first + row); };
     for (index_t row = part.first_row, n, end = row + part.num_rows; row < end; row += n) {
       float* const lse = extra.lse.empty() ? nullptr : extra.lse.data() + row * params_.num_qo_heads;
-      const bool keeps = wanted(row);
+      bool keeps = wanted(row), sums = false;
       n = 1;
       if (!keeps) {
         while (row + n < end && !wanted(row + n)) ++n;
         n = schedule.num_planned(keys, first + row, first + row + n - 1);
+        const index_t some = std::min(n, in_panels ? sum_queries : 1);
+        sums = extra.weights != nullptr && extra.weights->wants_sums(first + row, first + row + some - 1);
+        if (sums) n = some;
+        keeps = sums && (!in_panels || together == 1);
       }
       if (keeps || together == 1) {
         const detail::decode_job job{.q = q.row(row),
@@ -334,7 +318,9 @@ class attention {
                          .lse = lse,
                          .first_kv_head = part.first_kv_head,
                          .num_kv_heads = part.num_kv_heads,
-                         .in_panels = in_panels});
+                         .in_panels = in_panels,
+                         .sums = sums ? extra.weights : nullptr,
+                         .kept = sums ? most_kept(keys, n) : 0});
       }
     }
   }

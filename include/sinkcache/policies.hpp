@@ -146,6 +146,7 @@ struct snapkv final : token_scorer {
   scorer_needs needs() const noexcept override {
     return {.window = window,
             .group = rkv_form ? scorer_needs::over_group::max_logits : scorer_needs::over_group::mean,
+            .together = !rkv_form,
             .compares_heads = true};
   }
   index_t scratch_floats(const scored_sizes& of) const noexcept override { return of.rows; }
@@ -158,7 +159,7 @@ struct snapkv final : token_scorer {
     if (rkv_form)
       detail::mean_softmax(head, n, head.scratch);
     else
-      detail::mean_weight(head, n, head.scratch);
+      for (index_t i = 0; i < n; ++i) head.scratch[static_cast<std::size_t>(i)] = head.weight(0, i);
     std::fill(scores.begin() + n, scores.end(), 0.f);
     if (average)
       detail::average_pool(head.scratch, n, kernel, scores);

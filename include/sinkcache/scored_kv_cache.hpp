@@ -164,7 +164,7 @@ class scored_kv_cache final : public any_kv_cache {
              index_t n) noexcept override {
     const detail::scored_state& s = state();
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
-    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates();
+    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates() && !s.stores_unrotated();
     for (index_t i = 0; i < n; ++i) {
       rope::angles angles;
       if (rotates) geometry_.rope->angles_at(geometry_.first_position + seen_ + i, true, angles);
@@ -313,6 +313,7 @@ class scored_kv_cache final : public any_kv_cache {
     part.rows = n;
     part.first = at.front();
     part.pinned = static_cast<index_t>(std::lower_bound(at.begin(), at.end(), state().of.num_sink_tokens) - at.begin());
+    part.rank_angles = state().rank_angles();
     if (!scattered) return;
     part.at = at;
     part.last = at.back() + 1;

@@ -22,6 +22,7 @@ struct scorer_needs {
     max,        // of them
     max_logits  // the largest of their logits, not weights
   } group = over_group::mean;
+  bool together = false;          // of the window the mean over its queries will do: weight(0, i)
   bool sums = false;              // what all queries since a row came gave it, mean over the group
   bool query_statistics = false;  // means and second moments of queries before their rotary position
   bool carried = false;           // a number per row that it takes from event to event
@@ -53,7 +54,7 @@ struct scored_head {
   std::span<float> scratch;                   // of so many floats as it asked for
   std::span<const query_statistics> queries;  // per query head of the group
 
-  // What query number w of the window gave row i, over the group as it was wanted.
+  // What query number w of the window gave row i, over the group as it was wanted; or, together, all of them.
   float weight(index_t w, index_t i) const { return weights[w * stride + i]; }
 
   // Row i's key, at its true position whatever attention makes of it, and its value, as stored and decoded.

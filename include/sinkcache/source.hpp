@@ -58,7 +58,8 @@ struct kv_geometry {
 
 namespace detail {
 struct running_states;
-}
+struct key_turns;
+}  // namespace detail
 
 // Rows of a tile where a kernel reads them: `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements.
 struct tile_rows {
@@ -79,7 +80,8 @@ struct kv_rows;
 //   pack   lays `count` query rows [count, dim] out for dots, in `to` or where they are;
 //   dots   logits [n, rows of a group] of each group of up to four query rows;
 //   add    adds values times weights, which lie as dots' logits do, to the query rows' sums.
-// Both prefetch `next` meanwhile.
+//   turned_dots  as dots, of keys that it turns on the way (kv_part::rank_angles); null: load, then turn.
+// All prefetch `next` meanwhile.
 struct kv_reader {
   index_t block_rows, element_bytes;
   index_t (*block_bytes)(index_t dim);
@@ -89,6 +91,8 @@ struct kv_reader {
                float* logits) noexcept;
   void (*add)(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
               const detail::running_states& to, tile_rows next) noexcept;
+  void (*turned_dots)(const float* packed, index_t count, index_t dim, const detail::key_turns& turns, position_t place,
+                      tile_rows k, index_t n, tile_rows next, index_t done, float* logits) noexcept = nullptr;
 };
 
 // Where the keys, or the values, of a part lie. Strides in bytes.
@@ -115,6 +119,11 @@ struct kv_part {
   std::span<const position_t> at = {};
   position_t at_offset = 0, last = 0;
   std::span<const std::int32_t> rank = {};
+
+  // Keys that are stored as they were before rope: rope::rank_angles of the geometry's. Under in_cache attention turns
+  // each, as it is loaded, to its place among all that a query sees. Rows lie in the order of their age, so there is no
+  // `rank`; nor is there a k_transform. Empty: keys are stored turned to their true positions.
+  std::span<const float> rank_angles = {};
 
   // For rows in pages: row r lies in page pages[r / page_rows] as its row r % page_rows.
   std::span<const std::int32_t> pages = {};
@@ -228,6 +237,19 @@ struct weight_tile {
   float weight(index_t j, index_t head) const { return w[static_cast<std::size_t>(head * stride + j)]; }
 };
 
+// The same, summed over the queries from `query` on and over all query heads that read the KV head: sums[j] is of token
+// first + j of the part.
+struct weight_sums {
+  index_t kv_head;
+  position_t query;
+  index_t num_queries;
+  const kv_part* part;
+  index_t first, n;
+  std::span<const float> sums;
+
+  position_t position(index_t j) const { return part->position(first + j); }
+};
+
 // A call of attention, as those are told who learn from it: rows of q [tokens, num_qo_heads * head_dim], the first of
 // which is the query at `first` of `keys`, and the KV heads that it is for.
 struct attention_call {
@@ -236,6 +258,7 @@ struct attention_call {
   const_matrix_view q;
   position_t first;
   index_t first_kv_head, num_kv_heads;
+  index_t following = 0;  // tokens that the same call will store after these
 };
 
 // Who wants to know what queries give tokens. Tiles of one KV head come one after the other, those of others may come
@@ -251,6 +274,11 @@ class weight_reader {
   virtual void require(status& /*found*/, const attention_call& /*call*/) const noexcept {}
   virtual void begin(const attention_call& /*call*/) noexcept {}
   virtual void end(const attention_call& /*call*/, const attention& /*by*/, workspace& /*memory*/) noexcept {}
+
+  // Whether it wants sums over the queries from `first` to `last`, none of which is wanted by itself, or over one
+  // query. Many queries then stay together, at less than twice the time; of one, or a few, sums come query by query.
+  virtual bool wants_sums(position_t, position_t) const noexcept { return false; }
+  virtual void read_sums(const weight_sums&) noexcept {}
 
  protected:
   weight_reader() = default;

@@ -9,8 +9,9 @@
 #include <cstring>
 
 #include "macros_off.hpp"
+#include "panel_sums.hpp"
+#include "part_rules.hpp"
 #include "reader.hpp"
-#include "tile_softmax.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -22,20 +23,6 @@ struct loaded_rows {
 
   loaded_rows from_row(index_t i) const { return {reader, rows.from_row(i), in_place}; }
 };
-
-// The rows as floats [n, stride], zero from `dim` on.
-inline tile_rows decoded_rows(const kv_rows& from, const tile_runs& tile, index_t dim, index_t stride,
-                              float* to) noexcept {
-  const index_t bytes = stride * index_t{sizeof(float)};
-  const tile_rows rows{reinterpret_cast<const std::byte*>(to), bytes, bytes};
-  for (const row_run& run : tile.runs()) {
-    kv_rows page = from;
-    page.base += run.page * from.page;
-    from.reader->load(page, run.row, run.n, dim, stride, to);
-    to += run.n * stride;
-  }
-  return rows;
-}
 
 // How rows of a part are read, tile by tile: as they are, if their reader can work on that, where they lie or brought
 // together; else decoded.
@@ -50,6 +37,7 @@ class row_loader {
                      (from.step == 0 || (from.step == from.reader->element_bytes && dim % 16 == 0)) &&
                      bytes_ <= round_up(dim, 16) * index_t{sizeof(float)}) {}
 
+  bool as_they_are() const { return as_they_are_; }
   loaded_rows load(const tile_runs& tile) const noexcept {
     if (!as_they_are_) return {&reader_of<f32>, decoded_rows(from_, tile, dim_, round_up(dim_, 16), scratch_), false};
     const auto at = [&](const row_run& run) { return from_.base + run.page * from_.page + run.row * from_.block; };
@@ -70,22 +58,6 @@ class row_loader {
   bool as_they_are_;
 };
 
-// Where logits are kept for those who ask what a query gives each key: [rows, stride], a part's row 0 as number
-// `first`.
-struct kept_logits {
-  float* to = nullptr;
-  index_t stride = 0, first = 0;
-
-  // Of n rows from `number` on.
-  void keep(const float* logits, index_t row, int rows, index_t number, index_t n) const noexcept {
-    for (int r = 0; r < rows; ++r)
-      for (index_t j = 0; j < n; ++j) to[(row + r) * stride + first + number + j] = logits[j * rows + r];
-  }
-};
-
-// What a part's rows are told apart by: positions, or numbers where each row has a position of its own.
-inline position_t first_of(const kv_part& part) { return part.at.empty() ? part.first : 0; }
-
 // A few rows of one group-by-group tile: logits that are there become weights and take in values.
 inline void absorb_values(const query_rows& rows, index_t row, index_t count, const loaded_rows& v, index_t offset,
                           index_t n, tile_rows next, const running_states& to, float* logits) noexcept {
@@ -97,27 +69,36 @@ inline void absorb_values(const query_rows& rows, index_t row, index_t count, co
   v.reader->add(logits, count, v.rows, offset, n, round_up(rows.v_head_dim, 16), to.from_row(row), next);
 }
 
-// `count` query rows from `row` on, q as the keys' reader packed them, take in n keys and values, from `first` on; all
-// of them see all. `next` are the keys that follow.
-inline void absorb_tile(const query_rows& rows, index_t row, index_t count, const float* q, const extent* extents,
-                        const loaded_rows& k, const loaded_rows& v, index_t offset, position_t first, index_t n,
-                        tile_rows next, const running_states& to, float* logits, const kept_logits& kept,
-                        index_t number) noexcept {
-  k.reader->dots(q, count, round_up(rows.head_dim, 16), k.rows, n, v.rows, logits);
+// `count` query rows from `row` on whose logits are there, for the keys `seen`, take in n values. `next` are the keys
+// that follow.
+inline void finish_tile(const query_rows& rows, index_t row, index_t count, const extent* extents, const loaded_rows& v,
+                        position_span seen, tile_rows next, const running_states& to, float* logits,
+                        const kept_logits& kept, index_t number) noexcept {
+  const index_t n = seen.size();
   if (rows.soft_cap > 0 || rows.terms != nullptr || kept.to != nullptr)
     in_groups(count, [&]<int Rows>(index_t r, index_t group) {
       float* const of_group = logits_of(logits, group);
-      if (rows.soft_cap > 0 || rows.terms != nullptr) adjust_logits<Rows>(rows, row + r, extents, first, n, of_group);
+      if (rows.soft_cap > 0 || rows.terms != nullptr)
+        adjust_logits<Rows>(rows, row + r, extents, seen.first, n, of_group);
       if (kept.to != nullptr) kept.keep(of_group, row + r, Rows, number, n);
     });
-  absorb_values(rows, row, count, v, offset, n, next, to, logits);
+  absorb_values(rows, row, count, v, static_cast<index_t>(seen.first % tile_scratch::keys), n, next, to, logits);
 }
 
-// What a row sees between `first` and `last`.
-inline position_span seen_of(const extent& extent, position_t first, position_t last) {
-  const position_span span{std::max(extent.lo, first), std::min(extent.hi, last)};
-  return span.first < span.last ? span : position_span{};
-}
+// The extents of several rows together.
+struct seen_by_rows {
+  position_t lo = max_position, hi = -1;
+  bool alike = true;  // all see the same, as in decode
+
+  seen_by_rows(index_t rows, const extent* extents) noexcept {
+    for (index_t r = 0; r < rows; ++r) {
+      alike = alike && extents[r].lo == extents[0].lo && extents[r].hi == extents[0].hi;
+      if (extents[r].lo >= extents[r].hi) continue;
+      lo = std::min(lo, extents[r].lo);
+      hi = std::max(hi, extents[r].hi);
+    }
+  }
+};
 
 // The panel of rows from `row` on takes in what each row sees of a decoded tile of n keys, of positions from `first`
 // on.
@@ -176,29 +157,33 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
 }
 
 // Merges what `rows` see of a part into their states; next_keys: where the keys lie that are read after these, if that
-// is known.
+// is known. With `turns`, for panels, keys are stored as they were before rope.
 inline void absorb(const kv_part& part, const query_rows& rows, const extent* extents, const running_states& to,
-                   const tile_scratch& scratch, const std::byte* next_keys, const kept_logits& kept) noexcept {
-  position_t lo = max_position, hi = -1;
-  bool alike = true;  // all rows see the same, as in decode
-  for (index_t r = 0; r < rows.rows; ++r) {
-    alike = alike && extents[r].lo == extents[0].lo && extents[r].hi == extents[0].hi;
-    if (extents[r].lo >= extents[r].hi) continue;
-    lo = std::min(lo, extents[r].lo);
-    hi = std::max(hi, extents[r].hi);
-  }
+                   const tile_scratch& scratch, const std::byte* next_keys, const kept_logits& kept,
+                   const key_turns* turns = nullptr) noexcept {
+  const seen_by_rows all(rows.rows, extents);
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const position_t first = first_of(part);
   const row_loader keys(part.k, rows.head_dim, scratch.k), values(part.v, rows.v_head_dim, scratch.v);
   const float* q = nullptr;
   index_t q_from = 0, q_rows = 0;  // which rows it is of: most often the same for every tile
   // Tiles end where positions are a multiple, whatever is seen of them.
-  for (position_t tile = lo, end; tile < hi; tile = end) {
-    end = std::min(hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
+  for (position_t tile = all.lo, end; tile < all.hi; tile = end) {
+    end = std::min(all.hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
     const index_t offset = static_cast<index_t>(tile % tile_scratch::keys), n = static_cast<index_t>(end - tile);
     const tile_runs lie(part, static_cast<index_t>(tile - first), n);
+    const auto tile_keys = [&] {
+      return turns != nullptr
+                 ? placed_rows(part, rows.head_dim, static_cast<index_t>(tile - first), n, *turns, tile, scratch.k)
+                 : decoded_rows(part.k, lie, rows.head_dim, dim, scratch.k);
+    };
+    if (rows.in_panels && kept.sums != nullptr) {
+      sum_tile(rows, extents, tile_keys(), tile, n, *kept.sums, scratch,
+               kept.sums->to + kept.first + static_cast<index_t>(tile - first));
+      continue;
+    }
     if (rows.in_panels) {
-      const tile_rows k = decoded_rows(part.k, lie, rows.head_dim, dim, scratch.k);
+      const tile_rows k = tile_keys();
       const tile_rows v = decoded_rows(part.v, lie, rows.v_head_dim, v_dim + 16, scratch.v);
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
@@ -206,12 +191,12 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
     }
     const loaded_rows k = keys.load(lie), v = values.load(lie);
     tile_rows next = k.rows.from_row(n);
-    if (end == hi && k.in_place) next.data = next_keys != nullptr ? next_keys : k.rows.data;
+    if (end == all.hi && k.in_place) next.data = next_keys != nullptr ? next_keys : k.rows.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
       const index_t most = std::min(tile_scratch::max_rows, rows.rows - r);
-      if (alike) same = most;
+      if (all.alike) same = most;
       while (same < most && seen_of(extents[r + same], tile, end) == seen) ++same;
       if (seen.size() == 0) continue;
       if (q_from != r || q_rows != same) {
@@ -219,8 +204,10 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
         q_from = r, q_rows = same;
       }
       const index_t skipped = static_cast<index_t>(seen.first - tile);
-      absorb_tile(rows, r, same, q, extents, k.from_row(skipped), v.from_row(skipped), offset + skipped, seen.first,
-                  seen.size(), next, to, scratch.logits, kept, static_cast<index_t>(seen.first - first));
+      const loaded_rows of_k = k.from_row(skipped), of_v = v.from_row(skipped);
+      k.reader->dots(q, same, dim, of_k.rows, seen.size(), of_v.rows, scratch.logits);
+      finish_tile(rows, r, same, extents, of_v, seen, next, to, scratch.logits, kept,
+                  static_cast<index_t>(seen.first - first));
     }
   }
 }

@@ -28,7 +28,7 @@ class eviction_run {
     }
     for (index_t h = 0; h < s_.num_heads(); ++h)
       if (is_due(h)) tell(h);
-    for (index_t h = 0; h < s_.num_heads(); ++h) s_.rows.evict(h, {s_.leaves + s_.rows.head(h).first, size(h)});
+    for (index_t h = 0; h < s_.num_heads(); ++h) s_.rows.evict(h, seen_, {s_.leaves + s_.rows.head(h).first, size(h)});
     if (s_.of.rules.adaptive) s_.rows.lay_out(s_.of.rules.interval);
   }
 
@@ -85,13 +85,13 @@ class eviction_run {
     const kv_geometry& g = s.of.geometry;
     const kv_rows rows = s.rows.k_rows(kv_head);
     rows.reader->load(rows, i, 1, g.head_dim, round_up(g.head_dim, 16), s.row);
-    if (shown && g.rotates() && g.positions == positions::in_cache) {
-      rope::angles angles;
-      g.rope->angles_at(i - g.first_position - s.rows.at(kv_head)[static_cast<std::size_t>(i)], false, angles);
-      g.rope->turn(angles, s.row, g.head_dim, to);
-    } else {
-      std::copy_n(s.row, g.head_dim, to);
-    }
+    const position_t at = s.rows.at(kv_head)[static_cast<std::size_t>(i)];
+    const bool to_place = shown && g.positions == positions::in_cache, unrotated = s.stores_unrotated();
+    if (!g.rotates() || (!to_place && !unrotated)) return static_cast<void>(std::copy_n(s.row, g.head_dim, to));
+    const position_t place = to_place ? i : g.first_position + at;
+    rope::angles angles;
+    g.rope->angles_at(unrotated ? place : place - g.first_position - at, unrotated, angles);
+    g.rope->turn(angles, s.row, g.head_dim, to);
   }
   static void value_of(const void* of, index_t kv_head, index_t i, float* to) noexcept {
     const auto& s = *static_cast<const scored_state*>(of);

@@ -148,7 +148,7 @@ class kept_rows {
   // The newest n rows of a head were never written.
   void drop_newest(index_t h, index_t n) noexcept {
     heads_[h].n -= n;
-    heads_[h].tail = std::min(heads_[h].tail, std::max<index_t>(0, heads_[h].n - 1));
+    heads_[h].tail = std::min(heads_[h].tail, heads_[h].n);
   }
 
   // Starts the record of an event: heads as they are now.
@@ -160,8 +160,8 @@ class kept_rows {
     std::copy_n(heads_, of_.num_kv_heads, heads_before(event));
   }
 
-  // Lets go of the rows marked in `leaves`, in every head; those that stay close up.
-  void evict(index_t h, std::span<const std::uint8_t> leaves) noexcept {
+  // Lets go of a head's rows marked in `leaves`, after `seen` tokens; those that stay close up.
+  void evict(index_t h, position_t seen, std::span<const std::uint8_t> leaves) noexcept {
     held_rows& head = heads_[h];
     event_record* const event = newest_event();
     index_t kept = 0;
@@ -177,7 +177,7 @@ class kept_rows {
       }
     }
     head.n = kept;
-    find_tail(head);
+    find_tail(head, seen);
   }
 
   // Gives each head the room of its budget, in the order of heads, and `more` rows.
@@ -235,7 +235,7 @@ class kept_rows {
         if (row.kv_head != h) break;
         leaves[static_cast<std::size_t>(row.row)] = 1;
       }
-      evict(h, leaves);
+      evict(h, event.seen, leaves);
       heads_[h].budget = after[h].budget, heads_[h].mass = after[h].mass, heads_[h].bound = after[h].bound;
       after[h] = now;
     }
@@ -258,11 +258,10 @@ class kept_rows {
     if (of_.carried) std::swap_ranges(carried_, carried_ + of_.rows, carried_other(event));
   }
 
-  void find_tail(held_rows& head) const noexcept {
-    head.tail = head.n;
+  // The newest rows whose positions follow each other up to `seen`, where the next one will be.
+  void find_tail(held_rows& head, position_t seen) const noexcept {
     const position_t* const at = at_ + head.first;
-    if (head.n > 0) --head.tail;
-    while (head.tail > 0 && at[head.tail - 1] + 1 == at[head.tail]) --head.tail;
+    for (head.tail = head.n; head.tail > 0 && at[head.tail - 1] + 1 == seen; --head.tail) --seen;
   }
 
   void put_aside(index_t h, index_t row) noexcept {

@@ -21,14 +21,24 @@ class scored_learner : public weight_reader {
   // Whether queries older than the last event are asked for: over what is kept now.
   bool looks_back() const noexcept { return std::atomic_ref(looking_back_).load(std::memory_order_relaxed) > 0; }
 
-  bool wants(position_t query) const noexcept override { return s_.needs.sums || is_last(own(query)); }
+  // One by one those that may be taken back or are the last before an event; of the others sums will do.
+  bool wants(position_t query) const noexcept override {
+    return (s_.needs.sums && query >= one_by_one()) || is_last(own(query));
+  }
+  bool wants_sums(position_t first, position_t last) const noexcept override {
+    return s_.needs.sums && last < one_by_one() && own(first) >= s_.log.learned();
+  }
+  void read_sums(const weight_sums& sums) noexcept override {
+    if (!is_own(*sums.part, sums.kv_head) || own(sums.query) < s_.log.learned(sums.kv_head)) return;
+    s_.log.add_sums(s_.rows.sums(sums.kv_head) + sums.part->row + sums.first, sums.sums);
+  }
 
   void read(const weight_tile& tile) noexcept override {
     const index_t h = tile.kv_head;
     const position_t query = own(tile.query);
-    if (query < s_.log.learned(h) || !is_own(tile)) return;
+    if (query < s_.log.learned(h) || !is_own(*tile.part, h)) return;
     const index_t row = tile.part->row + tile.first, in_pool = s_.rows.head(h).first + row;
-    if (s_.needs.sums) s_.log.add(s_.rows.sums(h) + row, query, in_pool, tile);
+    if (s_.needs.sums && tile.query >= one_by_one()) s_.log.add(s_.rows.sums(h) + row, query, in_pool, tile);
     if (!is_last(query)) return;
     if (s_.needs.window == 1) over_group(tile, nullptr, s_.log.window(0) + in_pool);
     if (s_.of.rules.accounts)
@@ -54,6 +64,9 @@ class scored_learner : public weight_reader {
     std::atomic_ref(shift_).store(call.keys.seen() - cache->seen(), std::memory_order_relaxed);
     const float scale = call.params.sm_scale.value_or(1 / std::sqrt(static_cast<float>(s_.of.geometry.head_dim)));
     std::atomic_ref(s_.sm_scale).store(scale, std::memory_order_relaxed);
+    const position_t end = call.first + call.q.rows();
+    std::atomic_ref(one_by_one_)
+        .store(end + std::min<position_t>(0, call.following - s_.of.rollback), std::memory_order_relaxed);
     const index_t kept = s_.log.num_queries(), columns = s_.log.group() * s_.of.geometry.head_dim;
     for (index_t i = std::max<index_t>(0, call.q.rows() - kept); i < call.q.rows(); ++i)
       std::copy_n(call.q.row(i) + call.first_kv_head * columns, call.num_kv_heads * columns,
@@ -75,9 +88,17 @@ class scored_learner : public weight_reader {
    public:
     window_reader(scored_learner& of, position_t first) noexcept : of_(of), first_(first) {}
 
-    bool wants(position_t) const noexcept override { return true; }
+    bool wants(position_t) const noexcept override { return !of_.s_.needs.together; }
+    bool wants_sums(position_t, position_t) const noexcept override { return of_.s_.needs.together; }
+    void read_sums(const weight_sums& sums) noexcept override {
+      if (!of_.is_own(*sums.part, sums.kv_head)) return;
+      const scored_state& s = of_.s_;
+      const auto queries = static_cast<float>(std::min<position_t>(s.needs.window, of_.cache->seen()) * s.log.group());
+      float* const to = s.log.window(0) + s.rows.head(sums.kv_head).first + sums.part->row + sums.first;
+      for (std::size_t j = 0; j < sums.sums.size(); ++j) to[j] += sums.sums[j] / queries;
+    }
     void read(const weight_tile& tile) noexcept override {
-      if (!of_.is_own(tile)) return;
+      if (!of_.is_own(*tile.part, tile.kv_head)) return;
       const scored_state& s = of_.s_;
       const auto w = static_cast<index_t>(tile.query - first_);
       of_.over_group(tile, s.log.window_lse() + w * s.of.rules.num_qo_heads,
@@ -89,6 +110,7 @@ class scored_learner : public weight_reader {
     position_t first_;
   };
 
+  position_t one_by_one() const noexcept { return std::atomic_ref(one_by_one_).load(std::memory_order_relaxed); }
   position_t own(position_t query) const noexcept {
     return query - std::atomic_ref(shift_).load(std::memory_order_relaxed);
   }
@@ -96,7 +118,9 @@ class scored_learner : public weight_reader {
     return (s_.needs.window == 1 || s_.of.rules.accounts) && s_.is_due(query + 1);
   }
   // Of a prefix in front nothing is learned.
-  bool is_own(const weight_tile& tile) const noexcept { return tile.part->k.base == s_.rows.k_rows(tile.kv_head).base; }
+  bool is_own(const kv_part& part, index_t kv_head) const noexcept {
+    return part.k.base == s_.rows.k_rows(kv_head).base;
+  }
 
   // What a query gave rows, over the group as the scorer wants it.
   void over_group(const weight_tile& tile, const float* lse, float* to) const noexcept {
@@ -127,7 +151,7 @@ class scored_learner : public weight_reader {
       std::copy_n(s_.log.q(cache->seen() - n + w) + call.first_kv_head * columns, call.num_kv_heads * columns,
                   s_.log.window_q() + w * q_dim + call.first_kv_head * columns);
     window_reader reader(*this, call.keys.seen() - n);
-    for (index_t w = 0; w < n; ++w)
+    for (index_t w = 0; w < (s_.needs.together ? 1 : n); ++w)
       for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
         std::fill_n(
             s_.log.window(w) + s_.rows.head(h).first, s_.rows.head(h).n,
@@ -142,7 +166,8 @@ class scored_learner : public weight_reader {
   }
 
   scored_state& s_;
-  mutable position_t shift_ = 0;  // tokens of other sources in front
+  mutable position_t shift_ = 0;       // tokens of other sources in front
+  mutable position_t one_by_one_ = 0;  // queries from here on may be taken back
   mutable index_t looking_back_ = 0;
 };
 

@@ -8,36 +8,10 @@
 #include <cstddef>
 
 #include "../attention_params.hpp"
-#include "absorb.hpp"
+#include "absorb_unrotated.hpp"
 #include "macros_off.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
-
-// Whether the query at `query` sees a token at `position`.
-inline bool sees(const kv_part& part, position_t query, position_t position) {
-  query = std::min(query, part.as_of);
-  return part.placeless || (part.seen_from <= query - position && query - position < part.seen_until);
-}
-
-// Whether it sees all rows of a part.
-inline bool sees_all(const kv_part& part, position_t query) {
-  return part.placeless || (sees(part, query, part.first) && sees(part, query, part.end() - 1));
-}
-
-// What it sees: of consecutive rows their positions; of rows with positions of their own the numbers of all of them.
-inline position_span span_of(const kv_part& part, position_t query) {
-  if (!part.at.empty()) return {0, part.rows};
-  if (part.placeless) return {part.first, part.first + part.rows};
-  query = std::min(query, part.as_of);
-  const position_t first = std::max(part.first, query - part.seen_until + 1);
-  return {first, std::max(first, std::min(part.first + part.rows, query - part.seen_from + 1))};
-}
-inline index_t num_seen(const kv_part& part, position_t query) {
-  if (part.at.empty() || sees_all(part, query)) return span_of(part, query).size();
-  index_t n = 0;
-  for (index_t i = 0; i < part.rows; ++i) n += sees(part, query, part.position(i));
-  return n;
-}
 
 // Neighbouring query tokens over one source of keys and values. Its query rows are, for each KV head, [tokens, group].
 // One plan holds for all of them.
@@ -61,7 +35,10 @@ struct query_block {
               const worker_scratch& scratch, kept_logits kept = {}) const noexcept {
     const kv_geometry& of = source.geometry();
     part_list parts(scratch.parts, source.max_parts());
-    const plan_end holds = source.plan(kv_head, query(row), query(row + count - 1), parts);
+    // Sums are over all queries: rows of parts have to be the same for all of them.
+    const position_t last = first + tokens - 1;
+    const plan_end holds = kept.sums != nullptr ? source.plan(kv_head, first, last, parts)
+                                                : source.plan(kv_head, query(row), query(row + count - 1), parts);
     extent extents[max_item_rows];
     logit_terms terms[max_item_rows];
     position_t later[max_item_rows], rotated_for[max_item_rows];
@@ -74,13 +51,14 @@ struct query_block {
                     .terms = has_terms ? terms : nullptr,
                     .num_sink_tokens = 0,
                     .soft_cap = params.logits_soft_cap * log2_e};
-    scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
+    if (kept.sums == nullptr) scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
     const bool in_cache = of.positions == positions::in_cache;
     if (in_cache) count_visible(parts, row, count, later);
-    std::fill_n(rotated_for, count, max_position);  // no gap
+    std::fill_n(rotated_for, count, -1);  // no gap
     position_t before = 0;
     for (index_t i = 0; i < parts.size(); ++i) {
       const kv_part& part = parts[i];
+      const bool turned = !part.rank_angles.empty();
       bool any = false, all = true;
       for (index_t r = 0, end; r < count; r = end) {
         const position_t at = query(row + r);
@@ -94,19 +72,22 @@ struct query_block {
         const extent seen = extent_of(part, at, gap, from - before, to - before);
         std::fill(extents + r, extents + end, seen);
         any = any || seen.lo < seen.hi;
-        all = all && (part.at.empty() || sees_all(part, at));
+        all = all && (part.at.empty() || turned || sees_all(part, at));
       }
-      const position_span span = span_of(part, query(row));
+      const position_span span = kept.sums != nullptr ? span_of(part, first, last) : span_of(part, query(row));
       kept.first = static_cast<index_t>(before - (span.first - first_of(part)));
       before += span.size();
-      if (kept.to != nullptr && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
+      if (kept.stride > 0 && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
       if (in_cache && !part.at.empty() && part.seen_until != kv_part::always && !part.placeless)
         broken_source("rows with positions of their own, in cache order, have to be seen for ever");
+      if (turned) require_turnable(part);
       if (!any || part.k.reader == nullptr) continue;
       rows.num_sink_tokens = first_of(part) + part.pinned;
       if (has_terms) set_terms(part, kv_head, row, count, terms);
-      if (all && (part.at.empty() || (of.positions == positions::absolute && params.alibi_slopes.empty()))) {
-        rotate_queries(kv_head, row, count, extents, rotated_for, scratch);
+      if (turned) {
+        absorb_turned(part, rows, kv_head, row, extents, rotated_for, scratch, kept);
+      } else if (all && (part.at.empty() || (of.positions == positions::absolute && params.alibi_slopes.empty()))) {
+        rotate_queries(kv_head, row, count, extents, 0, rotated_for, scratch);
         const std::byte* const next =
             in_panels ? nullptr : keys_after(parts, i, query(row + count - 1), holds.kv_heads);
         detail::absorb(part, rows, extents, scratch.state, scratch.tile, next, kept);
@@ -117,6 +98,7 @@ struct query_block {
         }
       }
     }
+    if (kept.sums != nullptr) return;
     scratch.state.settle(count);
     if (of.v_transform != nullptr)
       for (index_t r = 0; r < count; ++r)
@@ -161,14 +143,15 @@ struct query_block {
     return address(parts[0], 1);
   }
 
-  // The queries of all rows for these extents, in the scratch. What they were rotated for last is rotated_for.
-  void rotate_queries(index_t kv_head, index_t row, index_t count, const extent* extents, position_t* rotated_for,
-                      const worker_scratch& scratch) const noexcept {
+  // The queries of all rows for the gaps of these extents and `more`, in the scratch. What they were rotated for last
+  // is rotated_for.
+  void rotate_queries(index_t kv_head, index_t row, index_t count, const extent* extents, position_t more,
+                      position_t* rotated_for, const worker_scratch& scratch) const noexcept {
     bool done = true;
     for (index_t r = 0; r < count; ++r)
-      done = done && (extents[r].lo >= extents[r].hi || extents[r].gap == rotated_for[r]);
+      done = done && (extents[r].lo >= extents[r].hi || extents[r].gap + more == rotated_for[r]);
     if (done) return;
-    for (index_t r = 0; r < count; ++r) rotated_for[r] = extents[r].gap;
+    for (index_t r = 0; r < count; ++r) rotated_for[r] = extents[r].gap + more;
     const index_t dim = source.geometry().head_dim;
     if (!in_panels) return rotate_rows(kv_head, row, count, rotated_for, scratch.q);
     for (index_t r = 0; r < count; r += query_rows::panel)
@@ -234,6 +217,34 @@ struct query_block {
     }
   }
 
+  void require_turnable(const kv_part& part) const noexcept {
+    const kv_geometry& of = source.geometry();
+    if (!of.rotates() || static_cast<index_t>(part.rank_angles.size()) != of.rope->rank_angles_size())
+      broken_source("rank_angles have to be those of the geometry's rope");
+    if (of.positions != positions::in_cache || part.placeless)
+      broken_source("keys with rank_angles need positions in cache order");
+    if (!part.rank.empty()) broken_source("keys with rank_angles lie in the order of their age: they have no rank");
+    if (of.k_transform != nullptr) broken_source("keys with rank_angles cannot have a k_transform");
+  }
+
+  // A part whose keys are stored as they were before rope. Queries are rotated to where they count as being: by as much
+  // more as their first_position, which no place has.
+  void absorb_turned(const kv_part& part, const query_rows& rows, index_t kv_head, index_t row, const extent* extents,
+                     position_t* rotated_for, const worker_scratch& scratch, const kept_logits& kept) const noexcept {
+    const key_turns turns{*source.geometry().rope, part.rank_angles.data()};
+    const position_t more = source.geometry().first_position;
+    if (in_panels) {
+      rotate_queries(kv_head, row, rows.rows, extents, more, rotated_for, scratch);
+      return detail::absorb(part, rows, extents, scratch.state, scratch.tile, nullptr, kept, &turns);
+    }
+    absorb_unrotated(part, turns, rows, extents, scratch.state, scratch.tile, kept,
+                     [&](index_t r, index_t count, position_t base, float* to) {
+                       position_t gaps[tile_scratch::max_rows];
+                       for (index_t i = 0; i < count; ++i) gaps[i] = extents[r + i].gap + more + base;
+                       rotate_rows(kv_head, row + r, count, gaps, to);
+                     });
+  }
+
   // `count` rows of one token, from number r of the block's on, over a part whose rows have positions of their own:
   // whatever the order of those, whatever it sees of them, with a copy of the queries for every run of rows that stand
   // as far from it in the cache as in the stream.
@@ -290,8 +301,11 @@ struct query_block {
             if (number[j] < part.pinned) logits[j * Rows + i] += terms.sink_bias;
           }
           if (kept.to != nullptr) kept.keep(logits + j * Rows, r + of, Rows, number[j], 1);
+          for (int i = 0; i < Rows && kept.sums != nullptr; ++i)
+            kept.sums->to[kept.first + number[j]] += kept.sums->of(r + of + i, logits[j * Rows + i]);
         }
       });
+      if (kept.sums != nullptr) continue;
       absorb_values(rows, r, count, v, 0, n, k.rows.from_row(n), scratch.state, memory.logits);
     }
   }

@@ -19,6 +19,7 @@ struct query_sizes {
   index_t num_qo_heads, num_kv_heads, head_dim, v_head_dim;
   index_t rows;      // of the pool
   index_t rollback;  // queries that may be taken back
+  index_t interval;  // and that may come at once
   bool accounts;
 };
 
@@ -38,7 +39,7 @@ class query_log {
     c.take(window_q_, of.needs.window > 1 ? of.needs.window : 0, of.num_qo_heads * of.head_dim);
     c.take(window_out_, of.needs.window > 1 ? of.needs.window : 0, of.num_qo_heads * of.v_head_dim);
     c.take(window_lse_, of.needs.window, of.num_qo_heads);
-    c.take(weights_, of.needs.window, of.rows);
+    c.take(weights_, of.needs.together ? 1 : of.needs.window, of.rows);
     c.take(given_, of.needs.sums ? of.rollback : 0, of.rows);
     c.take(last_, of.accounts ? group() : 0, of.rows);
     c.take(sum_q_, stats, of.head_dim);
@@ -53,7 +54,8 @@ class query_log {
   // Rows of q that are kept.
   index_t num_queries() const {
     if (of_.needs.window <= 1 && !of_.needs.query_statistics) return 0;
-    return std::max<index_t>(1, of_.needs.window) + (of_.needs.query_statistics ? 2 : 1) * of_.rollback;
+    return std::max<index_t>(1, of_.needs.window) +
+           (of_.needs.query_statistics ? 2 * of_.rollback + of_.interval : of_.rollback);
   }
 
   void clear() noexcept {
@@ -85,6 +87,10 @@ class query_log {
       sums[j] += whole(before + w) - whole(before);
       if (given != nullptr) given[j] = before + w;
     }
+  }
+  // What several queries that cannot be taken back gave n rows, summed over them and the group.
+  void add_sums(std::int64_t* sums, std::span<const float> given) const noexcept {
+    for (std::size_t j = 0; j < given.size(); ++j) sums[j] += whole(known(given[j]) / static_cast<float>(group()));
   }
   // Takes it back, of the first n rows of a head, which lie as they did.
   void take_back(std::int64_t* sums, position_t query, index_t row, index_t n) const noexcept {

@@ -5,6 +5,7 @@
 #include "macros_off.hpp"
 #include "tile_dots.hpp"
 #include "tile_values.hpp"
+#include "turned_keys.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -30,7 +31,10 @@ void group_add(const float* weights, index_t count, tile_rows v, index_t offset,
 
 template <kv_format F>
 constexpr kv_reader make_reader() {
-  if constexpr (elementwise_format<F>)
+  if constexpr (in_vectors<F>)
+    return {F::block_rows,   F::element_bytes, &F::block_bytes, &load_rows<F>,
+            &packed_rows<F>, &group_dots<F>,   &group_add<F>,   &turned_group_dots<F>};
+  else if constexpr (elementwise_format<F>)
     return {F::block_rows,   F::element_bytes, &F::block_bytes, &load_rows<F>,
             &packed_rows<F>, &group_dots<F>,   &group_add<F>};
   else

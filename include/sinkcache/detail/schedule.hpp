@@ -35,7 +35,9 @@ struct rows_job {
   index_t out_stride;
   float* lse;  // [tokens, num_qo_heads], or null
   index_t first_kv_head, num_kv_heads;
-  bool in_panels;  // see query_rows
+  bool in_panels;                 // see query_rows
+  weight_reader* sums = nullptr;  // who wants sums of weights, with in_panels only
+  index_t kept = 0;               // and the most rows of parts that these queries see
 };
 
 class schedule {
@@ -126,30 +128,21 @@ class schedule {
     });
   }
 
-  // Attends with rows of neighbouring tokens, for all of which one plan holds.
+  // Attends with rows of neighbouring tokens, for all of which one plan holds. Where sums are wanted, a KV head is one
+  // item, so that they are added up in the same order whatever the threads.
   void attend(const rows_job& job) const noexcept {
-    const kv_geometry& of = job.keys->geometry();
-    const index_t group = group_size(params_, *job.keys), rows = job.tokens * group;
-    const index_t blocks = (rows + shape_.rows - 1) / shape_.rows;
-    const query_block block{.params = params_,
-                            .source = *job.keys,
-                            .q = job.q,
-                            .q_stride = job.q_stride,
-                            .tokens = job.tokens,
-                            .first = job.first,
-                            .group = group,
-                            .in_panels = job.in_panels};
-    workspace_.run(job.num_kv_heads * blocks, [&](index_t item, index_t worker_number) {
-      const index_t kv_head = job.first_kv_head + item / blocks, row = item % blocks * shape_.rows;
-      const index_t count = std::min(shape_.rows, rows - row);
+    const index_t rows = job.tokens * group_size(params_, *job.keys), blocks = (rows + shape_.rows - 1) / shape_.rows;
+    const index_t together = job.sums != nullptr ? blocks : 1, items = job.num_kv_heads * blocks / together;
+    workspace_.run(items, [&](index_t item, index_t worker_number) {
       const worker_scratch scratch = worker(worker_number);
-      block.absorb(kv_head, row, count, 0, max_position, scratch);
-      for (index_t r = 0; r < count; ++r) {
-        const index_t token = block.token(row + r), head = block.head(kv_head, row + r);
-        const finished result = finish_state(scratch.state.from_row(r), params_.softmax.sink(head), of.v_head_dim,
-                                             job.out + token * job.out_stride + head * of.v_head_dim);
-        if (job.lse != nullptr) job.lse[token * params_.num_qo_heads + head] = result.lse;
-      }
+      const index_t head = item * together / blocks, kv_head = job.first_kv_head + head;
+      const index_t row = item * together % blocks * shape_.rows;
+      if (job.sums == nullptr) return attend_block(job, kv_head, row, std::min(shape_.rows, rows - row), scratch);
+      auto* const sums = reinterpret_cast<float*>(shared_ + batch_bytes(1)) + head * job.kept;
+      std::fill_n(sums, job.kept, 0.f);
+      for (index_t first = 0; first < rows; first += shape_.rows)
+        attend_block(job, kv_head, first, std::min(shape_.rows, rows - first), scratch, sums);
+      tell_sums(*job.sums, *job.keys, kv_head, job.first, job.tokens, sums, scratch);
     });
   }
 
@@ -182,6 +175,55 @@ class schedule {
 
   worker_scratch worker(index_t i) const noexcept {
     return {shape_, workspace_.memory_.get() + i * worker_scratch::bytes(shape_)};
+  }
+
+  // `count` rows of a KV head, and what they give each key, if that is asked for.
+  void attend_block(const rows_job& job, index_t kv_head, index_t row, index_t count, const worker_scratch& scratch,
+                    float* sums = nullptr) const noexcept {
+    const query_block block{.params = params_,
+                            .source = *job.keys,
+                            .q = job.q,
+                            .q_stride = job.q_stride,
+                            .tokens = job.tokens,
+                            .first = job.first,
+                            .group = group_size(params_, *job.keys),
+                            .in_panels = job.in_panels};
+    const index_t dim = job.keys->geometry().v_head_dim;
+    alignas(64) float m[max_item_rows], weight[max_item_rows];
+    block.absorb(kv_head, row, count, 0, max_position, scratch);
+    for (index_t r = 0; r < count; ++r) {
+      const index_t token = block.token(row + r), head = block.head(kv_head, row + r);
+      const finished result = finish_state(scratch.state.from_row(r), params_.softmax.sink(head), dim,
+                                           job.out + token * job.out_stride + head * dim);
+      if (job.lse != nullptr) job.lse[token * params_.num_qo_heads + head] = result.lse;
+      const bool any = scratch.state.m[r] != no_logit;
+      m[r] = any ? scratch.state.m[r] : 0.f, weight[r] = any ? result.weight : 0.f;
+    }
+    if (sums == nullptr) return;
+    const index_t padded = round_up(count, query_rows::panel);
+    std::fill(m + count, m + padded, 0.f);
+    std::fill(weight + count, weight + padded, 0.f);
+    const row_weights weights{m, weight, sums};
+    block.absorb(kv_head, row, count, 0, max_position, scratch, {.stride = job.kept, .sums = &weights});
+  }
+
+  // Hands sums on, part by part.
+  static void tell_sums(weight_reader& reader, const kv_source& keys, index_t kv_head, position_t first,
+                        index_t queries, const float* sums, const worker_scratch& scratch) noexcept {
+    part_list parts(scratch.parts, keys.max_parts());
+    keys.plan(kv_head, first, first + queries - 1, parts);
+    for (const kv_part& part : parts) {
+      const position_span span = span_of(part, first, first + queries - 1);
+      if (span.size() > 0)
+        reader.read_sums({.kv_head = kv_head,
+                          .query = first,
+                          .num_queries = queries,
+                          .part = &part,
+                          .first = static_cast<index_t>(span.first - first_of(part)),
+                          .n = span.size(),
+                          .sums = std::span(sums, static_cast<std::size_t>(span.size()))});
+      sums += span.size();
+    }
   }
 
   void decode_slice(const decode_job& job, const sequence& of, index_t number, index_t first_kv_head,
@@ -239,9 +281,17 @@ class schedule {
     for (; i < n; ++i) logits[i] = exp2_nonpositive(logits[i] - m) * weight;
   }
 
-  // Hands a head's weights on, part by part in tiles.
-  void tell(const decode_job& job, index_t kv_head, index_t first_head, index_t count, const float* weights,
-            index_t stride, const worker_scratch& scratch) const noexcept {
+  // Hands a head's weights on, part by part in tiles, then their sums over rows, which take the place of the first.
+  void tell(const decode_job& job, index_t kv_head, index_t first_head, index_t count, float* weights, index_t stride,
+            const worker_scratch& scratch) const noexcept {
+    if (job.weights->wants(job.query)) tell_weights(job, kv_head, first_head, count, weights, stride, scratch);
+    if (!job.weights->wants_sums(job.query, job.query)) return;
+    for (index_t r = 1; r < count; ++r)
+      for (index_t i = 0; i < stride; ++i) weights[i] += weights[r * stride + i];
+    tell_sums(*job.weights, *job.keys, kv_head, job.query, 1, weights, scratch);
+  }
+  void tell_weights(const decode_job& job, index_t kv_head, index_t first_head, index_t count, const float* weights,
+                    index_t stride, const worker_scratch& scratch) const noexcept {
     part_list parts(scratch.parts, job.keys->max_parts());
     job.keys->plan(kv_head, job.query, job.query, parts);
     for (const kv_part& part : parts) {

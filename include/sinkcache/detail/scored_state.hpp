@@ -110,6 +110,7 @@ class scored_state {
     status fits;  // it was counted
     carver c(fits, memory);
     carve(c, fits);
+    if (stores_unrotated()) of.geometry.rope->rank_angles({rank_angles_memory, rank_angles().size()});
   }
 
   // As a cache that has seen nothing.
@@ -125,6 +126,16 @@ class scored_state {
       head.first = first, head.room = head.budget + growth(of.rules, head.budget);
       first += head.room;
     }
+  }
+
+  // Whether keys are stored as they were before rope, and attention turns them to their places: those change at events.
+  bool stores_unrotated() const {
+    const kv_geometry& g = of.geometry;
+    return g.positions == positions::in_cache && g.inputs == inputs::raw && g.rotates();
+  }
+  std::span<const float> rank_angles() const {
+    return {rank_angles_memory,
+            static_cast<std::size_t>(stores_unrotated() ? of.geometry.rope->rank_angles_size() : 0)};
   }
 
   index_t num_heads() const { return of.geometry.num_kv_heads; }
@@ -230,6 +241,7 @@ class scored_state {
   std::uint8_t *leaves = nullptr, *kept = nullptr;  // [pool]
   candidate* candidates = nullptr;
   query_statistics* statistics = nullptr;
+  float* rank_angles_memory = nullptr;
   double* head_sums = nullptr;  // of the head that is scored
 
  private:
@@ -273,7 +285,9 @@ class scored_state {
                   .v_head_dim = g.v_head_dim,
                   .rows = pool,
                   .rollback = of.rollback,
+                  .interval = rules.interval,
                   .accounts = rules.accounts});
+    c.take(rank_angles_memory, stores_unrotated() ? g.rope->rank_angles_size() : 0);
     most_pins = std::max<index_t>(0, smallest - stays - 1);
     const index_t group = std::max<index_t>(1, log.group());
     c.take(pins_memory, most_pins + 1);

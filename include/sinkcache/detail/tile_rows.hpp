@@ -72,6 +72,20 @@ void load_rows(const kv_rows& from, index_t first, index_t n, index_t dim, index
     F::decode(from.base + (first + i) / F::block_rows * from.block, (first + i) % F::block_rows, dim, to + i * stride);
 }
 
+// The rows as floats [n, stride], zero from `dim` on.
+inline tile_rows decoded_rows(const kv_rows& from, const tile_runs& tile, index_t dim, index_t stride,
+                              float* to) noexcept {
+  const index_t bytes = stride * index_t{sizeof(float)};
+  const tile_rows rows{reinterpret_cast<const std::byte*>(to), bytes, bytes};
+  for (const row_run& run : tile.runs()) {
+    kv_rows page = from;
+    page.base += run.page * from.page;
+    from.reader->load(page, run.row, run.n, dim, stride, to);
+    to += run.n * stride;
+  }
+  return rows;
+}
+
 inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   vfloat sum{};
   for (index_t j = 0; j < n; ++j)
