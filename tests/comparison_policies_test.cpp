@@ -138,6 +138,11 @@ TEST_CASE("a policy that a cache is too small for says what it needs") {
                                                  "interval=16"));
   CHECK(refused("snapkv:recent=0,sinks=0,interval=1", 10) == "accepted");
   CHECK_THAT(refused("snapkv:recent=0,sinks=0,interval=1", 9), Catch::Contains("at least 10"));
+  // Of those that nobody asked for some are left out.
+  const char* const small[] = {"compare_policies", "--cache", "40"};
+  const options o = *parse_options(3, small);
+  CHECK(o.policies.size() == 3);
+  CHECK_THAT(o.left_out, Catch::StartsWith("random,h2o,tova"));
 }
 
 TEST_CASE("every policy is listed in a line, with its paper and its parameters") {
@@ -175,7 +180,7 @@ TEST_CASE("policies are compared at equal rows, the interval counted") {
 
 TEST_CASE("at equal bytes each policy holds as many tokens as fit") {
   const loaders::model_config& c = model_of("nano").config();
-  for (const policy& p : parse_policies("window,sinks:4,h2o,expected_attention,snapkv:sinks=0", most_tokens)) {
+  for (const policy& p : parse_policies("window,sinks:4,h2o,keydiff,snapkv:sinks=0", most_tokens)) {
     INFO(p.name);
     const std::size_t bytes = cache_bytes(parse_policies("window", 80).front(), c, 80);
     const index_t rows = cache_of(p, c, bytes);

@@ -171,7 +171,17 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   }
   if (o.text.empty()) o.text = SINKCACHE_SOURCE_DIR "/examples/data/sotu-heldout.txt";
   if (!o.json.empty() && o.json == o.svg) throw usage_error("--json and --svg are the same file");
-  o.policies = parse_policies(policies, o.bytes ? most_tokens : o.cache);
+  if (app.count("--policies") > 0 || o.bytes) {
+    o.policies = parse_policies(policies, o.bytes ? most_tokens : o.cache);
+    return o;
+  }
+  // Of those that nobody asked for, what scores tokens may be too much for a small cache.
+  std::string fitting;
+  for (const std::string& entry : split("--policies", policies)) {
+    const bool fits = least_cache(parse_policies(entry, most_tokens).front()) <= o.cache || entry.starts_with("sinks:");
+    (fits ? fitting : o.left_out) += (fits ? fitting : o.left_out).empty() ? entry : "," + entry;
+  }
+  o.policies = parse_policies(fitting, o.cache);
   return o;
 }
 

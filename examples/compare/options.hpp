@@ -45,6 +45,7 @@ struct options {
   std::optional<std::size_t> bytes;  // --bytes: of all layers' caches, instead of `cache`
   std::optional<index_t> tokens;     // missing: default_tokens, or all of a shorter text
   std::vector<policy> policies;
+  std::string left_out;  // those of default_policies() that a cache is too small for
   std::size_t threads = std::max(1U, std::thread::hardware_concurrency());
   std::string json, svg;  // empty: none
 };

@@ -96,6 +96,8 @@ void compare_all(options o) {
 
   fmt::print("{}\n", header(s, subjects));
   fmt::print("{}\n", o.remedies ? models_table(comparisons) : table(comparisons.front()));
+  if (!o.left_out.empty())
+    fmt::print("left out, as the cache is too small for their default parameters: {}\n", o.left_out);
   if (const std::string note = seeded_note(subjects); !note.empty()) fmt::print("{}\n", note);
   fmt::print("{}\n", o.remedies ? models_sentence(comparisons) : sentence(comparisons.front().findings()));
 
