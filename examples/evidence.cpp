@@ -74,12 +74,12 @@ compare::token_stream read(const compare::subject& subject, const options& o) {
   return stream;
 }
 
-void print_page(const options& o, const std::string& tables) {
+void print_page(const options& o, const std::string& tables, const std::string& part) {
   if (o.markdown.empty())
-    fmt::print("{}", page_with(tables, ""));
+    fmt::print("{}", page_with(tables, "", part));
   else
     compare::write_atomically(
-        o.markdown, page_with(tables, std::filesystem::exists(o.markdown) ? compare::read_file(o.markdown) : ""));
+        o.markdown, page_with(tables, std::filesystem::exists(o.markdown) ? compare::read_file(o.markdown) : "", part));
 }
 
 void gather(const options& o, const std::string& command) {
@@ -92,7 +92,7 @@ void gather(const options& o, const std::string& command) {
   run_missing(jobs, s);
   std::map<std::string, json> files;
   for (const job& j : jobs) files.emplace(j.name(), kept(path_of(j, o), j, s));
-  print_page(o, report(s, command, [&](const job& j) -> const json& { return files.at(j.name()); }));
+  print_page(o, report(s, command, [&](const job& j) -> const json& { return files.at(j.name()); }), "evidence");
 }
 
 // Those of a text that are kept.
@@ -149,7 +149,7 @@ void rank(options o, const std::string& command) {
       for (const setting& s : texts) run_missing(budget_plan(s, cache, changed), s);
     }
   }
-  print_page(o, ranking_report(texts, command, all));
+  print_page(o, ranking_report(texts, command, all), "ranking " + texts.front().subject.name);
   if (!o.svg.empty()) compare::write_atomically(o.svg, ranking_svg(texts, all));
 }
 

@@ -44,16 +44,6 @@ engine::cache_factory scored(std::shared_ptr<const scored_policy> p, index_t cac
   };
 }
 
-template <class F>
-void for_each_layer(const loaders::model_config& c, const F& f) {
-  for (index_t i = 0; i < c.num_hidden_layers; ++i)
-    f(engine::layer_info{
-        {.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = sinkcache::rope::none()},
-        c.num_attention_heads,
-        i,
-        c.num_hidden_layers});
-}
-
 }  // namespace
 
 engine::cache_factory sink_window(index_t num_sink_tokens, index_t window, index_t rollback) {
@@ -72,9 +62,10 @@ engine::cache_factory caches_of(const policy& p, index_t cache, index_t rollback
   return sink_window(pinned, cache - pinned, rollback);
 }
 
-std::size_t cache_bytes(const policy& p, const loaders::model_config& model, index_t cache) {
+std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cache) {
   std::size_t bytes = 0;
-  for_each_layer(model, [&](const engine::layer_info& layer) {
+  for (index_t i = 0; i < model.config().num_hidden_layers; ++i) {
+    const engine::layer_info layer = model.info(i);
     if (p.is == policy::kind::scored) {
       const scored_layer made = scored_layer_of(*p.scored, layer, cache);
       bytes += scored_cache::required_bytes(made.config, made.rules, *made.scorer);
@@ -85,11 +76,11 @@ std::size_t cache_bytes(const policy& p, const loaders::model_config& model, ind
       config.rollback = 0;
       bytes += sinkcache::kv_cache<sinkcache::f32>::required_bytes(config);
     }
-  });
+  }
   return bytes;
 }
 
-index_t cache_of(const policy& p, const loaders::model_config& model, std::size_t bytes) {
+index_t cache_of(const policy& p, const engine::model& model, std::size_t bytes) {
   index_t fits = least_cache(p) - 1, too_many = most_tokens + 1;
   while (too_many - fits > 1) {
     const index_t middle = fits + (too_many - fits) / 2;

@@ -18,9 +18,9 @@ engine::cache_factory sink_window(index_t num_sink_tokens, index_t window, index
 engine::cache_factory caches_of(const policy&, index_t cache, index_t rollback = prefill_rollback);
 
 // Of all layers' caches, as decoding needs them: without the rows for prefill.
-std::size_t cache_bytes(const policy&, const loaders::model_config&, index_t cache);
+std::size_t cache_bytes(const policy&, const engine::model&, index_t cache);
 
 // The most tokens that a policy's caches hold in so many bytes. Throws usage_error where that is too few for it.
-index_t cache_of(const policy&, const loaders::model_config&, std::size_t bytes);
+index_t cache_of(const policy&, const engine::model&, std::size_t bytes);
 
 }  // namespace compare

@@ -41,7 +41,7 @@ run loss_of(const subject& s, const policy& p, const token_stream& stream, index
             index_t threads, const progress& on_tokens) {
   const auto ids = std::span(stream.ids).first(static_cast<std::size_t>(tokens) + 1);
   const index_t own = cache_of(p, cache, tokens);
-  run r{&s, p, own - p.num_sink_tokens, {}, cache_bytes(p, s.model->config(), own), 0};
+  run r{&s, p, own - p.num_sink_tokens, {}, cache_bytes(p, *s.model, own), 0};
   r.token_bytes.assign(stream.bytes.begin() + 1, stream.bytes.begin() + 1 + tokens);
   r.loss_bits.assign(static_cast<std::size_t>(tokens), not_scored);
   evaluator e(s, caches_of(p, own), ids, {.threads = threads});

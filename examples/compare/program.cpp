@@ -34,7 +34,7 @@ std::vector<subject> subjects_of(const options& o, std::vector<loaded_model>& mo
 }
 
 // Each policy gets the tokens that fit; the losses are compared from where the last of them evicts.
-void at_equal_bytes(options& o, const loaders::model_config& model) {
+void at_equal_bytes(options& o, const engine::model& model) {
   o.cache = 2;
   for (policy& p : o.policies) {
     if (p.is == policy::kind::full) continue;
@@ -47,7 +47,7 @@ void at_equal_bytes(options& o, const loaders::model_config& model) {
 void require_cache(const policy& p, index_t cache, const std::vector<subject>& subjects) {
   if (p.is != policy::kind::scored) return;
   try {
-    for (const subject& s : subjects) cache_bytes(p, s.model->config(), p.cache > 0 ? p.cache : cache);
+    for (const subject& s : subjects) cache_bytes(p, *s.model, p.cache > 0 ? p.cache : cache);
   } catch (const std::invalid_argument& error) {
     throw usage_error(fmt::format("--policies: {}: {}", p.name, error.what()));
   }
@@ -78,7 +78,7 @@ void compare_all(options o) {
   const std::string text = read_file(o.text);
   std::vector<token_stream> streams;
   for (const subject& subject : subjects) streams.push_back(read_by(subject, text));
-  if (o.bytes) at_equal_bytes(o, models.front().model().config());
+  if (o.bytes) at_equal_bytes(o, models.front().model());
   const setting s = setting_of(o, subjects, streams);
   for (const policy& p : o.policies) require_cache(p, s.cache, subjects);
   for (const std::string& path : {o.json, o.svg})

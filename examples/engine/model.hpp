@@ -21,6 +21,12 @@ namespace engine {
 
 using loaders::model_config;
 
+// What the model says of a layer.
+struct layer_info {
+  sinkcache::cache_config cache;  // its heads and its rope; its window, or 0: it attends to all that its cache holds
+  index_t num_qo_heads, layer, num_layers;
+};
+
 class model {
  public:
   // A safetensors or a GGUF file. Throws file_error as weights::open does, and unless the tensors are exactly those of
@@ -30,6 +36,7 @@ class model {
   const model_config& config() const { return config_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   index_t num_parameters() const { return num_parameters_; }
+  layer_info info(index_t layer_number) const;
 
  private:
   friend class session;
@@ -52,12 +59,6 @@ class model {
   linear embed_, lm_head_;  // [vocab_size, hidden_size]
   Eigen::RowVectorXf norm_;
   std::vector<layer> layers_;
-};
-
-// What the model says of a layer.
-struct layer_info {
-  sinkcache::cache_config cache;  // its heads and its rope; its window, or 0: it attends to all that its cache holds
-  index_t num_qo_heads, layer, num_layers;
 };
 
 // Makes the cache of one layer. What is kept is the factory's choice.

@@ -65,9 +65,11 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
         "(default: 4096; 0: none)");
   count("--threads", 1, 1024, o.threads, "runs at a time, and threads of the timed runs (default: one a core)");
   app.add_option("--folder", o.folder, "where the runs are kept (default: build/evidence)")->type_name("DIR");
-  app.add_option("--markdown", o.markdown,
-                 "write the tables there, between its lines <!-- evidence --> and <!-- end --> if it has them\n"
-                 "(default: print them)")
+  app.add_option(
+         "--markdown", o.markdown,
+         "write the tables there, between its lines <!-- evidence --> (<!-- ranking MODEL -->) and <!-- end -->\n"
+         "if it has them "
+         "(default: print them)")
       ->type_name("FILE");
   if (!compare::parse(app, argc, argv)) return {};
   if (!o.ranking && of_texts->count() + svg->count() + report_only->count() + of_only->count() > 0)

@@ -182,7 +182,7 @@ std::vector<job> budget_plan(const setting& s, index_t cache, const std::vector<
   for (const contender& c : changed) {
     job j = loss_job(c.entry(4), cache);
     try {
-      compare::cache_bytes(j.policy, s.subject.model->config(), cache);
+      compare::cache_bytes(j.policy, *s.subject.model, cache);
     } catch (const std::invalid_argument&) {
       continue;  // a layer would have no row free
     }

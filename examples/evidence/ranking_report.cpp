@@ -81,7 +81,7 @@ class ranking_page {
       return s ? s->bits.estimate : HUGE_VAL;
     };
     std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return loss(a) < loss(b); });
-    std::string out = fmt::format("\n## A cache of {}\n\n| policy | recent, interval |", compare::tokens_text(cache)),
+    std::string out = fmt::format("\n### A cache of {}\n\n| policy | recent, interval |", compare::tokens_text(cache)),
                 rule = "|---|---|";
     for (const setting& s : texts_) {
       out += fmt::format(" {}: bits per byte | less sinks:4's | with 1 pinned | with none |", text_name(s));
@@ -115,8 +115,7 @@ class ranking_page {
     const compare::policy p = policy_of(c.entry(4));
     out += recall(p, cache);
     const json* const timed = kept_.front()({job::kind::decode, p, cache});
-    out += fmt::format(" {:.0f} |",
-                       static_cast<double>(compare::cache_bytes(p, first().subject.model->config(), cache)) / 1e3);
+    out += fmt::format(" {:.0f} |", static_cast<double>(compare::cache_bytes(p, *first().subject.model, cache)) / 1e3);
     return out + (timed ? fmt::format(" {:.2f} |\n", timed->at("result").at("ms_per_token").get<double>()) : " |\n");
   }
 
@@ -147,7 +146,7 @@ class ranking_page {
 
   std::string method() const {
     return fmt::format(
-        "\n## How the ranking is measured\n\n"
+        "\n### How the ranking is measured\n\n"
         "- Equal rows: a window of N tokens with its pinned ones, and a budget of N less the interval. Tokens that an\n"
         "  event is about to take count. Losses are means over all tokens from number N on.\n"
         "- *less sinks:4's*: bits per byte above those of 4 pinned tokens and a window, over the same tokens, with "

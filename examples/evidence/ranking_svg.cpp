@@ -53,7 +53,7 @@ std::vector<series> series_of(const std::vector<setting>& texts, const std::vect
         here.recent = contenders(o, cache).front().recent, here.interval = contenders(o, cache).front().interval;
       if (!fits(here, cache, 4)) continue;
       const compare::policy p = compare::parse_policies(here.entry(4), cache).front();
-      const auto bytes = static_cast<double>(compare::cache_bytes(p, texts.front().subject.model->config(), cache));
+      const auto bytes = static_cast<double>(compare::cache_bytes(p, *texts.front().subject.model, cache));
       for (std::size_t i = 0; i < texts.size(); ++i)
         for (const standing& found : standings(texts[i], cache, kept[i], {here}))
           if (found.sinks == 4) s.panels[i].push_back({bytes, found.bits.estimate});
