@@ -66,8 +66,9 @@ std::vector<series> series_of(const std::vector<setting>& texts, const std::vect
   return out;
 }
 
-std::string drawn(const std::vector<series>& all, std::size_t which, const std::string& title, const scale& x) {
-  scale y;
+// `y`: what the axis has to show besides the values.
+std::string drawn(const std::vector<series>& all, std::size_t which, const std::string& title, const scale& x,
+                  scale y = {}) {
   for (const series& s : all)
     for (const point& p : s.panels[which]) y.see(p.value);
   if (!(y.high >= y.low)) return "";
@@ -121,7 +122,7 @@ std::string ranking_svg(const std::vector<setting>& texts, const std::vector<res
   for (std::size_t i = 0; i < texts.size(); ++i)
     out += drawn(all, i, fmt::format("bits per byte, {}", std::filesystem::path(texts[i].options.text).stem().string()),
                  x);
-  out += drawn(all, texts.size(), "digits recalled, one cache later", x);
+  out += drawn(all, texts.size(), "digits recalled, one cache later (guessing: 0.10)", x, {0, 0.3});
   for (std::size_t i = 0; i < all.size(); ++i) {
     const double y = top + 20 * static_cast<double>(i);
     out += fmt::format("<path d=\"M{:.1f} {:.1f}h22\" stroke=\"{}\" stroke-width=\"{}\"{}/>\n", legend, y,
