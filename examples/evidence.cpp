@@ -7,6 +7,7 @@
 #include <csignal>
 #include <exception>
 #include <filesystem>
+#include <list>
 #include <map>
 #include <string>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "compare/parallel.hpp"
 #include "compare/progress.hpp"
 #include "evidence/jobs.hpp"
+#include "evidence/ranking.hpp"
 #include "evidence/report.hpp"
 
 namespace {
@@ -42,45 +44,113 @@ void run_all(const std::vector<job>& jobs, const setting& s, std::size_t threads
   });
 }
 
-void gather(const options& o, const std::string& command) {
-  const compare::loaded_model model(o.model);
-  setting s{o, model.subject(o.bos), {}};
-  s.stream = compare::read_by(s.subject, compare::read_file(o.text));
-  if (static_cast<index_t>(s.stream.ids.size()) <= o.tokens)
-    throw compare::usage_error(
-        fmt::format("--tokens is {}, but {} has only {} to predict", o.tokens, o.text, s.stream.ids.size() - 1));
-
-  const index_t timed = *std::max_element(o.caches.begin(), o.caches.end()) + decoded_tokens;
-  if (static_cast<index_t>(s.stream.ids.size()) < timed)
-    throw compare::usage_error(fmt::format("{} has {}, had to have {} for the timed runs", o.text,
-                                           compare::tokens_text(static_cast<index_t>(s.stream.ids.size())), timed));
-
-  std::filesystem::create_directories(o.folder);
-  if (!o.markdown.empty()) compare::check_writable(o.markdown);
-  const std::vector<job> jobs = plan(o);
+// All of them that are not kept yet; those that are timed by themselves.
+void run_missing(const std::vector<job>& jobs, const setting& s) {
   std::vector<job> together, alone;
   index_t left = 0;
   for (const job& j : jobs) {
-    if (!kept(path_of(j, o), j, s).is_null()) continue;
+    if (!kept(path_of(j, s.options), j, s).is_null()) continue;
     (j.is == job::kind::decode ? alone : together).push_back(j);
-    left += work(j, o);
+    left += work(j, s.options);
   }
-  if (together.size() + alone.size() > 0) {
-    compare::progress_bar bar(left);
-    bar.say(fmt::format("{} of {} runs are done, in {}", jobs.size() - together.size() - alone.size(), jobs.size(),
-                        compare::shown_path(o.folder)));
-    run_all(together, s, static_cast<std::size_t>(o.threads), bar);
-    run_all(alone, s, 1, bar);
-  }
+  if (together.empty() && alone.empty()) return;
+  compare::progress_bar bar(left);
+  bar.say(fmt::format("{} of {} runs are done, in {}", jobs.size() - together.size() - alone.size(), jobs.size(),
+                      compare::shown_path(s.options.folder)));
+  run_all(together, s, static_cast<std::size_t>(s.options.threads), bar);
+  run_all(alone, s, 1, bar);
+}
 
-  std::map<std::string, json> files;
-  for (const job& j : jobs) files.emplace(j.name(), kept(path_of(j, o), j, s));
-  const std::string tables = report(s, command, [&](const job& j) -> const json& { return files.at(j.name()); });
+compare::token_stream read(const compare::subject& subject, const options& o) {
+  compare::token_stream stream = compare::read_by(subject, compare::read_file(o.text));
+  const auto tokens = static_cast<index_t>(stream.ids.size());
+  if (tokens <= o.tokens)
+    throw compare::usage_error(
+        fmt::format("--tokens is {}, but {} has only {} to predict", o.tokens, o.text, tokens - 1));
+  const index_t timed = *std::max_element(o.caches.begin(), o.caches.end()) + decoded_tokens;
+  if (tokens < timed)
+    throw compare::usage_error(
+        fmt::format("{} has {}, had to have {} for the timed runs", o.text, compare::tokens_text(tokens), timed));
+  return stream;
+}
+
+void print_page(const options& o, const std::string& tables, const std::string& part) {
   if (o.markdown.empty())
-    fmt::print("{}", page_with(tables, ""));
+    fmt::print("{}", page_with(tables, "", part));
   else
     compare::write_atomically(
-        o.markdown, page_with(tables, std::filesystem::exists(o.markdown) ? compare::read_file(o.markdown) : ""));
+        o.markdown, page_with(tables, std::filesystem::exists(o.markdown) ? compare::read_file(o.markdown) : "", part));
+}
+
+void gather(const options& o, const std::string& command) {
+  const compare::loaded_model model(o.model);
+  setting s{o, model.subject(o.bos), {}};
+  s.stream = read(s.subject, o);
+  std::filesystem::create_directories(o.folder);
+  if (!o.markdown.empty()) compare::check_writable(o.markdown);
+  const std::vector<job> jobs = plan(o);
+  run_missing(jobs, s);
+  std::map<std::string, json> files;
+  for (const job& j : jobs) files.emplace(j.name(), kept(path_of(j, o), j, s));
+  print_page(o, report(s, command, [&](const job& j) -> const json& { return files.at(j.name()); }), "evidence");
+}
+
+// Those of a text that are kept.
+class kept_results {
+ public:
+  explicit kept_results(const setting& s) : setting_(s) {}
+
+  const json* operator()(const job& j) {
+    const auto [file, is_new] = files_.emplace(j.name(), nullptr);
+    if (is_new || file->second.is_null()) file->second = kept(path_of(j, setting_.options), j, setting_);
+    return file->second.is_null() ? nullptr : &file->second;
+  }
+
+ private:
+  const setting& setting_;
+  std::map<std::string, json> files_;
+};
+
+void rank(options o, const std::string& command) {
+  const compare::loaded_model model(o.model);
+  if (o.caches.empty()) {
+    const std::optional<index_t> trained = model.model().config().max_position_embeddings;
+    if (!trained) throw compare::usage_error("--caches is missing, and the model does not say what it was trained on");
+    for (const index_t part : {4, 8, 16}) o.caches.push_back(*trained / part);
+  }
+  std::list<options> of_texts;
+  std::vector<setting> texts;
+  for (const std::string& text : o.texts) {
+    options& own = of_texts.emplace_back(o);
+    own.text = text;
+    own.folder += "/" + model.subject(o.bos).name + "/" + std::filesystem::path(text).stem().string();
+    std::filesystem::create_directories(own.folder);
+    texts.push_back({own, model.subject(o.bos), {}});
+    texts.back().stream = read(texts.back().subject, own);
+  }
+  for (const std::string& path : {o.markdown, o.svg})
+    if (!path.empty()) compare::check_writable(path);
+
+  std::list<kept_results> files;
+  std::vector<results> all;
+  for (const setting& s : texts) {
+    kept_results& of_text = files.emplace_back(s);
+    all.emplace_back([&of_text](const job& j) { return of_text(j); });
+  }
+  if (!o.report_only) {
+    for (int now = 0; now < stages; ++now)
+      for (std::size_t i = 0; i < texts.size(); ++i) {
+        std::vector<job> jobs = ranking_plan(texts[i].options, i == 0);
+        std::erase_if(jobs, [&](const job& j) { return stage(j) != now; });
+        run_missing(jobs, texts[i]);
+      }
+    for (const index_t cache : o.caches) {
+      const std::vector<contender> changed = with_budgets(texts, cache, all);
+      for (const setting& s : texts) run_missing(budget_plan(s, cache, changed), s);
+    }
+  }
+  print_page(o, ranking_report(texts, command, all), "ranking " + texts.front().subject.name);
+  if (!o.svg.empty()) compare::write_atomically(o.svg, ranking_svg(texts, all));
 }
 
 }  // namespace
@@ -91,7 +161,8 @@ int main(int argc, char** argv) {
   try {
     std::string command;
     for (int i = 0; i < argc; ++i) command += fmt::format("{}{}", i ? " " : "", argv[i]);
-    if (const auto options = parse_options(argc, argv)) gather(*options, command);
+    if (const auto options = parse_options(argc, argv))
+      options->ranking ? rank(*options, command) : gather(*options, command);
     if (std::fflush(stdout) != 0) throw std::runtime_error("the output cannot be written");
   } catch (const interrupted&) {
     fmt::print(stderr, "evidence: interrupted; the same command goes on from here\n");

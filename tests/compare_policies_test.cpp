@@ -43,7 +43,7 @@ std::vector<run> evaluated(const std::vector<subject>& subjects, const std::stri
                            index_t tokens, std::size_t threads = 1) {
   std::vector<token_stream> streams;
   for (const subject& s : subjects) streams.push_back(read_by(s, held_out_text()));
-  return evaluate(subjects, parse_policies(policies, cache), streams, cache, tokens, threads, [] {});
+  return evaluate(subjects, parse_policies(policies, cache), streams, cache, tokens, threads, [](index_t) {});
 }
 
 template <class Error, class F>
@@ -161,7 +161,7 @@ TEST_CASE("policies are read strictly") {
   const auto refused = [](const char* list) { return message_of<usage_error>([=] { parse_policies(list, 8); }); };
   CHECK(refused("") == "--policies '' has an empty entry");
   CHECK(refused("full,,window") == "--policies 'full,,window' has an empty entry");
-  CHECK(refused("fast") == "--policies: 'fast' had to be full, window, sinks:N or recompute");
+  CHECK_THAT(refused("fast"), Catch::StartsWith("--policies: 'fast' had to be one of: full, window, sinks:N, "));
   for (const char* sinks : {"sinks:0", "sinks:8", "sinks:", "sinks:-1", "sinks:4x", "sinks:99999999999999999999"})
     CHECK_THAT(refused(sinks), Catch::Contains("had to be sinks:N with N from 1 to 7"));
   CHECK(refused("sinks:4,full,sinks:04") == "--policies has sinks:4 twice");

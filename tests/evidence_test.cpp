@@ -189,5 +189,7 @@ TEST_CASE("new tables leave what a page says around them") {
   CHECK(page_with("new\n", "# Evidence\n\nold\n") == "# Evidence\n\nnew\n");
   CHECK(page_with("new\n", "before\n<!-- evidence -->\nold\n<!-- end -->\nbehind\n") ==
         "before\n<!-- evidence -->\nnew\n<!-- end -->\nbehind\n");
+  CHECK(page_with("new\n", "<!-- evidence -->\n1\n<!-- end -->\n<!-- ranking m -->\n2\n<!-- end -->\n", "ranking m") ==
+        "<!-- evidence -->\n1\n<!-- end -->\n<!-- ranking m -->\nnew\n<!-- end -->\n");
   CHECK(page_with("new\n", "<!-- end -->\n<!-- evidence -->\nold\n") == "# Evidence\n\nnew\n");
 }

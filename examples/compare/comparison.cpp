@@ -87,7 +87,7 @@ std::vector<std::string> comparison::findings() const {
     clauses = {fmt::format("nothing was evicted: {} fit a cache of {}, so the policies cannot differ",
                            tokens_text(tokens_), grouped(cache_))};
   } else {
-    for (const auto& finding : {window_finding(), recompute_finding(), full_finding()})
+    for (const auto& finding : {window_finding(), scored_finding(), recompute_finding(), full_finding()})
       if (finding) clauses.push_back(*finding);
   }
   if (clauses.empty()) {
@@ -112,6 +112,34 @@ std::optional<std::string> comparison::window_finding() const {
                      compared(summaries_[window].after, summaries_[pinned].after));
 }
 
+std::size_t comparison::best_of(const std::function<bool(const policy&)>& is_one) const {
+  std::size_t found = none;
+  for (std::size_t i = 0; i < runs_.size(); ++i)
+    if (is_one(runs_[i].policy) && (found == none || summaries_[i].after < summaries_[found].after)) found = i;
+  return found;
+}
+
+std::optional<std::string> comparison::scored_finding() const {
+  const auto is_random = [](const policy& p) {
+    return p.is == policy::kind::scored && (p.name == "random" || p.name.starts_with("random:"));
+  };
+  const std::size_t scored = best_of([&](const policy&p) { return p.is == policy::kind::scored && !is_random(p); }),
+                    chance = best_of(is_random), rolling = best_of([](const policy&p) {
+                                                   return p.is == policy::kind::window || p.is == policy::kind::sinks;
+                                                 });
+  const std::size_t own = scored != none ? scored : chance;
+  if (own == none || rolling == none) return {};
+  const auto against = [&](std::size_t i, std::size_t j) {
+    const double ratio = summaries_[i].after / summaries_[j].after - 1;
+    if (std::abs(ratio) < nothing) return fmt::format("ties with {}", runs_[j].policy.name);
+    return fmt::format("needs {} {} bits than {}", percent(ratio), ratio > 0 ? "more" : "fewer", runs_[j].policy.name);
+  };
+  std::string out = fmt::format("{}{} {}", scored != none ? "of the policies that score tokens " : "",
+                                runs_[own].policy.name, against(own, rolling));
+  if (scored != none && chance != none) out += fmt::format(", chance {}", against(chance, rolling));
+  return out;
+}
+
 std::optional<std::string> comparison::recompute_finding() const {
   const std::size_t pinned = best_pinned(), other = pinned != none ? pinned : find(policy::kind::window);
   if (!recompute_ || other == none) return {};
@@ -129,10 +157,8 @@ std::optional<std::string> comparison::recompute_finding() const {
 
 std::optional<std::string> comparison::full_finding() const {
   const std::size_t full = find(policy::kind::full);
-  std::size_t small = none;
-  for (std::size_t i = 0; i < runs_.size(); ++i)
-    if (i != full && &runs_[i] != recompute_ && (small == none || summaries_[i].after < summaries_[small].after))
-      small = i;
+  const std::size_t small =
+      best_of([](const policy& p) { return p.is != policy::kind::full && p.is != policy::kind::recompute; });
   if (full == none || small == none) return {};
   const double ratio = summaries_[full].after / summaries_[small].after - 1;
   const std::string keeping = fmt::format("keeping all {}", tokens_text(tokens_));

@@ -3,6 +3,7 @@
 #include <fmt/format.h>  // before namespace compare, which hides a function of its
 
 #include <cstddef>
+#include <functional>
 #include <optional>
 #include <span>
 #include <string>
@@ -42,9 +43,11 @@ class comparison {
  private:
   // Each nothing where the policies that it speaks of were not run.
   std::optional<std::string> window_finding() const;
+  std::optional<std::string> scored_finding() const;
   std::optional<std::string> recompute_finding() const;
   std::optional<std::string> full_finding() const;
 
+  std::size_t best_of(const std::function<bool(const policy&)>& is_one) const;
   double gap() const;  // of the window over the pinned tokens, relative; 0 where they were not both run
 
   std::span<const run> runs_;

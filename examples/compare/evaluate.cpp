@@ -14,41 +14,56 @@ constexpr double not_scored = std::numeric_limits<double>::quiet_NaN();
 
 // A recomputed token costs a forward over the whole cache, so about this many of them stand for the others.
 constexpr index_t wanted_samples = 512;
+constexpr index_t timed_passes = 4;
 
 index_t sample_stride(index_t cache, index_t tokens) { return std::max<index_t>(1, (tokens - cache) / wanted_samples); }
 
-// Until the cache is full, recomputing is decoding. After that, a fresh pass over the first token and the newest ones.
-void recompute_samples(run& r, evaluator& e, index_t cache, const std::function<void()>& on_token) {
+// Until the cache is full, recomputing is reading on. After that, a fresh pass over the first token and the newest
+// ones.
+void recompute_samples(run& r, evaluator& e, index_t cache, const progress& on_tokens) {
   const index_t tokens = static_cast<index_t>(r.loss_bits.size());
-  const std::vector<double> decoded =
-      e.by_decode(static_cast<std::size_t>(std::min(cache, tokens)), [&](index_t) { on_token(); });
-  std::copy(decoded.begin(), decoded.end(), r.loss_bits.begin());
-  r.us_per_token = e.us_per_token();
-  double total = 0;
-  index_t samples = 0;
+  const std::vector<double> read = e.by_prefill(static_cast<std::size_t>(std::min(cache, tokens)), on_tokens);
+  std::copy(read.begin(), read.end(), r.loss_bits.begin());
   for (index_t i = cache; i < tokens; i += sample_stride(cache, tokens)) {
     r.loss_bits[static_cast<std::size_t>(i)] = e.recomputed(static_cast<std::size_t>(i), cache);
-    total += e.us_per_token();
-    r.us_per_token = total / static_cast<double>(++samples);
-    on_token();
+    on_tokens(cache);
   }
 }
 
-run evaluate_one(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t tokens,
-                 index_t threads, const std::function<void()>& on_token) {
+bool is_full(const policy& p) { return p.is == policy::kind::full; }
+bool is_recompute(const policy& p) { return p.is == policy::kind::recompute; }
+
+index_t cache_of(const policy& p, index_t cache, index_t tokens) {
+  return is_full(p) ? tokens : p.cache > 0 ? p.cache : cache;
+}
+
+run loss_of(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t tokens,
+            index_t threads, const progress& on_tokens) {
   const auto ids = std::span(stream.ids).first(static_cast<std::size_t>(tokens) + 1);
-  run r{&s, p, p.is == policy::kind::full ? tokens : cache - p.num_sink_tokens, {}, 0, 0};
+  const index_t own = cache_of(p, cache, tokens);
+  run r{&s, p, own - p.num_sink_tokens, {}, cache_bytes(p, *s.model, own), 0};
   r.token_bytes.assign(stream.bytes.begin() + 1, stream.bytes.begin() + 1 + tokens);
   r.loss_bits.assign(static_cast<std::size_t>(tokens), not_scored);
-  evaluator e(s, caches_of(p, p.is == policy::kind::full ? tokens : cache), ids, {.threads = threads});
-  r.cache_bytes = e.session().cache_bytes();
-  if (p.is == policy::kind::recompute) {
-    recompute_samples(r, e, cache, on_token);
-  } else {
-    r.loss_bits = e.by_decode(static_cast<std::size_t>(tokens), [&](index_t) { on_token(); });
-    r.us_per_token = e.us_per_token();
-  }
+  evaluator e(s, caches_of(p, own), ids, {.threads = threads});
+  if (is_recompute(p))
+    recompute_samples(r, e, own, on_tokens);
+  else
+    r.loss_bits = e.by_prefill(static_cast<std::size_t>(tokens), on_tokens);
   return r;
+}
+
+// A step of a small model is over before other threads are awake.
+constexpr index_t small_model = 10'000'000;
+
+// Alone, because runs share caches and memory.
+double us_per_token(const subject& s, const policy& p, const token_stream& stream, index_t cache, index_t tokens,
+                    index_t threads, const progress& on_tokens) {
+  const auto ids = std::span(stream.ids).first(static_cast<std::size_t>(tokens) + 1);
+  const index_t own = cache_of(p, cache, tokens), room = is_full(p) ? decoded_tokens : 0;
+  engine::session session(*s.model, caches_of(p, own + room),
+                          config_of(s, {.threads = s.model->num_parameters() < small_model ? 1 : threads}));
+  return 1000 * (is_recompute(p) ? ms_per_pass(session, own, ids, timed_passes, on_tokens)
+                                 : ms_per_token(session, own, ids, decoded_tokens, on_tokens));
 }
 
 // Sum and count of what was scored, from `first` on; with `like`, only of what was scored there too.
@@ -83,23 +98,27 @@ total total_loss(const run& r, index_t first, index_t last, const run* like = nu
 index_t work(std::span<const subject> subjects, std::span<const policy> policies, index_t cache, index_t tokens) {
   index_t total = 0;
   for (const policy& p : policies) {
-    const index_t stride = p.is == policy::kind::recompute ? sample_stride(cache, tokens) : 1;
-    const index_t before = std::min(cache, tokens);
-    total += before + (tokens - before + stride - 1) / stride;
+    const index_t own = cache_of(p, cache, tokens), before = std::min(own, tokens),
+                  stride = is_recompute(p) ? sample_stride(own, tokens) : 1;
+    total += before + (tokens - before + stride - 1) / stride * (is_recompute(p) ? own : 1);
+    total += is_recompute(p) ? timed_passes * own : decode_work * decoded_tokens;
   }
   return total * static_cast<index_t>(subjects.size());
 }
 
 std::vector<run> evaluate(std::span<const subject> subjects, std::span<const policy> policies,
                           std::span<const token_stream> streams, index_t cache, index_t tokens, std::size_t threads,
-                          const std::function<void()>& on_token) {
+                          const progress& on_tokens) {
   std::vector<run> runs(subjects.size() * policies.size());
-  const auto threads_each = static_cast<index_t>(std::max<std::size_t>(1, threads / runs.size()));
+  const auto all = static_cast<index_t>(threads), each = std::max(index_t{1}, all / static_cast<index_t>(runs.size()));
   for_each_index(runs.size(), threads, [&](std::size_t i) {
     const std::size_t s = i / policies.size();
-    runs[i] =
-        evaluate_one(subjects[s], policies[i % policies.size()], streams[s], cache, tokens, threads_each, on_token);
+    runs[i] = loss_of(subjects[s], policies[i % policies.size()], streams[s], cache, tokens, each, on_tokens);
   });
+  for (std::size_t i = 0; i < runs.size(); ++i)
+    runs[i].us_per_token =
+        us_per_token(*runs[i].subject, runs[i].policy, streams[i / policies.size()], cache, tokens, all,
+                     [&](index_t n) { on_tokens(is_recompute(runs[i].policy) ? n : decode_work * n); });
   return runs;
 }
 

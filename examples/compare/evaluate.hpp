@@ -24,7 +24,7 @@ struct run {
   // [tokens] Bits that ids[i + 1] cost given the cache after ids[0..i]; NaN where recompute took no sample.
   std::vector<double> loss_bits;
   std::size_t cache_bytes;
-  double us_per_token;
+  double us_per_token;                // of tokens decoded one by one with a full cache
   std::vector<int> token_bytes = {};  // [tokens] of the text that ids[i + 1] stands for; empty: one each
 };
 
@@ -42,11 +42,12 @@ struct segment_loss {
 };
 
 // All policies on all subjects, subject by subject, `threads` at a time, over the first `tokens` that each subject's
-// stream has to predict. `on_token` is called from any of them.
+// stream has to predict; then the time that each takes, one by one with so many threads. `cache` is theirs that have no
+// other. `on_tokens` is called from any of them.
 std::vector<run> evaluate(std::span<const subject>, std::span<const policy>, std::span<const token_stream>,
-                          index_t cache, index_t tokens, std::size_t threads, const std::function<void()>& on_token);
+                          index_t cache, index_t tokens, std::size_t threads, const progress& on_tokens);
 
-// How often evaluate calls on_token.
+// What evaluate tells on_tokens in all: tokens of prefill, and what takes about as long.
 index_t work(std::span<const subject>, std::span<const policy>, index_t cache, index_t tokens);
 
 // `recompute`: the same subject's run of that policy, or null.

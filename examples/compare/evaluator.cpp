@@ -14,12 +14,16 @@ using clock = std::chrono::steady_clock;
 
 constexpr std::size_t chunk = 256;  // between two reports of progress
 
-engine::session_config with_softmax_of(const subject& s, engine::session_config config) {
-  if (s.remedy_removed) config.softmax = sinkcache::softmax_variant::standard();
-  return config;
+double ms_since(clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(clock::now() - start).count();
 }
 
 }  // namespace
+
+engine::session_config config_of(const subject& s, engine::session_config config) {
+  if (s.remedy_removed) config.softmax = sinkcache::softmax_variant::standard();
+  return config;
+}
 
 token_stream read_by(const subject& s, const std::string& text) {
   const loaders::model_config& config = s.model->config();
@@ -46,7 +50,7 @@ token_stream read_by(const subject& s, const std::string& text) {
 
 evaluator::evaluator(const subject& s, const engine::cache_factory& caches, std::span<const int> ids,
                      engine::session_config config)
-    : subject_(&s), ids_(ids), session_(*s.model, caches, with_softmax_of(s, std::move(config))) {}
+    : subject_(&s), ids_(ids), session_(*s.model, caches, config_of(s, std::move(config))) {}
 
 double evaluator::loss(std::span<const float> logits, std::size_t i) const {
   const double loss = engine::loss_bits(logits, ids_[i + 1]);
@@ -57,16 +61,10 @@ double evaluator::loss(std::span<const float> logits, std::size_t i) const {
 
 std::vector<double> evaluator::by_decode(std::size_t tokens, const progress& on_tokens) {
   std::vector<double> bits;
-  clock::duration total{};
   for (; bits.size() < tokens; ++seen_) {
-    const clock::time_point start = clock::now();
-    const std::span<const float> logits = session_.decode(ids_[seen_]);
-    total += clock::now() - start;
-    bits.push_back(loss(logits, seen_));
+    bits.push_back(loss(session_.decode(ids_[seen_]), seen_));
     on_tokens(1);
   }
-  us_per_token_ =
-      std::chrono::duration<double, std::micro>(total).count() / static_cast<double>(std::max<std::size_t>(tokens, 1));
   return bits;
 }
 
@@ -93,12 +91,35 @@ double evaluator::recomputed(std::size_t i, index_t cache) {
   const auto newest = ids_.subspan(i + 2 - context_.size(), context_.size() - 1);
   context_.front() = ids_.front();
   std::copy(newest.begin(), newest.end(), context_.begin() + 1);
-  const clock::time_point start = clock::now();
   session_.clear();
-  const std::span<const float> logits = session_.prefill(context_);
-  us_per_token_ = std::chrono::duration<double, std::micro>(clock::now() - start).count();
   seen_ = i + 1;
-  return loss(logits, i);
+  return loss(session_.prefill(context_), i);
+}
+
+double ms_per_token(engine::session& session, index_t cache, std::span<const int> ids, index_t tokens,
+                    const progress& on_tokens) {
+  for (index_t i = 0, n; i < cache; i += n) {
+    const std::size_t at = static_cast<std::size_t>(i) % ids.size();
+    n = std::min(cache - i, static_cast<index_t>(ids.size() - at));
+    session.prefill(ids.subspan(at, static_cast<std::size_t>(n)));
+  }
+  const auto start = clock::now();
+  for (index_t i = cache; i < cache + tokens; ++i) {
+    session.decode(ids[static_cast<std::size_t>(i) % ids.size()]);
+    on_tokens(1);
+  }
+  return ms_since(start) / static_cast<double>(tokens);
+}
+
+double ms_per_pass(engine::session& session, index_t cache, std::span<const int> ids, index_t passes,
+                   const progress& on_tokens) {
+  const auto start = clock::now();
+  for (index_t i = 0; i < passes; ++i) {
+    session.clear();
+    session.prefill(ids.first(std::min(ids.size(), static_cast<std::size_t>(cache))));
+    on_tokens(cache);
+  }
+  return ms_since(start) / static_cast<double>(passes);
 }
 
 }  // namespace compare

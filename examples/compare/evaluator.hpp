@@ -36,15 +36,17 @@ token_stream read_by(const subject&, const std::string& text);
 // Is called with the number of tokens that went through the model since the last call; may throw, to stop.
 using progress = std::function<void(index_t)>;
 
+// With the softmax that the subject is evaluated with.
+engine::session_config config_of(const subject&, engine::session_config);
+
 // One session that reads `ids` from the start. Every loss is the bits that ids[i + 1] costs given the cache after
 // ids[0..i]; a loss that is not finite throws. The subject must outlive it.
 class evaluator {
  public:
   evaluator(const subject&, const engine::cache_factory&, std::span<const int> ids, engine::session_config = {});
 
-  // [tokens] Of the next so many, one by one; us_per_token() is the mean time that a step took.
+  // [tokens] Of the next so many, one by one.
   std::vector<double> by_decode(std::size_t tokens, const progress&);
-  double us_per_token() const { return us_per_token_; }
   // The same by prefill in chunks, or with the logits after every token instead of the loss.
   std::vector<double> by_prefill(std::size_t tokens, const progress&);
   void prefill(std::size_t tokens, const std::function<void(std::span<const float>)>& each, const progress&);
@@ -62,7 +64,17 @@ class evaluator {
   engine::session session_;
   std::size_t seen_ = 0;
   std::vector<int> context_;  // of recomputed
-  double us_per_token_ = 0;
 };
+
+// That the timed runs decode. Loss is not: prefill costs every token what decoding does, in a tenth of the time.
+inline constexpr index_t decoded_tokens = 512;
+inline constexpr index_t decode_work = 4;  // a decoded token takes about so many times as long as one of a chunk
+
+// Of a decode step with a full cache of so many tokens, by a fresh session: the mean in milliseconds over `tokens` of
+// them. A text that is too short begins again.
+double ms_per_token(engine::session&, index_t cache, std::span<const int> ids, index_t tokens, const progress&);
+
+// Of a fresh pass over a full cache: what a token costs where there is none.
+double ms_per_pass(engine::session&, index_t cache, std::span<const int> ids, index_t passes, const progress&);
 
 }  // namespace compare

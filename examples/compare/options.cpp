@@ -8,21 +8,42 @@
 
 #include "command_line.hpp"
 #include "known_models.hpp"
+#include "scored_policies.hpp"
 
 namespace compare {
 namespace {
 
-policy parse_policy(const std::string& name, index_t cache) {
-  if (name == "full") return {policy::kind::full, 0, name};
-  if (name == "window") return {policy::kind::window, 0, name};
-  if (name == "recompute") return {policy::kind::recompute, 1, name};
-  if (!name.starts_with("sinks:"))
-    throw usage_error(fmt::format("--policies: '{}' had to be full, window, sinks:N or recompute", name));
-  const std::optional<index_t> sinks = loaders::whole_number<index_t>(name.substr(6), 1, cache - 1);
-  if (!sinks)
-    throw usage_error(
-        fmt::format("--policies: '{}' had to be sinks:N with N from 1 to {}, below --cache", name, cache - 1));
-  return {policy::kind::sinks, *sinks, fmt::format("sinks:{}", *sinks)};
+policy parse_policy(const std::string& entry, index_t cache) {
+  if (entry == "full") return {policy::kind::full, 0, entry};
+  if (entry == "window") return {policy::kind::window, 0, entry};
+  if (entry == "recompute") return {policy::kind::recompute, 1, entry};
+  if (entry.starts_with("sinks:")) {
+    const std::optional<index_t> sinks = loaders::whole_number<index_t>(entry.substr(6), 1, cache - 1);
+    if (!sinks)
+      throw usage_error(
+          fmt::format("--policies: '{}' had to be sinks:N with N from 1 to {}, below --cache", entry, cache - 1));
+    return {policy::kind::sinks, *sinks, fmt::format("sinks:{}", *sinks)};
+  }
+  const std::size_t colon = std::min(entry.find(':'), entry.size());
+  std::vector<std::string> parameters;
+  if (colon < entry.size()) parameters = split("--policies", entry.substr(colon + 1));
+  const auto scored = std::make_shared<const scored_policy>(parse_scored(entry.substr(0, colon), parameters));
+  return {policy::kind::scored, scored->sinks, scored->shown(), scored};
+}
+
+// Policies with their parameters.
+std::vector<std::string> entries(const std::string& list) {
+  std::vector<std::string> all;
+  for (const std::string& item : split("--policies", list)) {
+    const bool goes_on = item.find('=') < item.find(':');
+    if (goes_on && all.empty())
+      throw usage_error(fmt::format("--policies begins with '{}', had to begin with a policy", item));
+    if (!goes_on)
+      all.push_back(item);
+    else
+      all.back() += (all.back().find(':') == std::string::npos ? ':' : ',') + item;
+  }
+  return all;
 }
 
 }  // namespace
@@ -37,16 +58,49 @@ std::vector<std::string> split(const char* option, const std::string& list) {
   return parts;
 }
 
+std::string default_policies() {
+  std::string list = "window,sinks:1,sinks:4,random,h2o,tova";
+  for (const std::string& own : registered_policies()) list += "," + own;
+  return list;
+}
+
 const char* const usage =
-    "usage: compare_policies [--model FILE | --models LIST] [--text FILE] [--bos] [--cache N] [--policies LIST]\n"
-    "                        [--tokens N] [--threads N] [--json FILE] [--svg FILE]\n"
+    "usage: compare_policies [--model FILE | --models LIST] [--text FILE] [--bos] [--cache N | --bytes N]\n"
+    "                        [--policies LIST] [--tokens N] [--threads N] [--json FILE] [--svg FILE]\n"
+    "       compare_policies --list-policies\n"
     "       compare_policies --help\n";
+
+index_t least_cache(const policy& p) {
+  switch (p.is) {
+    case policy::kind::full:
+    case policy::kind::window:
+      return 1;
+    case policy::kind::recompute:
+      return 2;
+    case policy::kind::sinks:
+      return p.num_sink_tokens + 1;
+    case policy::kind::scored:
+      break;
+  }
+  return p.scored->kept() + 1 + p.scored->interval;
+}
+
+void require_fits(const policy& p, index_t cache) {
+  if (cache >= least_cache(p)) return;
+  if (p.is != policy::kind::scored)
+    throw usage_error(fmt::format("--cache is {}, {} had to have at least {}", cache, p.name, least_cache(p)));
+  throw usage_error(fmt::format(
+      "--cache is {}, {} had to have at least {}: {} tokens that never leave (sinks={}, recent={} or its "
+      "own window), one that may, and interval={}",
+      cache, p.name, least_cache(p), p.scored->kept(), p.scored->sinks, p.scored->recent, p.scored->interval));
+}
 
 std::vector<policy> parse_policies(const std::string& list, index_t cache) {
   std::vector<policy> policies;
   std::set<std::string> seen;
-  for (const std::string& name : split("--policies", list)) {
-    policies.push_back(parse_policy(name, cache));
+  for (const std::string& entry : entries(list)) {
+    policies.push_back(parse_policy(entry, cache));
+    require_fits(policies.back(), cache);
     if (!seen.insert(policies.back().name).second)
       throw usage_error(fmt::format("--policies has {} twice", policies.back().name));
   }
@@ -55,7 +109,7 @@ std::vector<policy> parse_policies(const std::string& list, index_t cache) {
 
 std::optional<options> parse_options(int argc, const char* const* argv) {
   options o;
-  std::string policies = "full,window,sinks:1,sinks:4,recompute", models;
+  std::string policies = default_policies(), models;
   CLI::App app("What a small KV cache costs a language model, policy by policy, in bits per byte of a text.",
                "compare_policies");
 
@@ -77,15 +131,20 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                               "each also with its own remedy removed");
   text("--text", o.text, "FILE", "what to predict (default: examples/data/sotu-heldout.txt)");
   app.add_flag("--bos", o.bos, "begin with the model's BOS token where it is not used to one, as SmolLM2 is not");
-  add_count<index_t>(app, "--cache", 2, index_t{1} << 20,
-                     "tokens that a cache holds, pinned ones included (default: 128)",
+  add_count<index_t>(app, "--cache", 2, most_tokens,
+                     "tokens that a cache holds, pinned ones and those until the next event included\n(default: 128)",
                      [&o](index_t n) { o.cache = n; });
+  add_count<std::size_t>(app, "--bytes", 1, std::size_t{1} << 50,
+                         "bytes that all layers' caches may take, instead: each policy holds the tokens that fit",
+                         [&o](std::size_t n) { o.bytes = n; });
+  app.get_option("--bytes")->excludes(app.get_option("--cache"));
   text("--policies", policies, "LIST",
-       "comma separated (default: full,window,sinks:1,sinks:4,recompute)\n"
-       "full: nothing is evicted\n"
-       "window: the newest tokens\n"
-       "sinks:N: the first N tokens for ever, and the newest\n"
-       "recompute: a fresh pass over the first token and the newest, at sampled tokens");
+       fmt::format("comma separated (default: {})\n"
+                   "full, window, sinks:N, recompute, and policies by score with their parameters,\n"
+                   "as in window,h2o:sinks=4,recent=32,tova: --list-policies explains them",
+                   policies));
+  bool list = false;
+  app.add_flag("--list-policies", list, "explain the policies, a line each, and their parameters");
   add_count<index_t>(app, "--tokens", 2, index_t{1} << 30,
                      "tokens to predict (default: 20480 bytes, 4096 where a token is more, or all of\na shorter text)",
                      [&o](index_t n) { o.tokens = n; });
@@ -95,9 +154,13 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                      [&o](index_t n) { o.threads = static_cast<std::size_t>(n); });
   text("--json", o.json, "FILE", "write all results there");
   CLI::Option* svg = text("--svg", o.svg, "FILE", "draw the loss along the stream there");
-  several->excludes(one)->excludes(svg);
+  several->excludes(one)->excludes(svg)->excludes(app.get_option("--bytes"));
 
   if (!parse(app, argc, argv)) return {};
+  if (list) {
+    fmt::print("{}", listed_policies());
+    return {};
+  }
 
   o.remedies = several->count() > 0;
   for (const std::string& name : o.remedies ? split("--models", models) : std::vector{model}) {
@@ -108,7 +171,17 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   }
   if (o.text.empty()) o.text = SINKCACHE_SOURCE_DIR "/examples/data/sotu-heldout.txt";
   if (!o.json.empty() && o.json == o.svg) throw usage_error("--json and --svg are the same file");
-  o.policies = parse_policies(policies, o.cache);
+  if (app.count("--policies") > 0 || o.bytes) {
+    o.policies = parse_policies(policies, o.bytes ? most_tokens : o.cache);
+    return o;
+  }
+  // Of those that nobody asked for, what scores tokens may be too much for a small cache.
+  std::string fitting;
+  for (const std::string& entry : split("--policies", policies)) {
+    const bool fits = least_cache(parse_policies(entry, most_tokens).front()) <= o.cache || entry.starts_with("sinks:");
+    (fits ? fitting : o.left_out) += (fits ? fitting : o.left_out).empty() ? entry : "," + entry;
+  }
+  o.policies = parse_policies(fitting, o.cache);
   return o;
 }
 

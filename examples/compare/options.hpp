@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
 #include <optional>
 #include <sinkcache/config.hpp>
 #include <stdexcept>
@@ -20,13 +21,20 @@ struct usage_error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+struct scored_policy;
+
 struct policy {
-  enum class kind { full, window, sinks, recompute };
+  enum class kind { full, window, sinks, recompute, scored };
 
   kind is;
   index_t num_sink_tokens;
-  std::string name;  // full, window, sinks:4, recompute
+  std::string name;                                       // full, window, sinks:4, recompute, h2o:interval=64
+  std::shared_ptr<const scored_policy> scored = nullptr;  // of that kind
+  index_t cache = 0;                                      // tokens, where not that of all: at equal bytes
 };
+
+// Tokens that its cache has to hold at least.
+index_t least_cache(const policy&);
 
 struct options {
   std::vector<std::string> models;  // files
@@ -34,19 +42,29 @@ struct options {
   std::string text;
   bool bos = false;  // --bos: also before models that do not begin with it by themselves
   index_t cache = 128;
-  std::optional<index_t> tokens;  // missing: default_tokens, or all of a shorter text
+  std::optional<std::size_t> bytes;  // --bytes: of all layers' caches, instead of `cache`
+  std::optional<index_t> tokens;     // missing: default_tokens, or all of a shorter text
   std::vector<policy> policies;
+  std::string left_out;  // those of default_policies() that a cache is too small for
   std::size_t threads = std::max(1U, std::thread::hardware_concurrency());
   std::string json, svg;  // empty: none
 };
 
+inline constexpr index_t most_tokens = index_t{1} << 20;                      // that a cache may hold
 inline constexpr index_t default_tokens = 20480, default_long_tokens = 4096;  // about the same text
 
-// Nothing where --help was asked for, and printed.
+// Nothing where --help or --list-policies was asked for, and printed.
 std::optional<options> parse_options(int argc, const char* const* argv);
 
-// `list`: comma separated.
+// `list`: comma separated; what has a '=' and no ':' before it goes on with the policy before it, as in
+// window,h2o:sinks=4,recent=32,tova. Each has to fit a cache of `cache` tokens.
 std::vector<policy> parse_policies(const std::string& list, index_t cache);
+
+// Throws usage_error where the policy does not fit.
+void require_fits(const policy&, index_t cache);
+
+// Those of the command line that names none: the program's own too.
+std::string default_policies();
 
 extern const char* const usage;
 

@@ -11,6 +11,7 @@
 
 #include "../loaders/json.hpp"
 #include "machine.hpp"
+#include "scored_policies.hpp"
 
 namespace compare {
 namespace {
@@ -74,7 +75,11 @@ std::string header(const setting& s, std::span<const subject> subjects) {
   std::string out;
   for (const subject& each : subjects)
     if (!each.remedy_removed) out += fmt::format("{}: {}\n", each.name, describe(*each.model));
-  return out + fmt::format("{} of {}, a cache of {}\n", amount(s), s.text, tokens_text(s.cache));
+  const std::string cache = s.cache_bytes > 0
+                                ? fmt::format("caches of {} bytes, up to {}",
+                                              grouped(static_cast<index_t>(s.cache_bytes)), tokens_text(s.cache))
+                                : fmt::format("a cache of {}", tokens_text(s.cache));
+  return out + fmt::format("{} of {}, {}\n", amount(s), s.text, cache);
 }
 
 std::string table(const comparison& c) {
@@ -193,6 +198,9 @@ std::string to_json(const setting& s, std::span<const comparison> comparisons) {
                       {"policy", r.policy.name},
                       {"num_sink_tokens", r.policy.num_sink_tokens},
                       {"window", r.window},
+                      {"rows", r.window + r.policy.num_sink_tokens},
+                      {"interval", r.policy.scored ? json(r.policy.scored->interval) : json(nullptr)},
+                      {"recent", r.policy.scored ? json(r.policy.scored->recent) : json(nullptr)},
                       {"loss_bits",
                        {{"all", l.all},
                         {"before_first_eviction", l.before},

@@ -16,7 +16,8 @@ namespace compare {
 struct setting {
   std::string text;  // its name
   index_t cache, tokens;
-  index_t bytes = 0;  // that the tokens of the first subject stand for; 0: one each
+  index_t bytes = 0;            // that the tokens of the first subject stand for; 0: one each
+  std::size_t cache_bytes = 0;  // of all layers' caches, where these are what is equal; `cache` is the largest then
 };
 
 std::string amount(const setting&);  // 20,480 bytes, or 4,096 tokens (17,823 bytes)

@@ -13,7 +13,7 @@
 namespace compare {
 namespace {
 
-constexpr double width = 960, height = 600, left = 60, right = 755, top = 136, bottom = 484;
+constexpr double least_width = 960, height = 600, left = 60, right = 755, top = 136, bottom = 484;
 constexpr double label_height = 18;
 
 constexpr index_t enough_samples = 8;  // of recompute, to draw a segment
@@ -24,6 +24,10 @@ struct style {
 };
 
 constexpr style sinks_styles[] = {{"#0072b2", ""}, {"#009e73", "8 8"}, {"#cc79a7", "4 6"}, {"#e69f00", "2 5"}};
+// Tol's muted colours and one of his vibrant ones, for those that go by scores: as many as a picture can hold.
+constexpr style scored_styles[] = {{"#882255", ""},    {"#999933", ""},    {"#332288", ""},    {"#44aa99", ""},
+                                   {"#aa4499", "8 6"}, {"#117733", "8 6"}, {"#661100", "8 6"}, {"#6699cc", "8 6"},
+                                   {"#ee7733", "3 5"}, {"#000000", "3 5"}, {"#cc6677", "3 5"}, {"#0077bb", "3 5"}};
 
 struct curve {
   std::string name, label;
@@ -71,7 +75,7 @@ std::vector<segment_loss> recompute_segments(const comparison& c, const run& r) 
 
 std::vector<curve> curves_of(const comparison& c) {
   std::vector<curve> curves;
-  std::size_t sinks = 0;
+  std::size_t sinks = 0, scored = 0;
   for (std::size_t i = 0; i < c.runs().size(); ++i) {
     const run& r = c.runs()[i];
     style line_style{};
@@ -84,6 +88,9 @@ std::vector<curve> curves_of(const comparison& c) {
         break;
       case policy::kind::sinks:
         line_style = sinks_styles[sinks++ % std::size(sinks_styles)];
+        break;
+      case policy::kind::scored:
+        line_style = scored_styles[scored++ % std::size(scored_styles)];
         break;
       case policy::kind::recompute:
         line_style = {"#000000", "1 7"};
@@ -161,11 +168,17 @@ class chart {
         "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n"
         "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
         "<clipPath id=\"plot\"><rect x=\"{2}\" y=\"{3}\" width=\"{4}\" height=\"{5}\"/></clipPath>\n",
-        width, height, left, top, right - left, bottom - top);
+        width(), height, left, top, right - left, bottom - top);
     return out + titles() + axes() + marks() + lines() + "</svg>\n";
   }
 
  private:
+  // Room for the longest label.
+  double width() const {
+    std::size_t longest = 0;
+    for (const curve& each : curves_) longest = std::max(longest, each.label.size());
+    return std::max(least_width, right + 25 + 7.5 * static_cast<double>(longest));
+  }
   double x(index_t token) const {
     const double from = std::log2(static_cast<double>(first_)), to = std::log2(static_cast<double>(setting_.tokens));
     return left + (right - left) * (std::log2(static_cast<double>(std::max<index_t>(token, 1))) - from) / (to - from);

@@ -185,6 +185,14 @@ model::model(const std::string& path) {
   num_parameters_ = tensors.num_parameters();
 }
 
+layer_info model::info(index_t layer_number) const {
+  const model_config& c = config_;
+  return {{.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = rope_},
+          c.num_attention_heads,
+          layer_number,
+          c.num_hidden_layers};
+}
+
 session::session(const model& m, const cache_factory& make_cache, const session_config& config)
     : model_(&m), pool_(config.threads > 1 ? std::make_unique<threads::thread_pool>(config.threads) : nullptr) {
   if (pool_) workspace_ = sinkcache::workspace(*pool_);
@@ -192,7 +200,7 @@ session::session(const model& m, const cache_factory& make_cache, const session_
   layers_.reserve(m.layers_.size());
   for (const model::layer& layer : m.layers_) {
     layers_.push_back(
-        {make_cache({.num_kv_heads = c.num_key_value_heads, .head_dim = c.head_dim, .rope = m.rope_}),
+        {make_cache(m.info(static_cast<index_t>(layers_.size()))),
          sinkcache::attention({.num_qo_heads = c.num_attention_heads,
                                .softmax = config.softmax ? *config.softmax : softmax_of(c.attention, layer.sinks)})});
   }

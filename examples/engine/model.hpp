@@ -21,6 +21,12 @@ namespace engine {
 
 using loaders::model_config;
 
+// What the model says of a layer.
+struct layer_info {
+  sinkcache::cache_config cache;  // its heads and its rope; its window, or 0: it attends to all that its cache holds
+  index_t num_qo_heads, layer, num_layers;
+};
+
 class model {
  public:
   // A safetensors or a GGUF file. Throws file_error as weights::open does, and unless the tensors are exactly those of
@@ -30,6 +36,7 @@ class model {
   const model_config& config() const { return config_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   index_t num_parameters() const { return num_parameters_; }
+  layer_info info(index_t layer_number) const;
 
  private:
   friend class session;
@@ -54,9 +61,8 @@ class model {
   std::vector<layer> layers_;
 };
 
-// Makes the cache of one layer, given what the model says of it: its heads and its rope. What is kept is the factory's
-// choice.
-using cache_factory = std::function<std::unique_ptr<sinkcache::any_kv_cache>(const sinkcache::cache_config& layer)>;
+// Makes the cache of one layer. What is kept is the factory's choice.
+using cache_factory = std::function<std::unique_ptr<sinkcache::any_kv_cache>(const layer_info&)>;
 
 struct session_config {
   std::optional<sinkcache::softmax_variant> softmax = {};  // instead of the model's own
@@ -77,6 +83,7 @@ class session {
 
   void clear();
   std::size_t cache_bytes() const;
+  const sinkcache::any_kv_cache& cache(index_t layer) const { return *layers_[static_cast<std::size_t>(layer)].cache; }
 
   // [num_hidden_layers, num_attention_heads] What each head gave to the pinned tokens of its attention for the token
   // decoded last. Only where the session watches sinks.

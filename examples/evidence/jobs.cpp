@@ -18,8 +18,9 @@
 namespace evidence {
 namespace {
 
+using compare::decode_work;
+
 constexpr index_t recomputed_passes = 4;
-constexpr index_t decode_work = 4;  // a decoded token takes about so many times as long as one of a chunk
 
 const char* kind_name(job::kind kind) {
   switch (kind) {
@@ -39,7 +40,10 @@ const char* kind_name(job::kind kind) {
   return "decode";
 }
 
-recall_setting recall_of(const options& o) { return {{32, 128, 512, 2048}, o.facts}; }
+recall_setting recall_of(const options& o, index_t cache) {
+  if (o.ranking) return {{cache, 4 * cache, 16 * cache}, o.facts};
+  return {{32, 128, 512, 2048}, o.facts};
+}
 
 engine::cache_factory caches_of(const job& j) { return compare::caches_of(j.policy, j.cache); }
 
@@ -72,12 +76,13 @@ json inputs(const job& j, const setting& s) {
   if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = o.tokens;
   if (j.is == job::kind::recompute) in["targets"] = o.targets;
   if (j.is == job::kind::recall) in["facts"] = o.facts;
+  if (j.is == job::kind::recall && o.ranking) in["distances"] = recall_of(o, j.cache).distances;
   if (j.is == job::kind::decode) in["threads"] = o.threads;
   return in;
 }
 
 json measure_recall(const job& j, const setting& s, const progress& on_tokens) {
-  const recall_stream stream = plant(s.subject, s.stream.ids, j.cache, recall_of(s.options));
+  const recall_stream stream = plant(s.subject, s.stream.ids, j.cache, recall_of(s.options, j.cache));
   const std::vector<int> right = recalled(s.subject, caches_of(j), stream, on_tokens);
   json facts = json::array();
   for (std::size_t i = 0; i < right.size(); ++i) {
@@ -87,9 +92,10 @@ json measure_recall(const job& j, const setting& s, const progress& on_tokens) {
     const bool inside = f.asked_last - f.first < window, outside = f.asked_first - f.last >= window;
     facts.push_back({{"distance", f.distance},
                      {"tokens_later", f.asked_first - f.last},
-                     {"visible", inside    ? "whole"
-                                 : outside ? "no"
-                                           : "in part"},
+                     {"visible", j.policy.scored ? "by score"
+                                 : inside        ? "whole"
+                                 : outside       ? "no"
+                                                 : "in part"},
                      {"digits_right", right[i]}});
   }
   return {{"tokens", stream.ids.size()}, {"digits", digits_of_a_fact}, {"facts", std::move(facts)}};
@@ -99,7 +105,11 @@ json measure_recall(const job& j, const setting& s, const progress& on_tokens) {
 
 std::string job::name() const {
   std::string of = policy.name;
+  if (policy.is == compare::policy::kind::scored)
+    std::ranges::replace_if(
+        of, [](char c) { return c == ':' || c == ','; }, '_');
   std::erase(of, ':');
+  std::erase(of, '=');
   if (is == kind::recompute) return fmt::format("{}-{}", of, cache);
   return fmt::format("{}-{}-{}", kind_name(is), of, cache);
 }
@@ -127,14 +137,14 @@ std::vector<job> plan(const options& o) {
 }
 
 index_t work(const job& j, const options& o) {
-  const recall_setting recall = recall_of(o);
+  const recall_setting recall = recall_of(o, j.cache);
   switch (j.is) {
     case job::kind::loss:
       return o.tokens;
     case job::kind::recompute:
       return o.targets * j.cache;
     case job::kind::recall:
-      return j.cache +
+      return j.cache + (o.ranking ? recall.distances.back() : 0) +
              o.facts * static_cast<index_t>(recall.distances.size()) * (recall.spacing + 34);  // a fact and a question
     case job::kind::shares:
       return decode_work * decoded_tokens;
@@ -190,8 +200,8 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   }
   engine::session session(model, caches_of(j), {.threads = o.threads});
   const double ms = j.policy.is == compare::policy::kind::recompute
-                        ? ms_per_pass(session, j.cache, ids, recomputed_passes, on_tokens)
-                        : ms_per_token(session, j.cache, all, decoded_tokens, on_decoded);
+                        ? compare::ms_per_pass(session, j.cache, ids, recomputed_passes, on_tokens)
+                        : compare::ms_per_token(session, j.cache, all, decoded_tokens, on_decoded);
   return {{"ms_per_token", ms}, {"cache_bytes", session.cache_bytes()}};
 }
 

@@ -14,8 +14,7 @@ namespace evidence {
 
 using json = nlohmann::ordered_json;
 
-// The tokens after the fullest cache that the timed runs decode, so that the text has to have them.
-inline constexpr index_t decoded_tokens = 512;
+using compare::decoded_tokens;  // after the fullest cache, so that the text has to have them
 
 // What all runs have in common.
 struct setting {

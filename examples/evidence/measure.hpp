@@ -1,6 +1,6 @@
 #pragma once
 
-// What is measured besides losses: times, and what pinned tokens get.
+// What is measured besides losses and times: what pinned tokens get.
 
 #include <span>
 #include <vector>
@@ -16,12 +16,6 @@ using compare::progress;
 // The tokens that are recomputed: `count` of those after the first eviction, evenly spaced, in the middle of their
 // part.
 std::vector<index_t> targets(index_t cache, index_t tokens, index_t count);
-
-// Of a decode step with a full cache of so many tokens, by a fresh session: the mean over `tokens` of them.
-double ms_per_token(engine::session&, index_t cache, std::span<const int> ids, index_t tokens, const progress&);
-
-// Of a fresh pass over a full cache: what a token costs where there is none.
-double ms_per_pass(engine::session&, index_t cache, std::span<const int> ids, index_t passes, const progress&);
 
 // [num_hidden_layers, num_attention_heads] What each head gives to the pinned tokens of its attention: the mean over
 // `tokens` that are decoded with a full cache, by a fresh session that watches sinks.

@@ -277,8 +277,8 @@ std::string report(const setting& s, const std::string& command, const std::func
   return page(s, kept).write(command);
 }
 
-std::string page_with(const std::string& tables, const std::string& old_page) {
-  const std::string begin = "<!-- evidence -->\n", end = "<!-- end -->\n";
+std::string page_with(const std::string& tables, const std::string& old_page, const std::string& part) {
+  const std::string begin = fmt::format("<!-- {} -->\n", part), end = "<!-- end -->\n";
   const std::size_t from = old_page.find(begin), upto = old_page.find(end, from);
   if (upto == std::string::npos) return "# Evidence\n\n" + tables;
   return old_page.substr(0, from + begin.size()) + tables + old_page.substr(upto);

@@ -1,0 +1,67 @@
+#pragma once
+
+// All policies on the same texts and rows: which of them lose least, and what they recall.
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bootstrap.hpp"
+#include "jobs.hpp"
+
+namespace evidence {
+
+inline constexpr index_t pinned_by_all[] = {0, 1, 4};
+inline constexpr const char* random_seeds[] = {"", "seed=1", "seed=2"};
+
+// A policy as it is ranked, whatever is pinned: h2o at an interval of 16.
+struct contender {
+  std::string name, own;  // own: its parameters but those below
+  index_t recent, interval;
+
+  // Its entry in --policies; `seed`: empty, or of chance.
+  std::string entry(index_t sinks, const std::string& seed = "") const;
+  std::string shown() const;
+  bool is_random() const { return name == "random"; }
+};
+
+// Those of options::only, or all, at the intervals that a cache has room for: 16 and 64, with 32 recent tokens, and
+// smaller ones where neither fits.
+std::vector<contender> contenders(const options&, index_t cache);
+// Whether it fits with so many pinned.
+bool fits(const contender&, index_t cache, index_t sinks);
+
+// `first`: of the first text, which times and recall are measured on.
+std::vector<job> ranking_plan(const options&, bool first);
+
+// What matters most comes first, on all texts, so that a ranking that is cut short is worth something; what is timed
+// comes last.
+inline constexpr int stages = 4;
+int stage(const job&);
+
+// A contender in a cache of a text: what it lost, and by how much more than sinks:4 over the same tokens.
+struct standing {
+  contender of;
+  index_t sinks;
+  interval bits, more;
+};
+
+// What is kept of a job; null where nothing is.
+using results = std::function<const json*(const job&)>;
+
+// Of all that fit, the least loss first; `some`: these instead of the usual contenders.
+std::vector<standing> standings(const setting&, index_t cache, const results&, const std::vector<contender>& some);
+
+// The three of the usual ones that lose least over all texts with 4 pinned, with budgets by layer and by head.
+std::vector<contender> with_budgets(const std::vector<setting>&, index_t cache, const std::vector<results>&);
+std::vector<job> budget_plan(const setting&, index_t cache, const std::vector<contender>&);
+
+// Of the digits that a kept recall job asked for so many tokens later; nothing where none were.
+std::optional<double> recalled_share(const json& file, index_t distance);
+
+// Tables in Markdown, and a picture.
+std::string ranking_report(const std::vector<setting>&, const std::string& command, const std::vector<results>&);
+std::string ranking_svg(const std::vector<setting>&, const std::vector<results>&);
+
+}  // namespace evidence
