@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -594,4 +596,84 @@ TEST_CASE("what a scored cache refuses, and says") {
   CHECK(cache.seen() == 0);
   cache.append(s.k, s.v);
   CHECK(cache.kept(0).size() == 44);
+}
+
+TEST_CASE("a scored cache that is empty, was moved from, or has no memory") {
+  const stream s(100, 13);
+  const attention a = attention_of(0);
+  workspace w;
+  matrix out(100, qo_heads * dim);
+  for (const std::string& name : all_policies) {
+    CAPTURE(name);
+    // The newest token of an empty cache is none: nothing is learned, and nothing is written.
+    f32_cache cache(config_of(positions::in_cache), rules_of(8), policy(name)),
+        fresh(config_of(positions::in_cache), rules_of(8), policy(name));
+    a.decode(s.q.topRows(1), cache, out.topRows(1), w);
+    CHECK(out.row(0).isZero(0));
+    const status refused = fresh.try_append(s.k, s.v);
+    CHECK(cache.try_append(s.k, s.v).message() == refused.message());
+    f32_cache again(config_of(positions::in_cache), rules_of(8), policy(name));
+    a.decode(s.q.topRows(1), again, out.topRows(1), w);
+    f32_cache right(config_of(positions::in_cache), rules_of(8), policy(name));
+    feed(a, s, 0, 100, again, out, w, 7);
+    feed(a, s, 0, 100, right, out, w, 1);
+    CHECK(kept_of(again) == kept_of(right));
+
+    f32_cache moved = std::move(again);
+    CHECK(again.kept(0).empty());  // NOLINT(bugprone-use-after-move)
+    CHECK(again.budget(0) == 0);
+    CHECK(again.evicted_mass(0) == 0);
+    CHECK(again.rollback() == 0);
+    CHECK(again.room() >= 1);
+    again.advance(0);
+    again.prepare();
+    again.clear();
+    status found;
+    CHECK_FALSE(again.try_clone(found));
+    CHECK_FALSE(found.ok());
+    const std::optional<f32_cache> copy = moved.try_clone(found);
+    REQUIRE(copy);
+    CHECK(kept_of(*copy) == kept_of(moved));
+  }
+  counting_resource memory;
+  f32_cache cache(config_of(positions::absolute), rules_of(8), policy("knorm"), &memory);
+  memory.exhausted = true;
+  status found;
+  CHECK_FALSE(cache.try_clone(found));
+  CHECK(found.message().find("bytes of the cache was ") == 11);
+  CHECK(found.message().find(std::to_string(cache.nbytes())) != std::string_view::npos);
+}
+
+TEST_CASE("sizes that nobody has are refused at once") {
+  constexpr index_t huge = index_t{1} << 62;
+  const auto refused = [](cache_config config, eviction rules, const std::string& name) {
+    const scorer of = policy(name);
+    const status found = f32_cache::validate(config, rules, of.get());
+    INFO(found.message());
+    CHECK_FALSE(found.ok());
+  };
+  cache_config config = config_of(positions::in_cache);
+  config.num_kv_heads = huge;
+  eviction rules = rules_of(8);
+  rules.num_qo_heads = huge;
+  for (const std::string& name : all_policies) {
+    CAPTURE(name);
+    refused(config, rules, name);
+    eviction many = rules_of(8);
+    many.num_qo_heads = huge;
+    if (policy(name)->needs().window > 0 || policy(name)->needs().query_statistics)
+      refused(config_of(positions::in_cache), many, name);
+    for (const index_t rollback : {huge, std::numeric_limits<index_t>::max()})
+      refused(config_of(positions::in_cache, rollback), rules_of(8), name);
+  }
+  refused(config_of(positions::in_cache), rules_of(8), "lagkv lag=4611686018427387904");
+  refused(config_of(positions::in_cache), rules_of(8), "lagkv lag=41");
+  refused(config_of(positions::in_cache), rules_of(8), "expected_attention T=9223372036854775807");
+  struct negative final : token_scorer {
+    sinkcache::scorer_needs needs() const noexcept override { return {}; }
+    void score(const sinkcache::scored_head&, std::span<float>) const noexcept override {}
+    index_t scratch_floats(const sinkcache::scored_sizes&) const noexcept override { return -1; }
+  };
+  const negative scorer_of_less;
+  CHECK_FALSE(f32_cache::validate(config_of(positions::in_cache), rules_of(8), &scorer_of_less).ok());
 }

@@ -133,7 +133,7 @@ struct lagkv final : token_scorer {
     return lag > 0 ? lag : std::max<index_t>(1, std::min<index_t>(128, (budget - num_sink_tokens) / 4));
   }
   void require(status& found, const kv_geometry&, index_t budget, index_t num_sink_tokens) const noexcept override {
-    found.require(lag >= 0, "lag", lag, "at least 0");
+    found.require(lag >= 0 && lag <= budget, "lag", lag, "at least 0, and at most the budget,", budget);
     found.require(ratio > 0 && ratio <= 1, "ratio", ratio, "above 0, and at most 1");
     found.require(v_ratio >= 0, "v_ratio", v_ratio, "at least 0");
     if (found)
@@ -242,7 +242,7 @@ struct expected_attention final : token_scorer {
     return 2 * (of.head_dim * (of.head_dim + 3) + 2 * of.rows + 2 * block * of.head_dim);
   }
   void require(status& found, const kv_geometry&, index_t, index_t) const noexcept override {
-    found.require(horizon >= 1, "horizon", horizon, "at least 1");
+    found.require(horizon >= 1 && horizon <= most_horizon, "T", horizon, "from 1 to", most_horizon);
     found.require(epsilon >= 0, "epsilon", epsilon, "at least 0");
   }
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
@@ -282,7 +282,7 @@ struct expected_attention final : token_scorer {
   std::string_view name() const noexcept override { return "expected_attention"; }
 
  private:
-  static constexpr index_t block = 64;
+  static constexpr index_t block = 64, most_horizon = index_t{1} << 20;
 
   // The mean of the next positions' cosines and sines, one a pair.
   void mean_rotation(const scored_head& head, detail::double_row& cos, detail::double_row& sin) const noexcept {

@@ -79,21 +79,7 @@ class scored_kv_cache final : public any_kv_cache {
                                                    std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config, rules, scorer.get());
     found.require(resource != nullptr, "resource", "null", "a memory resource");
-    std::optional<scored_kv_cache> cache;
-    if (!found) return cache;
-#if defined(__cpp_exceptions)
-    try {
-      cache = scored_kv_cache(checked(found, resource), state_config(config, rules, std::move(scorer)), resource);
-    } catch (...) {
-    }
-#else
-    cache = scored_kv_cache(checked(found, resource), state_config(config, rules, std::move(scorer)), resource);
-#endif
-    if (!cache || cache->nbytes() == 0) {
-      found.refuse("bytes of the cache were too many for the memory resource");
-      cache.reset();
-    }
-    return cache;
+    return found ? make(state_config(config, rules, std::move(scorer)), found, resource) : std::nullopt;
   }
 
   // A copy that goes on by itself, in memory from the same resource. Nobody watches it.
@@ -107,25 +93,40 @@ class scored_kv_cache final : public any_kv_cache {
     return copy;
   }
 
+  std::optional<scored_kv_cache> try_clone(status& found) const noexcept {
+    found = status();
+    require_memory(found);
+    if (!found) return std::nullopt;
+    std::optional<scored_kv_cache> copy = make(state().of, found, resource());
+    if (copy) copy->copy_tokens(*this);
+    return copy;
+  }
+
   index_t room() const noexcept override {
+    if (nbytes() == 0) return 1;
     const index_t interval = state().of.rules.interval;
     return interval - static_cast<index_t>(seen_ % interval);
   }
   index_t capacity() const noexcept override { return nbytes() > 0 ? state().most_rows() : 0; }
   std::size_t nbytes() const noexcept override { return memory_ ? memory_.get_deleter().bytes : 0; }
   cache_kind kind() const noexcept override { return {detail::format_name<K>(), detail::format_name<V>()}; }
+
+  // Of a cache that was not moved from.
   const eviction& rules() const { return state().of.rules; }
   const token_scorer& scorer() const { return *state().of.scorer; }
-  index_t num_sink_tokens() const { return state().of.num_sink_tokens; }
-  index_t rollback() const { return state().of.rollback; }
+
+  index_t num_sink_tokens() const { return nbytes() > 0 ? state().of.num_sink_tokens : 0; }
+  index_t rollback() const { return nbytes() > 0 ? state().of.rollback : 0; }
 
   // Positions of the rows that a KV head holds, oldest first; and how many of them an event leaves.
-  std::span<const position_t> kept(index_t kv_head) const { return state().rows.at(kv_head); }
-  index_t budget(index_t kv_head) const { return state().rows.head(kv_head).budget; }
+  std::span<const position_t> kept(index_t kv_head) const {
+    return nbytes() > 0 ? state().rows.at(kv_head) : std::span<const position_t>();
+  }
+  index_t budget(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).budget : 0; }
 
   // With accounts: the sum of the masses of all events, and the largest bound (eviction_event).
-  double evicted_mass(index_t kv_head) const { return state().rows.head(kv_head).mass; }
-  double largest_bound(index_t kv_head) const { return state().rows.head(kv_head).bound; }
+  double evicted_mass(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).mass : 0; }
+  double largest_bound(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).bound : 0; }
 
   // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it. Refused where
   // it would leave no row free.
@@ -139,7 +140,7 @@ class scored_kv_cache final : public any_kv_cache {
     pinned = false;
     require_memory(found);
     found.require(position >= 0 && position < max_position, "position", position, "from 0 and below", max_position);
-    if (found && (position >= seen_ || is_held(position))) state().pin(found, position, pinned);
+    if (found && (position >= seen_ || state().rows.all_hold(position))) state().pin(found, position, pinned);
     return found;
   }
 
@@ -184,6 +185,7 @@ class scored_kv_cache final : public any_kv_cache {
   }
 
   void advance(index_t n) noexcept override {
+    if (nbytes() == 0) return;
     seen_ += n;
     for (index_t h = 0; h < geometry_.num_kv_heads; ++h) state().rows.head(h).n += n;
     state().advance(seen_);
@@ -283,8 +285,29 @@ class scored_kv_cache final : public any_kv_cache {
 
   status got_memory() const noexcept {
     status found;
-    if (!memory_) found.refuse("bytes of the cache were too many for the memory resource");
+    status fits;
+    if (!memory_) refuse_memory(found, static_cast<std::size_t>(state().bytes(fits)));
     return found;
+  }
+  static void refuse_memory(status& found, std::size_t bytes) noexcept {
+    found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+  }
+  // Of what was found right; or nothing, where there is no memory.
+  static std::optional<scored_kv_cache> make(const detail::scored_config& of, status& found,
+                                             std::pmr::memory_resource* resource) noexcept {
+    std::optional<scored_kv_cache> cache;
+#if defined(__cpp_exceptions)
+    try {
+      cache = scored_kv_cache(checked(found, resource), of, resource);
+    } catch (...) {
+    }
+#else
+    cache = scored_kv_cache(checked(found, resource), of, resource);
+#endif
+    if (cache && cache->nbytes() > 0) return cache;
+    status fits;
+    refuse_memory(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)));
+    return std::nullopt;
   }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
@@ -293,14 +316,6 @@ class scored_kv_cache final : public any_kv_cache {
     state() = from.state();
     state().place(memory_.get());
     std::memcpy(memory_.get(), from.memory_.get(), nbytes());
-  }
-
-  bool is_held(position_t position) const noexcept {
-    for (index_t h = 0; h < geometry_.num_kv_heads; ++h) {
-      const std::span<const position_t> at = kept(h);
-      if (!std::binary_search(at.begin(), at.end(), position)) return false;
-    }
-    return true;
   }
 
   // Rows that lie in the order of their positions, which may follow each other or not.

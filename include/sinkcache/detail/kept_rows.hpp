@@ -37,8 +37,8 @@ class carver {
   carver(status& found, std::byte* memory) noexcept : found_(found), memory_(memory) {}
 
   template <class T>
-  void take(T*& to, index_t a, index_t b = 1) noexcept {
-    const index_t n = checked_product(found_, "rows of a cache", a, b);
+  void take(T*& to, index_t a, index_t b = 1, index_t c = 1) noexcept {
+    const index_t n = checked_product(found_, "rows of a cache", a, checked_product(found_, "rows of a cache", b, c));
     const index_t size = checked_product(found_, "bytes of a cache", n, index_t{sizeof(T)});
     to = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
     bytes_ = checked_sum(found_, "bytes of a cache", bytes_, checked_sum(found_, "bytes of a cache", size, 63) & -64);
@@ -112,6 +112,12 @@ class kept_rows {
   }
   kv_rows v_rows(index_t h) const {
     return {.reader = of_.v.reader, .base = v_ + heads_[h].first * v_block_, .block = v_block_};
+  }
+
+  bool all_hold(position_t position) const noexcept {
+    for (index_t h = 0; h < of_.num_kv_heads; ++h)
+      if (!std::binary_search(at(h).begin(), at(h).end(), position)) return false;
+    return true;
   }
 
   // Writes the row that is number i after those that a head holds.

@@ -69,8 +69,9 @@ class scored_learner : public weight_reader {
         .store(end + std::min<position_t>(0, call.following - s_.of.rollback), std::memory_order_relaxed);
     const index_t kept = s_.log.num_queries(), columns = s_.log.group() * s_.of.geometry.head_dim;
     for (index_t i = std::max<index_t>(0, call.q.rows() - kept); i < call.q.rows(); ++i)
-      std::copy_n(call.q.row(i) + call.first_kv_head * columns, call.num_kv_heads * columns,
-                  s_.log.q(own(call.first + i)) + call.first_kv_head * columns);
+      if (own(call.first + i) >= 0)  // not of a cache that is empty
+        std::copy_n(call.q.row(i) + call.first_kv_head * columns, call.num_kv_heads * columns,
+                    s_.log.q(own(call.first + i)) + call.first_kv_head * columns);
   }
 
   void end(const attention_call& call, const attention& by, workspace& memory) noexcept override {

@@ -35,15 +35,15 @@ class query_log {
     of_ = of;
     const index_t queries = num_queries(), stats = of.needs.query_statistics ? of.num_qo_heads : 0;
     c.take(learned_, of.num_kv_heads);
-    c.take(q_, queries, of.num_qo_heads * of.head_dim);
-    c.take(window_q_, of.needs.window, of.num_qo_heads * of.head_dim);
-    c.take(window_out_, of.needs.window, of.num_qo_heads * of.v_head_dim);
+    c.take(q_, queries, of.num_qo_heads, of.head_dim);
+    c.take(window_q_, of.needs.window, of.num_qo_heads, of.head_dim);
+    c.take(window_out_, of.needs.window, of.num_qo_heads, of.v_head_dim);
     c.take(window_lse_, of.needs.window, of.num_qo_heads);
     c.take(weights_, of.needs.together || of.needs.last_query ? 1 : of.needs.window, of.rows);
     c.take(given_, of.needs.sums ? of.rollback : 0, of.rows);
     c.take(last_, of.accounts ? group() : 0, of.rows);
     c.take(sum_q_, stats, of.head_dim);
-    c.take(products_, stats, of.head_dim * of.head_dim);
+    c.take(products_, stats, of.head_dim, of.head_dim);
     c.take(now_sum_q_, stats > 0 ? group() : 0, of.head_dim);
     c.take(now_products_, stats > 0 ? group() : 0, of.head_dim * of.head_dim);
   }

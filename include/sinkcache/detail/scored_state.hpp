@@ -37,13 +37,18 @@ inline bool is_short(const eviction& rules, index_t kv_head) noexcept {
   return !rules.short_heads.empty() && rules.short_heads[static_cast<std::size_t>(kv_head)];
 }
 
+// Heads whose rules have to be looked at: one, where all are alike.
+inline index_t num_different_heads(const scored_config& of) noexcept {
+  return of.rules.head_budgets.empty() && of.rules.short_heads.empty() ? 1 : of.geometry.num_kv_heads;
+}
+
 inline void require_budget(status& found, const scored_config& of, index_t kv_head) noexcept {
   const scorer_needs needs = of.scorer->needs();
   const index_t budget = head_budget(of.rules, kv_head);
   const index_t newest = is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
   const index_t stays = checked_sum(found, "num_sink_tokens + recent", of.num_sink_tokens, newest);
-  found.require(budget > stays, "budget", budget, "above num_sink_tokens and recent (or the scorer's window) together,",
-                stays);
+  found.require(budget > stays, of.rules.head_budgets.empty() ? "budget" : "a head's budget", budget,
+                "above num_sink_tokens and recent (or the scorer's window) together,", stays);
   if (!is_short(of.rules, kv_head)) of.scorer->require(found, of.geometry, budget, of.num_sink_tokens);
   if (of.rules.bound)
     found.require(of.rules.hard_budget >= budget, "hard_budget", of.rules.hard_budget, "at least the budget,", budget);
@@ -54,7 +59,8 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
   const scorer_needs needs = of.scorer->needs();
   found.require(config.window == 0, "window", config.window, "0: the budget says what is kept");
   found.require(of.num_sink_tokens >= 0, "num_sink_tokens", of.num_sink_tokens, "at least 0");
-  found.require(of.rollback >= 0, "rollback", of.rollback, "at least 0");
+  constexpr index_t most_rollback = index_t{1} << 40;
+  found.require(of.rollback >= 0 && of.rollback <= most_rollback, "rollback", of.rollback, "from 0 to", most_rollback);
   require_geometry(found, of.geometry);
   found.require(rules.recent >= 0, "recent", rules.recent, "at least 0");
   found.require(rules.interval >= 1, "interval", rules.interval, "at least 1");
@@ -73,7 +79,7 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
                 "0 where it wants the last query alone");
   if (!found) return;
   bool alike = true;
-  for (index_t h = 0; h < of.geometry.num_kv_heads; ++h) {
+  for (index_t h = 0; h < num_different_heads(of); ++h) {
     alike = alike && head_budget(rules, h) == head_budget(rules, 0);
     require_budget(found, of, h);
   }
@@ -254,13 +260,14 @@ class scored_state {
     const eviction& rules = of.rules;
     index_t pool = 0, free = max_position;
     most_rows_ = 0;
-    for (index_t h = 0; h < num_heads(); ++h) {
+    for (index_t h = 0; h < num_different_heads(of); ++h) {
       const index_t budget = head_budget(rules, h);
       const index_t room = checked_sum(found, "budget + interval", budget, growth(rules, budget));
       most_rows_ = std::max(most_rows_, room);
       pool = checked_sum(found, "rows of the cache", pool, room);
       free = std::min(free, budget - of.num_sink_tokens - newest_kept(h));
     }
+    if (num_different_heads(of) == 1) pool = checked_product(found, "rows of the cache", pool, num_heads());
     const index_t stays = of.num_sink_tokens + std::max(rules.recent, needs.window);
     // A head may get all that is free, where others keep only what never leaves.
     if (rules.adaptive) most_rows_ = pool - (num_heads() - 1) * (stays + rules.interval);
@@ -300,6 +307,7 @@ class scored_state {
     c.take(kept, pool);
     c.take(candidates, rules.adaptive ? pool : most_rows_);
     scratch_floats = of.scorer->scratch_floats({most_rows_, g.head_dim, g.v_head_dim, group});
+    found.require(scratch_floats >= 0, "the scorer's scratch_floats", scratch_floats, "at least 0");
     c.take(scratch, scratch_floats);
     c.take(row, round_up(std::max(g.head_dim, g.v_head_dim), 16));
     c.take(value_row, rules.accounts ? g.v_head_dim : 0);
