@@ -7,13 +7,17 @@
 #include "catch.hpp"
 #include "oracle.hpp"
 
-#define SINKCACHE_TEST_KERNEL(linkage, F)                                                             \
-  linkage template void sinkcache::detail::group_dots<sinkcache::F>(                                  \
-      const float*, sinkcache::index_t, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t, \
-      sinkcache::tile_rows, float*) noexcept;                                                         \
-  linkage template void sinkcache::detail::group_add<sinkcache::F>(                                   \
-      const float*, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t, sinkcache::index_t, \
-      sinkcache::index_t, const sinkcache::detail::running_states&, sinkcache::tile_rows) noexcept;
+#define SINKCACHE_TEST_KERNEL(linkage, F)                                                                        \
+  linkage template void sinkcache::detail::group_dots<sinkcache::F>(                                             \
+      const float*, sinkcache::index_t, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t,            \
+      sinkcache::tile_rows, float*) noexcept;                                                                    \
+  linkage template void sinkcache::detail::group_add<sinkcache::F>(                                              \
+      const float*, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t, sinkcache::index_t,            \
+      sinkcache::index_t, const sinkcache::detail::running_states&, sinkcache::tile_rows) noexcept;              \
+  linkage template void sinkcache::detail::turned_group_dots<sinkcache::F>(                                      \
+      const float*, sinkcache::index_t, sinkcache::index_t, const sinkcache::detail::key_turns&,                 \
+      sinkcache::position_t, sinkcache::tile_rows, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t, \
+      float*) noexcept;
 #define SINKCACHE_TEST_KERNELS(linkage) \
   SINKCACHE_TEST_KERNEL(linkage, f32)   \
   SINKCACHE_TEST_KERNEL(linkage, f16)   \
