@@ -140,9 +140,14 @@ struct event_log final : sinkcache::eviction_reader {
     std::vector<std::uint8_t> leaves;
     double mass, bound;
 
+    // What is summed over a block in prefill is summed in another order in decode.
     bool operator==(const head& other) const {
       if (seen != other.seen || kv_head != other.kv_head || at != other.at || leaves != other.leaves) return false;
-      return std::equal(scores.begin(), scores.end(), other.scores.begin(), other.scores.end());
+      float largest = 0;
+      for (const float score : scores)
+        if (std::isfinite(score)) largest = std::max(largest, std::abs(score));
+      return std::equal(scores.begin(), scores.end(), other.scores.begin(), other.scores.end(),
+                        [&](float a, float b) { return a == b || std::abs(a - b) <= 1e-5f * largest; });
     }
   };
   std::map<std::pair<position_t, index_t>, head> heads;
