@@ -555,18 +555,18 @@ TEST_CASE("eviction: random is the oracle's") {
 }
 
 TEST_CASE("eviction: h2o is the oracle's") {
-  check_policy({"h2o"}, 2000, 40);
+  check_policy({"h2o"}, 2000, 20);
   check_policy({"h2o", {{"normalise", "lifetime"}}}, 2100, 30);
 }
 
-TEST_CASE("eviction: tova is the oracle's") { check_policy({"tova"}, 3000, 40); }
+TEST_CASE("eviction: tova is the oracle's") { check_policy({"tova"}, 3000, 20); }
 
 TEST_CASE("eviction: snapkv is the oracle's") {
-  check_policy({"snapkv"}, 4000, 40);
+  check_policy({"snapkv"}, 4000, 20);
   check_policy({"snapkv", {{"window", 3.}, {"kernel", 3.}, {"pool_pinned", 0.}}}, 4100, 30);
   check_policy({"snapkv", {{"window", 1.}, {"kernel", 1.}}}, 4200, 20);
   check_policy({"snapkv", {{"window", 5.}, {"kernel", 5.}, {"pool", "avg"}}}, 4300, 20);
-  check_policy({"snapkv", {{"form", "rkv"}}}, 4400, 40);
+  check_policy({"snapkv", {{"form", "rkv"}}}, 4400, 20);
 }
 
 TEST_CASE("eviction: what looks at keys alone is the oracle's") {
@@ -579,18 +579,18 @@ TEST_CASE("eviction: lagkv is the oracle's") {
   check_policy({"lagkv"}, 6000, 30);
   check_policy({"lagkv", {{"lag", 4.}}}, 6100, 30);
   check_policy({"lagkv", {{"lag", 9.}, {"cross", 1.}, {"v_ratio", .5}}}, 6200, 30);
-  check_policy({"lagkv", {{"lag", 5.}, {"mode", "fifo"}}}, 6300, 40);
+  check_policy({"lagkv", {{"lag", 5.}, {"mode", "fifo"}}}, 6300, 20);
   check_policy({"lagkv", {{"lag", 4.}, {"mode", "fifo"}, {"ratio", .75}}}, 6400, 20);
 }
 
 TEST_CASE("eviction: gkv is the oracle's") {
-  check_policy({"gkv"}, 7000, 40);
+  check_policy({"gkv"}, 7000, 20);
   check_policy({"gkv", {{"window", 2.}, {"combine", "mean"}, {"decay", .5}}}, 7100, 30);
   check_policy({"gkv", {{"window", 4.}, {"combine", "sum"}, {"kernel", 5.}, {"redundancy", 1.}}}, 7200, 30);
 }
 
 TEST_CASE("eviction: rkv is the oracle's") {
-  check_policy({"rkv"}, 7300, 40);
+  check_policy({"rkv"}, 7300, 20);
   check_policy({"rkv", {{"window", 3.}, {"kernel", 3.}, {"lambda", .5}}}, 7400, 30);
 }
 
