@@ -22,6 +22,7 @@
 #include "compare/report.hpp"
 #include "compare/scored_policies.hpp"
 #include "compare/svg.hpp"
+#include "effort.hpp"
 
 namespace {
 
@@ -204,13 +205,15 @@ TEST_CASE("layers that a model windows keep their windows") {
 TEST_CASE("prefill in chunks costs what decoding costs under every policy") {
   const subject s{&model_of("nano"), "nano"};
   const token_stream text = read_by(s, read_file(source_dir + "/examples/data/sotu-heldout.txt").substr(0, 1000));
+  const auto tokens = static_cast<std::size_t>(std::max(200, effort::cases(500)));
   for (const policy& p : parse_policies(std::string(all_policies) + ",h2o:heads=ada,tova:layers=pyramid", 64)) {
     INFO(p.name);
     const auto none = [](index_t) {};
-    const std::vector<double> prefilled = evaluator(s, caches_of(p, 64), text.ids).by_prefill(500, none),
-                              decoded = evaluator(s, caches_of(p, 64), text.ids).by_decode(500, none);
+    const std::vector<double> prefilled = evaluator(s, caches_of(p, 64), text.ids).by_prefill(tokens, none),
+                              decoded = evaluator(s, caches_of(p, 64), text.ids).by_decode(tokens, none);
     double difference = 0;
-    for (std::size_t i = 0; i < 500; ++i) difference += std::abs(prefilled[i] - decoded[i]) / 500;
+    for (std::size_t i = 0; i < tokens; ++i)
+      difference += std::abs(prefilled[i] - decoded[i]) / static_cast<double>(tokens);
     // Of float32's rounding; scores within it of one another may exchange a token or two.
     CHECK(difference < 2e-3);
   }
@@ -218,8 +221,8 @@ TEST_CASE("prefill in chunks costs what decoding costs under every policy") {
 
 TEST_CASE("no two policies are one and the same on the default model") {
   const subject s{&model_of("tiny"), "tiny"};
-  const std::vector<run> runs =
-      evaluated(s, parse_policies(std::string("window,sinks:1,sinks:4,") + all_policies, 64), 64, 1500);
+  const std::vector<run> runs = evaluated(s, parse_policies(std::string("window,sinks:1,sinks:4,") + all_policies, 64),
+                                          64, std::max(400, effort::cases(1500)));
   std::set<std::string> digits;
   for (const run& r : runs) {
     const double after = summarise(r, nullptr, 64).after;
