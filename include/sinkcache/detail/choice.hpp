@@ -36,18 +36,11 @@ inline void keep_best(std::span<candidate> candidates, index_t n, std::uint8_t* 
   for (auto c = kept; c != candidates.end(); ++c) leaves[c->row] = 1;
 }
 
-// Rows that are never chosen: 1 for ever (sinks, and positions that were pinned), 2 the newest.
-inline index_t mark_kept(std::span<const position_t> at, index_t num_sink_tokens, std::span<const position_t> pins,
-                         index_t recent, std::uint8_t* kept) noexcept {
-  const index_t n = static_cast<index_t>(at.size());
-  index_t count = 0;
-  for (index_t i = 0; i < n; ++i) {
-    const position_t position = at[static_cast<std::size_t>(i)];
-    const bool pinned = position < num_sink_tokens || std::binary_search(pins.begin(), pins.end(), position);
-    kept[i] = pinned ? 1 : i >= n - recent ? 2 : 0;
-    count += kept[i] != 0;
-  }
-  return count;
+// Marks rows that stay for ever: sinks, and positions that were pinned.
+inline void mark_pinned(std::span<const position_t> at, index_t num_sink_tokens, std::span<const position_t> pins,
+                        std::uint8_t* pinned) noexcept {
+  for (const position_t position : at)
+    *pinned++ = position < num_sink_tokens || std::binary_search(pins.begin(), pins.end(), position) ? 1 : 0;
 }
 
 // What takes away a mass m from a head's weights moves its output by at most this (decision: 2 m / (1 - m) max|v|).

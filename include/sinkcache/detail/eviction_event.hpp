@@ -24,10 +24,11 @@ class eviction_run {
     if (s_.of.rules.adaptive) share_out();
     for (index_t h = 0; h < s_.num_heads(); ++h) {
       std::fill_n(s_.leaves + s_.rows.head(h).first, s_.rows.head(h).n, std::uint8_t{0});
-      if (is_due(h)) choose(h);
+      if (!is_due(h)) continue;
+      const double max_value = s_.of.rules.accounts ? largest_value(h) : 0;
+      choose(h, max_value);
+      tell(h, max_value);
     }
-    for (index_t h = 0; h < s_.num_heads(); ++h)
-      if (is_due(h)) tell(h);
     for (index_t h = 0; h < s_.num_heads(); ++h) s_.rows.evict(h, seen_, {s_.leaves + s_.rows.head(h).first, size(h)});
     if (s_.of.rules.adaptive) s_.rows.lay_out(s_.of.rules.interval);
   }
@@ -39,8 +40,7 @@ class eviction_run {
   void score(index_t h) noexcept {
     const held_rows& head = s_.rows.head(h);
     std::uint8_t* const kept = s_.kept + head.first;
-    mark_kept(s_.rows.at(h), s_.of.num_sink_tokens, s_.pins(), s_.newest_kept(h), kept);
-    pinned_only(kept, head.n);
+    mark_pinned(s_.rows.at(h), s_.of.num_sink_tokens, s_.pins(), kept);
     const query_log& log = s_.log;
     if (s_.needs.query_statistics) {
       // As many behind as can be taken back.
@@ -48,7 +48,7 @@ class eviction_run {
       log.moments(s_.of.geometry, h, std::max(log.folded(), sinks), to, static_cast<double>(to - sinks), s_.statistics);
     }
     if (s_.needs.sums)
-      for (index_t i = 0; i < head.n; ++i) sums_of(h)[i] = static_cast<double>(s_.rows.sums(h)[i]) / query_log::fixed;
+      for (index_t i = 0; i < head.n; ++i) s_.head_sums[i] = static_cast<double>(s_.rows.sums(h)[i]) / query_log::fixed;
     scored_head told{.kv_head = h,
                      .num_kv_heads = s_.num_heads(),
                      .group = std::max<index_t>(1, log.group()),
@@ -61,7 +61,7 @@ class eviction_run {
                      .geometry = s_.of.geometry,
                      .at = s_.rows.at(h),
                      .pinned = {kept, size(h)},
-                     .sums = {sums_of(h), s_.needs.sums ? size(h) : 0},
+                     .sums = {s_.head_sums, s_.needs.sums ? size(h) : 0},
                      .given = {s_.needs.given ? s_.rows.given(h) : nullptr, s_.needs.given ? size(h) : 0},
                      .carried = {s_.needs.carried ? s_.rows.carried(h) : nullptr, s_.needs.carried ? size(h) : 0},
                      .scratch = {s_.scratch, static_cast<std::size_t>(s_.scratch_floats)},
@@ -73,12 +73,10 @@ class eviction_run {
       for (index_t i = 0; i < head.n; ++i) s_.scores[head.first + i] = static_cast<float>(i);
     else
       s_.of.scorer->score(told, {s_.scores + head.first, size(h)});
-    mark_kept(s_.rows.at(h), s_.of.num_sink_tokens, s_.pins(), s_.newest_kept(h), kept);
+    // The newest stay too, which is nothing to a score.
+    const index_t newest = std::min(s_.newest_kept(h), head.n);
+    std::fill_n(kept + head.n - newest, newest, std::uint8_t{1});
   }
-  static void pinned_only(std::uint8_t* kept, index_t n) noexcept {
-    for (index_t i = 0; i < n; ++i) kept[i] = kept[i] == 1;
-  }
-  double* sums_of(index_t) const { return s_.head_sums; }
 
   static void key_of(const void* of, index_t kv_head, index_t i, bool shown, float* to) noexcept {
     const auto& s = *static_cast<const scored_state*>(of);
@@ -145,11 +143,11 @@ class eviction_run {
     for (index_t i = 0; i < rest; ++i) ++s_.rows.head(s_.candidates[i].kv_head).budget;
   }
 
-  void choose(index_t h) noexcept {
+  void choose(index_t h, double max_value) noexcept {
     const held_rows& head = s_.rows.head(h);
     std::uint8_t* const leaves = s_.leaves + head.first;
     const index_t n = add_candidates(h, 0), fixed = head.n - n;
-    if (s_.of.rules.bound) return choose_within_bound(h, n);
+    if (s_.of.rules.bound) return choose_within_bound(h, n, max_value);
     if (head.n > head.budget) keep_best({s_.candidates, static_cast<std::size_t>(n)}, head.budget - fixed, leaves);
     if (s_.needs.drops && !is_short(s_.of.rules, h))
       for (index_t i = 0; i < n; ++i)
@@ -157,10 +155,9 @@ class eviction_run {
   }
 
   // The lowest first, as long as the change of the output stays within the bound; more only where the hard budget asks.
-  void choose_within_bound(index_t h, index_t n) noexcept {
+  void choose_within_bound(index_t h, index_t n, double max_value) noexcept {
     const held_rows& head = s_.rows.head(h);
     std::sort(s_.candidates, s_.candidates + n, worth_more);
-    const double max_value = largest_value(h);
     const index_t most = head.n - head.budget, must = head.n - s_.of.rules.hard_budget;
     for (index_t i = 0; i < std::min(most, n); ++i) {
       std::uint8_t& leaves = s_.leaves[head.first + s_.candidates[n - 1 - i].row];
@@ -196,12 +193,12 @@ class eviction_run {
     return most;
   }
 
-  void tell(index_t h) noexcept {
+  void tell(index_t h, double max_value) noexcept {
     held_rows& head = s_.rows.head(h);
     double m = 0, bound = 0;
     if (s_.of.rules.accounts) {
       m = mass(h);
-      bound = largest_change(m, largest_value(h));
+      bound = largest_change(m, max_value);
       head.mass += m;
       head.bound = std::max(head.bound, bound);
     }
