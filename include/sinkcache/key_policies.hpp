@@ -48,6 +48,17 @@ inline double value_norm(const scored_head& of, index_t i) noexcept {
   return std::sqrt(sum);
 }
 
+// The mean of a head's keys, each divided by what `length` says of it. `key` is scratch.
+template <class Length>
+void mean_of_keys(const scored_head& of, const Length& length, double_row& key, double_row& mean) noexcept {
+  mean.setZero();
+  for (index_t i = 0; i < of.rows; ++i) {
+    read_key(of, i, false, key);
+    mean += key / length(key);
+  }
+  mean /= static_cast<double>(of.rows);
+}
+
 }  // namespace detail
 
 namespace policies {
@@ -73,12 +84,8 @@ struct keydiff final : token_scorer {
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
     detail::double_scratch memory(head.scratch);
     detail::double_row key = memory.row(head.geometry.head_dim), mean = memory.row(head.geometry.head_dim);
-    mean.setZero();
-    for (index_t i = 0; i < head.rows; ++i) {
-      detail::read_key(head, i, false, key);
-      mean += key / std::max(key.norm(), 1e-12);
-    }
-    mean /= static_cast<double>(head.rows);
+    const auto length = [](const detail::double_row& k) { return std::max(k.norm(), 1e-12); };
+    detail::mean_of_keys(head, length, key, mean);
     const double mean_norm = std::max(mean.norm(), 1e-8);
     for (index_t i = 0; i < head.rows; ++i) {
       detail::read_key(head, i, false, key);
@@ -96,12 +103,8 @@ struct mean_key final : token_scorer {
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
     detail::double_scratch memory(head.scratch);
     detail::double_row key = memory.row(head.geometry.head_dim), mean = memory.row(head.geometry.head_dim);
-    mean.setZero();
-    for (index_t i = 0; i < head.rows; ++i) {
-      detail::read_key(head, i, false, key);
-      mean += key;
-    }
-    mean /= static_cast<double>(head.rows);
+    detail::mean_of_keys(
+        head, [](const detail::double_row&) { return 1.; }, key, mean);
     for (index_t i = 0; i < head.rows; ++i) {
       detail::read_key(head, i, false, key);
       scores[static_cast<std::size_t>(i)] = static_cast<float>((key - mean).norm());
