@@ -135,7 +135,7 @@ class attention {
     const const_matrix_view rows(q.row(whole.first_row), whole.num_rows, q.cols(), q.stride());
     const attention_call call{
         params_, keys, rows, keys.seen() - q.rows() + whole.first_row, whole.first_kv_head, whole.num_kv_heads};
-    if (found && extra.weights != nullptr) extra.weights->require(found, call);
+    if (extra.weights != nullptr) extra.weights->require(found, call);
     if (!found || whole.num_rows == 0 || whole.num_kv_heads == 0) return found;
     if (extra.weights != nullptr) extra.weights->begin(call);
     attend_rows(q, keys, out, keys.seen() - q.rows(), workspace, extra, whole, found);

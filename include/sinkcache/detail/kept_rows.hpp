@@ -21,15 +21,12 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 // How rows of one format are written and read.
 struct row_format {
   const kv_reader* reader;
-  index_t (*block_bytes)(index_t dim);
   void (*encode)(const float* row, index_t dim, std::byte* to) noexcept;
-  std::string_view name;
 };
 
 template <kv_format F>
 inline constexpr row_format row_format_of{
-    &reader_of<F>, [](index_t dim) -> index_t { return F::block_bytes(dim); },
-    [](const float* row, index_t dim, std::byte* to) noexcept { F::encode(row, dim, to); }, format_name<F>()};
+    &reader_of<F>, [](const float* row, index_t dim, std::byte* to) noexcept { F::encode(row, dim, to); }};
 
 // Lays arrays one after the other: without memory it only counts their bytes.
 class carver {
@@ -84,8 +81,8 @@ class kept_rows {
 
   void carve(carver& c, const kept_sizes& of) noexcept {
     of_ = of;
-    k_block_ = of.k.block_bytes(of.head_dim);
-    v_block_ = of.v.block_bytes(of.v_head_dim);
+    k_block_ = of.k.reader->block_bytes(of.head_dim);
+    v_block_ = of.v.reader->block_bytes(of.v_head_dim);
     const index_t all = of.rows + of.undo_rows;
     c.take(k_, all, k_block_);
     c.take(v_, all, v_block_);

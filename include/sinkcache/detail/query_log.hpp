@@ -11,6 +11,7 @@
 #include "../scorer.hpp"
 #include "kept_rows.hpp"
 #include "macros_off.hpp"
+#include "panel_sums.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -82,7 +83,7 @@ class query_log {
     const bool first = tile.first_qo_head % group() == 0;
     for (index_t j = 0; j < tile.n; ++j) {
       float w = 0;
-      for (index_t i = 0; i < tile.num_qo_heads; ++i) w += known(tile.weight(j, i));
+      for (index_t i = 0; i < tile.num_qo_heads; ++i) w += known_weight(tile.weight(j, i));
       w /= static_cast<float>(group());
       const float before = given == nullptr || first ? 0.f : given[j];  // from other blocks of the group
       sums[j] += whole(before + w) - whole(before);
@@ -91,7 +92,7 @@ class query_log {
   }
   // What several queries that cannot be taken back gave n rows, summed over them and the group.
   void add_sums(std::int64_t* sums, std::span<const float> given) const noexcept {
-    for (std::size_t j = 0; j < given.size(); ++j) sums[j] += whole(known(given[j]) / static_cast<float>(group()));
+    for (std::size_t j = 0; j < given.size(); ++j) sums[j] += whole(given[j] / static_cast<float>(group()));
   }
   // Takes it back, of the first n rows of a head, which lie as they did.
   void take_back(std::int64_t* sums, position_t query, index_t row, index_t n) const noexcept {
@@ -133,8 +134,6 @@ class query_log {
   }
 
  private:
-  static float known(float w) noexcept { return w == w ? w : 0.f; }
-
   void add_moments(const kv_geometry& of, position_t query, index_t head, double* sum,
                    double* products) const noexcept {
     const index_t d = of_.head_dim;
