@@ -22,9 +22,11 @@
 #include "catch.hpp"
 #include "effort.hpp"
 #include "random_case.hpp"
+#include "scaled_row.hpp"
 
 namespace {
 
+using proof::scaled_row;
 using sinkcache::index_t;
 using sinkcache::kv_part;
 using sinkcache::kv_rows;
@@ -704,26 +706,6 @@ struct channel_groups {
 };
 static_assert(sinkcache::kv_format<channel_groups>);
 
-// A row and its own scale, eight bits an element.
-struct scaled_row {
-  static constexpr index_t block_rows = 1;
-  static constexpr index_t block_bytes(index_t dim) { return (dim + 4 + 63) / 64 * 64; }
-
-  static void encode(const float* row, index_t dim, std::byte* to) noexcept {
-    std::memset(to, 0, static_cast<std::size_t>(block_bytes(dim)));
-    float largest = 0;
-    for (index_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(row[d]));
-    const float step = largest / 127;
-    std::memcpy(to, &step, sizeof step);
-    for (index_t d = 0; d < dim; ++d)
-      to[4 + d] = static_cast<std::byte>(static_cast<std::int8_t>(step > 0 ? std::lrint(row[d] / step) : 0));
-  }
-  static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
-    float step;
-    std::memcpy(&step, from, sizeof step);
-    for (index_t d = 0; d < dim; ++d) out[d] = step * static_cast<float>(static_cast<std::int8_t>(from[4 + d]));
-  }
-};
 static_assert(sinkcache::kv_format<scaled_row>);
 
 class grouped final : public subject, public sinkcache::kv_source {
