@@ -12,7 +12,20 @@
 namespace compare {
 namespace {
 
+using window_cache = sinkcache::kv_cache<sinkcache::f32>;
 using scored_cache = sinkcache::scored_kv_cache<sinkcache::f32>;
+
+sinkcache::cache_config window_config(const engine::layer_info& layer, index_t num_sink_tokens, index_t window,
+                                      index_t rollback) {
+  sinkcache::cache_config config = layer.cache;
+  config.num_sink_tokens = num_sink_tokens;
+  config.window = window;
+  config.rollback = rollback;
+  return config;
+}
+
+// Of a policy that is a window.
+index_t pinned_by(const policy& p) { return p.is == policy::kind::sinks ? p.num_sink_tokens : 0; }
 
 // A policy's cache of at most so many rows in a layer; of the same sum over all layers where budgets fall.
 struct scored_layer {
@@ -48,17 +61,13 @@ engine::cache_factory scored(std::shared_ptr<const scored_policy> p, index_t cac
 
 engine::cache_factory sink_window(index_t num_sink_tokens, index_t window, index_t rollback) {
   return [=](const engine::layer_info& layer) {
-    sinkcache::cache_config config = layer.cache;
-    config.num_sink_tokens = num_sink_tokens;
-    config.window = window;
-    config.rollback = rollback;
-    return std::make_unique<sinkcache::kv_cache<sinkcache::f32>>(config);
+    return std::make_unique<window_cache>(window_config(layer, num_sink_tokens, window, rollback));
   };
 }
 
 engine::cache_factory caches_of(const policy& p, index_t cache, index_t rollback) {
   if (p.is == policy::kind::scored) return scored(p.scored, cache, rollback);
-  const index_t pinned = p.is == policy::kind::sinks ? p.num_sink_tokens : 0;
+  const index_t pinned = pinned_by(p);
   return sink_window(pinned, cache - pinned, rollback);
 }
 
@@ -70,11 +79,8 @@ std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cac
       const scored_layer made = scored_layer_of(*p.scored, layer, cache);
       bytes += scored_cache::required_bytes(made.config, made.rules, *made.scorer);
     } else {
-      sinkcache::cache_config config = layer.cache;
-      config.num_sink_tokens = p.is == policy::kind::sinks ? p.num_sink_tokens : 0;
-      config.window = cache - config.num_sink_tokens;
-      config.rollback = 0;
-      bytes += sinkcache::kv_cache<sinkcache::f32>::required_bytes(config);
+      const index_t pinned = pinned_by(p);
+      bytes += window_cache::required_bytes(window_config(layer, pinned, cache - pinned, 0));
     }
   }
   return bytes;
