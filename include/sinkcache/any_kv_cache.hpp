@@ -74,6 +74,31 @@ kv_geometry geometry_of(const cache_config& config) noexcept {
   return geometry;
 }
 
+// Rotates keys to their true positions, where they come raw and are stored so.
+class key_rotation {
+ public:
+  explicit key_rotation(const kv_geometry& of, bool stores_rotated = true) noexcept
+      : rope_(of.inputs == inputs::raw && of.rotates() && stores_rotated ? &*of.rope : nullptr),
+        dim_(of.head_dim),
+        first_position_(of.first_position) {}
+
+  void go_to(position_t position) noexcept {
+    if (rope_ != nullptr) rope_->angles_at(first_position_ + position, true, angles_);
+  }
+  // A key as it is, or what it becomes, in `to`.
+  const float* operator()(const float* key, float* to) const noexcept {
+    if (rope_ == nullptr) return key;
+    rope_->turn(angles_, key, dim_, to);
+    return to;
+  }
+
+ private:
+  const rope* rope_;
+  index_t dim_;
+  position_t first_position_;
+  rope::angles angles_;
+};
+
 // A row as it is, or what it becomes, in `to`.
 inline const float* transformed_row(const row_transform* transform, const float* row, index_t dim, float* to) noexcept {
   if (transform == nullptr) return row;

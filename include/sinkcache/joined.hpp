@@ -66,7 +66,7 @@ class static_tokens final : public kv_source {
   static const cache_config& checked(const cache_config& config, const_matrix_view k, const_matrix_view v,
                                      const std::pmr::memory_resource* resource) {
     status found = validate(config, k, v);
-    found.require(resource != nullptr, "resource", "null", "a memory resource");
+    detail::require_resource(found, resource);
     found.or_fail();
     return config;
   }

@@ -111,19 +111,13 @@ class kv_cache final : public any_kv_cache {
   void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
              index_t n) noexcept override {
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
-    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates();
+    detail::key_rotation rotation(geometry_);
     for (index_t i = 0; i < n; ++i) {
-      rope::angles angles;
-      if (rotates) geometry_.rope->angles_at(geometry_.first_position + seen_ + i, true, angles);
+      rotation.go_to(seen_ + i);
       const index_t slot = policy_.place(seen_ + i).slot;
       for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
-        const float* key = k.row(first_row + i) + head * dim;
         alignas(64) float rotated[max_head_dim];
-        if (rotates) {
-          geometry_.rope->turn(angles, key, dim, rotated);
-          key = rotated;
-        }
-        K::encode(key, dim, rows_.k(head, slot));
+        K::encode(rotation(k.row(first_row + i) + head * dim, rotated), dim, rows_.k(head, slot));
         V::encode(v.row(first_row + i) + head * v_dim, v_dim, rows_.v(head, slot));
       }
     }
@@ -240,14 +234,10 @@ class kv_cache final : public any_kv_cache {
   // What passed all checks.
   struct checked {
     checked(status found, const std::pmr::memory_resource* resource) {
-      require_resource(found, resource);
+      detail::require_resource(found, resource);
       found.or_fail();
     }
   };
-
-  static void require_resource(status& found, const std::pmr::memory_resource* resource) noexcept {
-    found.require(resource != nullptr, "resource", "null", "a memory resource");
-  }
 
   // Without memory where the resource had none, and exceptions are off.
   kv_cache(checked, const cache_config& config, Policy&& policy, std::pmr::memory_resource* resource)
@@ -258,7 +248,7 @@ class kv_cache final : public any_kv_cache {
   static std::optional<kv_cache> make(const cache_config& config, Policy&& policy, status& found,
                                       std::pmr::memory_resource* resource) noexcept {
     std::optional<kv_cache> cache;
-    require_resource(found, resource);
+    detail::require_resource(found, resource);
     if (!found) return cache;
     const std::size_t bytes = bytes_of(found, config, policy);
 #if defined(__cpp_exceptions)
@@ -270,7 +260,7 @@ class kv_cache final : public any_kv_cache {
     cache = kv_cache(checked(found, resource), config, std::move(policy), resource);
 #endif
     if (!cache || cache->nbytes() == 0) {
-      refuse_memory(found, bytes);
+      detail::refuse_memory(found, bytes);
       cache.reset();
     }
     return cache;
@@ -278,11 +268,8 @@ class kv_cache final : public any_kv_cache {
 
   status got_memory() const noexcept {
     status found;
-    if (nbytes() == 0) refuse_memory(found, bytes_of(found, config(), policy_));
+    if (nbytes() == 0) detail::refuse_memory(found, bytes_of(found, config(), policy_));
     return found;
-  }
-  static void refuse_memory(status& found, std::size_t bytes) noexcept {
-    found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
   }
 
   static std::size_t bytes_of(status& found, const cache_config& config, const Policy& policy) noexcept {

@@ -20,8 +20,8 @@
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-// Keys in format K and values in format V. Of the configuration the geometry, num_sink_tokens and rollback are read;
-// window has to be 0, and no recurring part of the face differs from kv_cache's. One allocation, at construction.
+// Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration the geometry,
+// num_sink_tokens and rollback are read; window has to be 0. One allocation, at construction.
 //
 // An event is due where seen() is a multiple of the interval, and happens before the next token is stored. Scorers that
 // look at queries or weights learn from every call that is handed the cache not const (attention::decode, attend,
@@ -78,7 +78,7 @@ class scored_kv_cache final : public any_kv_cache {
                                                    std::shared_ptr<const token_scorer> scorer, status& found,
                                                    std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config, rules, scorer.get());
-    found.require(resource != nullptr, "resource", "null", "a memory resource");
+    detail::require_resource(found, resource);
     return found ? make(state_config(config, rules, std::move(scorer)), found, resource) : std::nullopt;
   }
 
@@ -167,19 +167,14 @@ class scored_kv_cache final : public any_kv_cache {
              index_t n) noexcept override {
     const detail::scored_state& s = state();
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
-    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates() && !s.stores_unrotated();
+    detail::key_rotation rotation(geometry_, !s.stores_unrotated());
     for (index_t i = 0; i < n; ++i) {
-      rope::angles angles;
-      if (rotates) geometry_.rope->angles_at(geometry_.first_position + seen_ + i, true, angles);
+      rotation.go_to(seen_ + i);
       for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
-        const float* key = k.row(first_row + i) + head * dim;
+        const float* const key = k.row(first_row + i) + head * dim;
         const float given = s.needs.given ? s.of.scorer->given({key, static_cast<std::size_t>(dim)}) : 0;
         alignas(64) float rotated[max_head_dim];
-        if (rotates) {
-          geometry_.rope->turn(angles, key, dim, rotated);
-          key = rotated;
-        }
-        s.rows.write(head, i, seen_ + i, key, v.row(first_row + i) + head * v_dim, given);
+        s.rows.write(head, i, seen_ + i, rotation(key, rotated), v.row(first_row + i) + head * v_dim, given);
       }
     }
   }
@@ -249,7 +244,7 @@ class scored_kv_cache final : public any_kv_cache {
   // What passed all checks.
   struct checked {
     checked(status found, const std::pmr::memory_resource* resource) {
-      found.require(resource != nullptr, "resource", "null", "a memory resource");
+      detail::require_resource(found, resource);
       found.or_fail();
     }
   };
@@ -284,13 +279,9 @@ class scored_kv_cache final : public any_kv_cache {
   }
 
   status got_memory() const noexcept {
-    status found;
-    status fits;
-    if (!memory_) refuse_memory(found, static_cast<std::size_t>(state().bytes(fits)));
+    status found, fits;
+    if (!memory_) detail::refuse_memory(found, static_cast<std::size_t>(state().bytes(fits)));
     return found;
-  }
-  static void refuse_memory(status& found, std::size_t bytes) noexcept {
-    found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
   }
   // Of what was found right; or nothing, where there is no memory.
   static std::optional<scored_kv_cache> make(const detail::scored_config& of, status& found,
@@ -306,7 +297,7 @@ class scored_kv_cache final : public any_kv_cache {
 #endif
     if (cache && cache->nbytes() > 0) return cache;
     status fits;
-    refuse_memory(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)));
+    detail::refuse_memory(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)));
     return std::nullopt;
   }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }

@@ -74,6 +74,13 @@ inline cache_memory take_memory(std::size_t bytes, std::pmr::memory_resource* re
   return {static_cast<std::byte*>(memory), {resource, bytes}};
 }
 
+inline void require_resource(status& found, const std::pmr::memory_resource* resource) noexcept {
+  found.require(resource != nullptr, "resource", "null", "a memory resource");
+}
+inline void refuse_memory(status& found, std::size_t bytes) noexcept {
+  found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+}
+
 // What is read element by element is read sixteen at a time, in lines of its own.
 template <kv_format F>
 index_t checked_block_bytes(status& found, index_t dim) noexcept {

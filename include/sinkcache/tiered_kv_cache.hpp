@@ -65,7 +65,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
                                             std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config);
     std::optional<kv_cache> cache;
-    require_resource(found, resource);
+    detail::require_resource(found, resource);
     if (!found) return cache;
 #if defined(__cpp_exceptions)
     try {
@@ -76,7 +76,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     cache = kv_cache(checked(found, resource), config, resource);
 #endif
     if (!cache || cache->nbytes() == 0) {
-      refuse_memory(found, bytes_of(found, config));
+      detail::refuse_memory(found, bytes_of(found, config));
       cache.reset();
     }
     return cache;
@@ -99,20 +99,15 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
              index_t n) noexcept override {
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
-    const bool rotates = geometry_.inputs == inputs::raw && geometry_.rotates();
+    detail::key_rotation rotation(geometry_);
     for (index_t i = 0; i < n; ++i) {
       const position_t position = seen_ + i;
-      rope::angles angles;
-      if (rotates) geometry_.rope->angles_at(geometry_.first_position + position, true, angles);
+      rotation.go_to(position);
       for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
         move_to_few(head, position - shape_.recent);  // before its row is written over
         alignas(64) float rotated[max_head_dim], k_row[max_head_dim], v_row[max_head_dim];
-        const float* key = k.row(first_row + i) + head * dim;
-        if (rotates) {
-          geometry_.rope->turn(angles, key, dim, rotated);
-          key = rotated;
-        }
-        key = detail::transformed_row(geometry_.k_transform, key, dim, k_row);
+        const float* const key = detail::transformed_row(
+            geometry_.k_transform, rotation(k.row(first_row + i) + head * dim, rotated), dim, k_row);
         const float* const value =
             detail::transformed_row(geometry_.v_transform, v.row(first_row + i) + head * v_dim, v_dim, v_row);
         if (position < shape_.pinned || shape_.recent > 0) {
@@ -222,14 +217,10 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   // What passed all checks.
   struct checked {
     checked(status found, const std::pmr::memory_resource* resource) {
-      require_resource(found, resource);
+      detail::require_resource(found, resource);
       found.or_fail();
     }
   };
-
-  static void require_resource(status& found, const std::pmr::memory_resource* resource) noexcept {
-    found.require(resource != nullptr, "resource", "null", "a memory resource");
-  }
 
   // Without memory where the resource had none, and exceptions are off.
   kv_cache(checked, const cache_config& config, std::pmr::memory_resource* resource)
@@ -255,11 +246,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
 
   status got_memory() const noexcept {
     status found;
-    if (nbytes() == 0) refuse_memory(found, bytes_of(found, config()));
+    if (nbytes() == 0) detail::refuse_memory(found, bytes_of(found, config()));
     return found;
-  }
-  static void refuse_memory(status& found, std::size_t bytes) noexcept {
-    found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
   }
 
   void copy_tokens(const kv_cache& from) noexcept {

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <memory>
 #include <memory_resource>
 
 #include "detail/macros_off.hpp"
@@ -68,9 +67,7 @@ class tiered_storage {
       s->offset = at;
       at += round_up(of.num_kv_heads * s->rows * s->block, alignment);
     }
-    // Volatile: a resource that may not throw returns null, which libstdc++ tells the compiler never happens.
-    void* volatile memory = resource->allocate(bytes, alignment);
-    memory_ = {static_cast<std::byte*>(memory), {resource, bytes}};
+    memory_ = take_memory(bytes, resource);
   }
 
   static std::size_t required_bytes(status& found, const shape& of) noexcept {
@@ -103,7 +100,7 @@ class tiered_storage {
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
  private:
-  static constexpr index_t alignment = 64;
+  static constexpr index_t alignment = cache_alignment;
 
   struct section {
     index_t offset, block, rows;
@@ -116,15 +113,8 @@ class tiered_storage {
     return {.reader = &reader_of<F>, .base = data() + s.at(kv_head, 0), .block = s.block, .head = s.rows * s.block};
   }
 
-  struct give_back {
-    std::pmr::memory_resource* resource;
-    std::size_t bytes;
-
-    void operator()(std::byte* memory) const { resource->deallocate(memory, bytes, alignment); }
-  };
-
   section full_k_, full_v_, few_k_, few_v_;
-  std::unique_ptr<std::byte, give_back> memory_;
+  cache_memory memory_;
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
