@@ -124,16 +124,16 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
 
   status try_truncate(position_t seen) noexcept override {
     status found;
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    require_truncate(found, seen);
     if (!found) return found;
-    if (!shape_.can_go_back(seen, seen_, high_)) {
-      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, min_truncate());
-      return found;
-    }
     seen_ = seen;
     encoded_ = std::min(encoded_, seen);
     if (seen <= shape_.pinned()) high_ = seen;  // nothing else is left that could have been written over
     return found;
+  }
+  void require_truncate(status& found, position_t seen) const noexcept override {
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (found && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
   }
   position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
 
@@ -153,6 +153,9 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     std::optional<kv_cache> copy = make(config(), Policy(shape_.policy), found, rows_.resource());
     if (copy) copy->copy_tokens(*this);
     return copy;
+  }
+  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
+    return detail::on_heap(try_clone(found), found);
   }
 
   index_t capacity() const noexcept override { return nbytes() > 0 ? detail::max_visible(shape_.policy) : 0; }
@@ -182,8 +185,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     return nbytes() > 0 && query >= 0 ? shape_.policy.visible(query + 1).num_tokens() : 0;
   }
 
-  // Pinned tokens, then both rings, before and after the row where each wraps. Of a user-defined policy those for each
-  // span, and as many runs as it has slots.
+  // Pinned tokens, then both rings where they wrap; of a user-defined policy for each span, and a run for each slot.
   index_t max_parts() const noexcept override {
     if (nbytes() == 0) return 0;
     return is_window ? 5 : 3 * span_list::max_spans + shape_.few();
@@ -267,7 +269,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     return bytes_of(found, config, shape_of(config, policy));
   }
 
-  // Where neither format spares any, all of a window is whole, and nothing of a user-defined policy but what it pins.
+  // Where neither format spares any, a window is whole, and of a user-defined policy what it pins.
   static shape shape_of(const cache_config& config, Policy policy) noexcept {
     constexpr bool spares = tiered_format<K> || tiered_format<V>;
     return {std::move(policy), spares ? config.recent : is_window ? index_t{max_position} : 0, config.rollback};
