@@ -23,6 +23,8 @@
 #include <sinkcache/named_caches.hpp>
 #include <sinkcache/thread_pool.hpp>
 
+#include <sinkcache/detail/macros_off.hpp>
+
 #if !defined(__cpp_exceptions)
 #error "sinkcache: sinkcache.cpp returns as a status what it catches; compile it with exceptions, which none leaves"
 #endif
@@ -583,3 +585,5 @@ sinkcache_status sinkcache_prefill(const sinkcache_attention* attention, sinkcac
                                                {.lse = lses});
   });
 }
+
+#include <sinkcache/detail/macros_on.hpp>
