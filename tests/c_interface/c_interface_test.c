@@ -373,6 +373,33 @@ static void taken_back_and_copied(void) {
   sinkcache_attention_destroy(attention);
 }
 
+/* 0 is the default of a count, -1 none of it. */
+static void counts_that_are_zero(void) {
+  fill(40);
+  int64_t bytes[2];
+  for (int none = 0; none < 2; ++none) {
+    sinkcache_cache_config config = reference_config(1);
+    config.rollback = config.recent = none ? -1 : 0;
+    sinkcache_cache* cache = NULL;
+    OK(sinkcache_cache_create(&config, &cache, &error));
+    OK(sinkcache_append(cache, TOKENS, rows(k, 0, TOKENS, K), rows(v, 0, TOKENS, V), &error));
+    CHECK(sinkcache_min_truncate(cache) == (none ? TOKENS : TOKENS - 63));
+    bytes[none] = sinkcache_nbytes(cache);
+    sinkcache_cache_destroy(cache);
+  }
+  CHECK(bytes[1] < bytes[0] / 2);
+  /* The default of `recent` is 64. */
+  sinkcache_cache_config config = reference_config(1);
+  for (int i = 0; i < 3; ++i) {
+    config.window = 80, config.rollback = -1, config.recent = i == 0 ? 0 : i == 1 ? 64 : 63;
+    sinkcache_cache* cache = NULL;
+    OK(sinkcache_cache_create(&config, &cache, &error));
+    if (i == 0) bytes[0] = sinkcache_nbytes(cache);
+    CHECK((sinkcache_nbytes(cache) == bytes[0]) == (i < 2));
+    sinkcache_cache_destroy(cache);
+  }
+}
+
 /* ---- What is wrong ----------------------------------------------------------------------------------------------- */
 
 static void run_nothing(void* host, int64_t n, sinkcache_work work, void* call) {
@@ -589,6 +616,7 @@ int main(void) {
   as_in_cpp();
   strided_and_batched();
   taken_back_and_copied();
+  counts_that_are_zero();
   wrong_configurations();
   wrong_calls();
   if (failures > 0) printf("%d failed\n", failures);
