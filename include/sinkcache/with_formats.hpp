@@ -18,15 +18,9 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 namespace detail {
 
-// Those that f takes.
-template <class F, named_format... Formats>
-using taken_formats = decltype(std::tuple_cat(
-    std::conditional_t<std::invocable<F&, Formats, Formats>, std::tuple<Formats>, std::tuple<>>()...));
-
-template <class Formats>
-struct format_choice;
-template <class... Formats>
-struct format_choice<std::tuple<Formats...>> {
+// Of these, chosen by name.
+template <named_format... Formats>
+struct format_choice {
   static status validate(std::string_view k, std::string_view v) noexcept {
     status found;
     require(found, "the format of keys", k);
@@ -34,7 +28,7 @@ struct format_choice<std::tuple<Formats...>> {
     return found;
   }
   template <class F>
-  static decltype(auto) call(std::string_view k, std::string_view v, F& f) {
+  static decltype(auto) call(std::string_view k, std::string_view v, F&& f) {
     return call_with<Formats...>(k, [&](auto k_format) -> decltype(auto) {
       return call_with<Formats...>(v, [&](auto v_format) -> decltype(auto) { return f(k_format, v_format); });
     });
@@ -67,8 +61,20 @@ struct format_choice<std::tuple<Formats...>> {
   }
 };
 
+template <class Formats>
+struct choice_of;
+template <class... Formats>
+struct choice_of<std::tuple<Formats...>> {
+  using type = format_choice<Formats...>;
+};
+
+// Of those that f takes.
+template <class F, named_format... Formats>
+using taken_formats = typename choice_of<decltype(std::tuple_cat(
+    std::conditional_t<std::invocable<F&, Formats, Formats>, std::tuple<Formats>, std::tuple<>>()...))>::type;
+
 template <class F, named_format... Own>
-using formats_for = format_choice<taken_formats<F, f32, f16, bf16, q8, q6, q4, q2, Own...>>;
+using formats_for = taken_formats<F, f32, f16, bf16, q8, q6, q4, q2, Own...>;
 
 }  // namespace detail
 
