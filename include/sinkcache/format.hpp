@@ -24,7 +24,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 //   decode(from, row, dim, out)  one row of the block `from` into `dim` floats.
 // A `name` is for messages and with_formats; a format of your own does without it. A format may also say what stored
 // rows go through before they are encoded, `transform`, a pointer to a row_transform; and what pinned and the newest
-// tokens are stored in, `spared`, a format that they lose little in. kv_cache heeds both.
+// tokens are stored in, `spared`, a format that they lose little in. kv_cache and scored_kv_cache heed both.
 template <class F>
 concept kv_format = requires(const float* rows, index_t dim, std::byte* to, const std::byte* from, float* out) {
   { F::block_rows } -> std::convertible_to<index_t>;
