@@ -15,7 +15,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 // Order within a row: scale, soft cap, ALiBi, sink bias, then the sink. Errors stay within 16 u (1 + A) max|v|, where u
 // is 2^-24 and A the row's largest sum of |q| |k| sm_scale, |alibi_slope| times distance and |sink_bias|: float32 holds
-// a logit of size A to u A, whatever it is made of.
+// a logit of size A to u A, whatever it is made of. docs/architecture.md has what infinities and NaN become.
 struct attention_params {
   index_t num_qo_heads = 0;  // query and output heads, a multiple of the cache's num_kv_heads; at least 1
   softmax_variant softmax = softmax_variant::standard();

@@ -8,6 +8,7 @@
 // m is kept in base 2, logit * log2(e): the factor disappears into the query's scale. It is the largest logit rounded
 // up to a whole number, so that bringing a state to another m multiplies by a power of two, which rounds nothing.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -70,8 +71,8 @@ struct states {
 
   states from_row(index_t i) const { return {m + i, d + i, o + i * o_stride, o_stride}; }
 
-  void clear(index_t rows) const noexcept {
-    std::fill_n(m, rows, no_logit);
+  void clear(index_t rows, float bound = no_logit) const noexcept {
+    std::fill_n(m, rows, bound);
     std::fill_n(d, rows, 0.f);
     std::fill_n(o, rows * o_stride, 0.f);
   }
@@ -80,13 +81,19 @@ struct states {
 // The factor that brings what was summed relative to `m` to a new maximum `to`.
 inline float rescale(float m, float to) noexcept { return m == to ? 1.f : exp2_nonpositive(m - to); }
 
-inline void merge_state(const states& into, const states& from, index_t dim) noexcept {
-  const float m = *from.m > *into.m ? *from.m : *into.m;
+// Brings both to m, which is no less than theirs.
+inline void merge_state(const states& into, const states& from, index_t dim, float m) noexcept {
   const float a = rescale(*into.m, m), b = rescale(*from.m, m);
   *into.m = m;
   *into.d = *into.d * a + *from.d * b;
   for_each_index(dim, [&](index_t i) { into.o[i] = into.o[i] * a + from.o[i] * b; });
 }
+inline void merge_state(const states& into, const states& from, index_t dim) noexcept {
+  merge_state(into, from, dim, *from.m > *into.m ? *from.m : *into.m);
+}
+
+// Sums that would not fit do if m is so far above the logits: those of 2^32 tokens.
+inline constexpr float headroom = 32;
 
 inline void copy_state(const states& into, const states& from, index_t dim) noexcept {
   *into.m = *from.m;
@@ -94,10 +101,11 @@ inline void copy_state(const states& into, const states& from, index_t dim) noex
   std::copy_n(from.o, dim, into.o);
 }
 
-// What `finish` finds beside the output: lse, the natural logarithm of the denominator, the sink included, and the
-// normalised weight of a logit that equals the state's m.
+// What `finish` finds beside the output: lse, the natural logarithm of the denominator, the sink included, the
+// normalised weight of a logit that equals the state's m, and whether all of the output is finite.
 struct finished {
   float lse, weight;
+  bool finite;
 };
 
 // Nothing visible and no sink: zeros, lse -inf.
@@ -111,11 +119,17 @@ inline finished finish_state(const states& state, float sink, index_t dim, float
                    (sink == no_logit ? 0 : static_cast<double>(scale_of(sink2)));
   if (d == 0) {
     std::fill_n(out, dim, 0.f);
-    return {no_logit, 0.f};
+    return {no_logit, 0.f, true};
   }
   const auto weight = static_cast<float>(static_cast<double>(scale) / d);
   for_each_index(dim, [&](index_t i) { out[i] = state.o[i] * weight; });
-  return {static_cast<float>((m + std::log2(d)) * std::numbers::ln2), weight};
+  const auto lse = static_cast<float>((m + std::log2(d)) * std::numbers::ln2);
+  if (all_finite(out, dim)) return {lse, weight, true};
+  // What is finite is at most the largest value; rounding alone makes it more.
+  constexpr float largest = std::numeric_limits<float>::max();
+  for (index_t i = 0; i < dim; ++i)
+    if (std::isfinite(state.o[i])) out[i] = std::clamp(out[i], -largest, largest);
+  return {lse, weight, all_finite(out, dim)};
 }
 
 }  // namespace detail
@@ -145,8 +159,7 @@ class attention_state {
   void merge(const attention_state& other) {
     detail::check(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
     detail::check(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
-    for (index_t head = 0; head < num_heads_; ++head)
-      detail::merge_state(row(head), const_cast<attention_state&>(other).row(head), v_head_dim_);
+    for (index_t head = 0; head < num_heads_; ++head) merge(head, const_cast<attention_state&>(other).row(head));
   }
 
   // The head's output into `out`, v_head_dim floats; returns its lse. The state is left as it is.
@@ -174,6 +187,16 @@ class attention_state {
 
  private:
   friend class detail::schedule;
+
+  void merge(index_t head, const detail::states& from) noexcept {
+    const detail::states into = row(head);
+    const auto bound = [&](const detail::states& of) {  // under which sums of both fit
+      const bool large =
+          std::any_of(of.o, of.o + v_head_dim_, [](float x) { return std::isfinite(x) && std::abs(x) >= 0x1p126f; });
+      return large ? *of.m + detail::headroom : *of.m;
+    };
+    detail::merge_state(into, from, v_head_dim_, std::max(bound(into), bound(from)));
+  }
 
   index_t stride() const { return v_head_dim_ + 2; }
   detail::states row(index_t head) {

@@ -298,6 +298,17 @@ template <class F>
   for (; i < n; ++i) f(i);
 }
 
+// Whether none of n floats is infinite or NaN.
+[[gnu::always_inline]] inline bool all_finite(const float* from, index_t n) noexcept {
+  vfloat sum{};
+  index_t i = 0;
+  for (; i + lanes <= n; i += lanes) sum += load(from + i) * 0.f;
+  float rest = 0;
+  for (; i < n; ++i) rest += from[i] * 0.f;
+  for (int lane = 0; lane < lanes; ++lane) rest += sum[lane];
+  return rest == 0;
+}
+
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
 
 #include "macros_on.hpp"
