@@ -48,6 +48,8 @@ struct call_part {
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
 // with its arguments, and then has changed nothing; the others throw it.
 //
+// One that was moved from refuses every call, and can be assigned to.
+//
 // A cache that is not const learns from the queries it wants (any_kv_cache::learner); a const one is only read.
 class attention {
  public:
@@ -211,6 +213,8 @@ class attention {
   // concurrency; with weights: where somebody wants those.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
     status found;
+    detail::require_heads(found, params_, keys.geometry());
+    found.or_fail();
     const index_t shared = shared_bytes(found, keys, weights ? most_kept(keys, tokens) : -1);
     const index_t bytes =
         detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);

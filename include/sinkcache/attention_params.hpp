@@ -33,6 +33,7 @@ inline status validate(const attention_params& params) noexcept {
     found.require(size == 0 || size == heads, what, size, "one per query head,", heads);
   };
   found.require(heads >= 1, "num_qo_heads", heads, "at least 1");
+  params.softmax.require_given(found);
   require_per_head("sink_logits.size()", params.softmax.num_sink_logits());
   require_per_head("alibi_slopes.size()", static_cast<index_t>(params.alibi_slopes.size()));
   require_per_head("sink_bias.size()", static_cast<index_t>(params.sink_bias.size()));
@@ -47,6 +48,7 @@ inline status validate(const attention_params& params) noexcept {
 namespace detail {
 
 inline void require_heads(status& found, const attention_params& params, const kv_geometry& of) noexcept {
+  params.softmax.require_given(found);
   found.require(params.num_qo_heads % of.num_kv_heads == 0, "num_qo_heads", params.num_qo_heads,
                 "a multiple of the cache's num_kv_heads,", of.num_kv_heads);
 }
@@ -71,6 +73,7 @@ inline void require_lse(status& found, const attention_params& params, std::span
 }
 
 inline void require_seen(status& found, const kv_source& keys) noexcept {
+  keys.require_memory(found);
   found.require(keys.seen() <= max_position, "keys.seen()", keys.seen(), "at most", max_position);
 }
 
@@ -122,6 +125,7 @@ inline status check_attend(const attention_params& params, const_matrix_view q, 
                            const attention_state& state) noexcept {
   status found;
   require_queries(found, params, q, 1, keys.geometry());
+  require_seen(found, keys);
   found.require(state.num_heads() == params.num_qo_heads, "state.num_heads()", state.num_heads(), "exactly",
                 params.num_qo_heads);
   found.require(state.v_head_dim() == keys.geometry().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
@@ -134,6 +138,7 @@ inline status check_prefill(const attention_params& params, const_matrix_view q,
                             std::span<const float> lse) noexcept {
   status found;
   require_queries(found, params, q, q.rows(), keys.geometry());
+  require_seen(found, keys);
   cache.require_tokens(found, q.rows(), k, v);
   require_outputs(found, params, out, q.rows(), keys.geometry());
   require_lse(found, params, lse, q.rows());

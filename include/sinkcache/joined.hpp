@@ -45,8 +45,11 @@ class static_tokens final : public kv_source {
   }
 
   std::size_t nbytes() const noexcept { return rows_.nbytes(); }
-  index_t capacity() const noexcept override { return num_tokens_; }
-  index_t num_visible(position_t) const noexcept override { return num_tokens_; }
+  void require_memory(status& found) const noexcept override {
+    found.require(nbytes() > 0, "static_tokens", "moved from", "tokens");
+  }
+  index_t capacity() const noexcept override { return nbytes() > 0 ? num_tokens_ : 0; }
+  index_t num_visible(position_t) const noexcept override { return capacity(); }
   position_t min_truncate() const noexcept override { return 0; }
   index_t max_parts() const noexcept override { return 1; }
 
@@ -136,6 +139,10 @@ class joined_source final : public kv_source {
   position_t seen() const noexcept override { return sources_.empty() ? 0 : before_ + sources_.back()->seen(); }
   bool ends_with(const kv_source& cache) const noexcept override {
     return this == &cache || (!sources_.empty() && sources_.back()->ends_with(cache));
+  }
+  void require_memory(status& found) const noexcept override {
+    found.require(!sources_.empty(), "a joined_source", "moved from", "one that has sources");
+    for (const kv_source* source : sources_) source->require_memory(found);
   }
   index_t capacity() const noexcept override {
     return sum([](const kv_source& s) { return s.capacity(); });

@@ -23,7 +23,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 // Keys in format K and values in format V, already rotated at their true positions. A query sees of what the memory
 // holds the first num_sink_tokens and the newest `window`; a window of 0 is none: all that is held. Between spans of
 // positions that the memory does not hold, in_cache closes the gap as after evicted tokens. A view is cheap to make,
-// cheaper to assign again, and allocates nothing.
+// cheaper to assign again, and allocates nothing. One that was moved from is one without tokens.
 template <viewed_format K, viewed_format V = K>
 class kv_view final : public kv_source {
   static_assert(K::block_rows == 1 && V::block_rows == 1,

@@ -111,9 +111,8 @@ class scored_kv_cache final : public any_kv_cache {
   std::size_t nbytes() const noexcept override { return memory_ ? memory_.get_deleter().bytes : 0; }
   cache_kind kind() const noexcept override { return {detail::format_name<K>(), detail::format_name<V>()}; }
 
-  // Of a cache that was not moved from.
-  const eviction& rules() const { return state().of.rules; }
-  const token_scorer& scorer() const { return *state().of.scorer; }
+  const eviction& rules() const { return held_state().of.rules; }
+  const token_scorer& scorer() const { return *held_state().of.scorer; }
 
   index_t num_sink_tokens() const { return nbytes() > 0 ? state().of.num_sink_tokens : 0; }
   index_t rollback() const { return nbytes() > 0 ? state().of.rollback : 0; }
@@ -327,6 +326,13 @@ class scored_kv_cache final : public any_kv_cache {
     part.last = at.back() + 1;
   }
 
+  // For who is not told by a status that the cache was moved from.
+  const detail::scored_state& held_state() const {
+    status found;
+    require_memory(found);
+    found.or_fail();
+    return state();
+  }
   detail::scored_state& state() { return parts_->state; }
   const detail::scored_state& state() const { return parts_->state; }
 

@@ -13,6 +13,7 @@
 #include <limits>
 #include <numbers>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "config.hpp"
@@ -22,9 +23,20 @@
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-// What stands in the softmax's denominator beside the visible tokens.
+// What stands in the softmax's denominator beside the visible tokens. One that was moved from can be assigned to; who
+// else is given it refuses it.
 class softmax_variant {
  public:
+  softmax_variant(const softmax_variant&) = default;
+  softmax_variant& operator=(const softmax_variant&) = default;
+  softmax_variant(softmax_variant&& from) noexcept
+      : sink_(std::exchange(from.sink_, moved_from)), logits_(std::move(from.logits_)) {}
+  softmax_variant& operator=(softmax_variant&& from) noexcept {
+    logits_ = std::move(from.logits_);
+    sink_ = std::exchange(from.sink_, moved_from);
+    return *this;
+  }
+
   static softmax_variant standard() { return softmax_variant(-std::numeric_limits<float>::infinity()); }
 
   // +1 in the denominator: a sink logit of 0 in every head (Miller 2023, "Attention Is Off By One").
@@ -50,7 +62,14 @@ class softmax_variant {
   float sink(index_t head) const { return logits_.empty() ? sink_ : logits_[static_cast<std::size_t>(head)]; }
   index_t num_sink_logits() const { return static_cast<index_t>(logits_.size()); }  // 0: the same for every head
 
+  // Adds to `found` that this was moved from, if so.
+  void require_given(status& found) const noexcept {
+    found.require(sink_ == sink_, "softmax", "moved from", "one that was not");
+  }
+
  private:
+  static constexpr float moved_from = std::numeric_limits<float>::quiet_NaN();
+
   explicit softmax_variant(float sink) : sink_(sink) {}
 
   float sink_;
@@ -141,7 +160,8 @@ struct attention_output {
 };
 
 // A partial result of attention for one query token: [num_heads, v_head_dim + 2] floats, m, d, o a head. Split the
-// tokens as you like, over caches or machines, attend to each part, merge in any order, finish once.
+// tokens as you like, over caches or machines, attend to each part, merge in any order, finish once. One that was moved
+// from has no heads, and can be assigned to.
 class attention_state {
  public:
   attention_state(index_t num_heads, index_t v_head_dim) : num_heads_(num_heads), v_head_dim_(v_head_dim) {
@@ -151,12 +171,26 @@ class attention_state {
     clear();
   }
 
+  attention_state(const attention_state&) = default;
+  attention_state& operator=(const attention_state&) = default;
+  attention_state(attention_state&& from) noexcept
+      : num_heads_(std::exchange(from.num_heads_, 0)),
+        v_head_dim_(std::exchange(from.v_head_dim_, 0)),
+        floats_(std::move(from.floats_)) {}
+  attention_state& operator=(attention_state&& from) noexcept {
+    floats_ = std::move(from.floats_);
+    num_heads_ = std::exchange(from.num_heads_, 0);
+    v_head_dim_ = std::exchange(from.v_head_dim_, 0);
+    return *this;
+  }
+
   // Back to the identity: nothing seen yet.
   void clear() noexcept {
     for (index_t head = 0; head < num_heads_; ++head) row(head).clear(1);
   }
 
   void merge(const attention_state& other) {
+    require_heads();
     detail::check(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
     detail::check(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
     for (index_t head = 0; head < num_heads_; ++head) merge(head, const_cast<attention_state&>(other).row(head));
@@ -164,6 +198,10 @@ class attention_state {
 
   // The head's output into `out`, v_head_dim floats; returns its lse. The state is left as it is.
   float finish(const softmax_variant& variant, index_t head, std::span<float> out) const {
+    require_heads();
+    status given;
+    variant.require_given(given);
+    given.or_fail();
     detail::check(static_cast<index_t>(out.size()) == v_head_dim_, "out.size()", out.size(), "exactly", v_head_dim_);
     detail::check(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
     const index_t sinks = variant.num_sink_logits();
@@ -187,6 +225,8 @@ class attention_state {
 
  private:
   friend class detail::schedule;
+
+  void require_heads() const { detail::check(num_heads_ > 0, "the state", "moved from", "one that has heads"); }
 
   void merge(index_t head, const detail::states& from) noexcept {
     const detail::states into = row(head);

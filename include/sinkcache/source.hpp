@@ -214,6 +214,9 @@ class kv_source {
   // could take them back.
   virtual position_t oldest_query() const noexcept { return std::max<position_t>(0, min_truncate() - 1); }
 
+  // Adds to `found` that this source was moved from, if so: it holds nothing, and can be assigned to.
+  virtual void require_memory(status& /*found*/) const noexcept {}
+
   // Most parts of a plan.
   virtual index_t max_parts() const noexcept = 0;
 
