@@ -45,6 +45,33 @@ inline status validate(const attention_params& params) noexcept {
   return found;
 }
 
+// What a call gives beside its output, where it is asked for: lse, natural, the sink included [tokens, num_qo_heads];
+// and the weights of the queries that a reader wants. Those go the way of decode, one by one.
+struct extra_outputs {
+  std::span<float> lse = {};
+  weight_reader* weights = nullptr;
+};
+
+// One sequence of a batch: q [num_qo_heads * head_dim] of its newest token, already stored, out [num_qo_heads *
+// v_head_dim], lse [num_qo_heads] or empty, and who wants the weights, or null. A cache that learns is its own reader:
+// cache.learner().
+struct decode_item {
+  std::span<const float> q;
+  const kv_source* keys = nullptr;
+  std::span<float> out;
+  std::span<float> lse = {};
+  weight_reader* weights = nullptr;
+};
+
+// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
+// of them if a count is 0. What is not given goes to the end. Parts that do not overlap may run at the same time, each
+// with its own workspace, and give the same bits as the whole.
+struct call_part {
+  static constexpr index_t rest = -1;
+
+  index_t first_kv_head = 0, num_kv_heads = rest, first_row = 0, num_rows = rest;
+};
+
 namespace detail {
 
 inline void require_heads(status& found, const attention_params& params, const kv_geometry& of) noexcept {
@@ -152,6 +179,16 @@ inline status check_prefill(const attention_params& params, const_matrix_view q,
   found.require(keys.ends_with(cache), "keys", "another source", "one that ends with the cache");
   found.require(q.rows() <= max_position - keys.seen(), "tokens seen and appended", q.rows(), "at most",
                 max_position - keys.seen());
+  return found;
+}
+
+inline status check_sizes(const attention_params& params, const kv_source* keys, index_t tokens,
+                          index_t concurrency) noexcept {
+  status found;
+  found.require(tokens >= 0 && tokens <= max_position, "tokens", tokens, "from 0 to", max_position);
+  found.require(concurrency >= 1, "concurrency", concurrency, "at least 1");
+  found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
+  if (found) require_heads(found, params, keys->geometry());
   return found;
 }
 

@@ -296,6 +296,9 @@ class weight_reader {
   virtual void begin(const attention_call& /*call*/) noexcept {}
   virtual void end(const attention_call& /*call*/, const attention& /*by*/, workspace& /*memory*/) noexcept {}
 
+  // The most queries that `end` attends with, as one call.
+  virtual index_t num_queries_again() const noexcept { return 0; }
+
   // Whether it wants sums over the queries from `first` to `last`, none of which is wanted by itself, or over one
   // query. Many queries then stay together, at less than twice the time; of one, or a few, sums come query by query.
   virtual bool wants_sums(position_t, position_t) const noexcept { return false; }

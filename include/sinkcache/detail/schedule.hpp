@@ -50,17 +50,21 @@ class schedule {
   // [num_qo_heads, slices], and logits [num_qo_heads, kept] for those who ask for weights.
   static index_t decode_bytes(status& found, const attention_params& params, const kv_source& keys,
                               index_t kept) noexcept {
+    constexpr const char* what = "bytes of partial states";
     const index_t slices = keys.capacity() <= 0 ? 0 : most_slices(keys);
-    const index_t group = group_size(params, keys);
-    const index_t counters = keys.geometry().num_kv_heads * row_blocks(group) * index_t{sizeof(int)};
-    const index_t states = checked_product(found, "floats of partial states", slices, state_floats(keys));
-    const index_t floats =
-        checked_product(found, "bytes of partial states", params.num_qo_heads * index_t{sizeof(float)},
-                        checked_sum(found, "floats of partial states", states, std::max<index_t>(0, kept)));
-    return round_up(checked_sum(found, "bytes of partial states", round_up(counters, 64), floats), 64);
+    const index_t blocks =
+        checked_product(found, what, keys.geometry().num_kv_heads, row_blocks(group_size(params, keys)));
+    const index_t states =
+        checked_sum(found, what, checked_product(found, what, slices, state_floats(keys)), std::max<index_t>(0, kept));
+    const index_t floats = checked_product(found, what, params.num_qo_heads, states);
+    // Counters, then floats, each in whole lines.
+    const index_t counters = checked_sum(found, what, checked_product(found, what, blocks, sizeof(int)), 63) & -64;
+    const index_t bytes = checked_sum(found, what, counters, checked_product(found, what, floats, sizeof(float)));
+    return checked_sum(found, what, bytes, 63) & -64;
   }
   static shape shape_of(const attention_params& params, const kv_source& keys, index_t tokens) noexcept {
-    return {rows_of_an_item(std::min(tokens, max_item_rows) * group_size(params, keys)), keys.geometry().head_dim,
+    const index_t group = std::min(group_size(params, keys), max_item_rows);  // an item has no more rows
+    return {rows_of_an_item(std::min(tokens, max_item_rows) * group), keys.geometry().head_dim,
             keys.geometry().v_head_dim, keys.max_parts()};
   }
   static index_t batch_bytes(std::size_t size) noexcept {
@@ -170,7 +174,7 @@ class schedule {
     return static_cast<index_t>(std::clamp<position_t>((tokens + slice_tokens - 1) / slice_tokens, 1, max_slices));
   }
   // Row blocks of a KV head's group, and floats of one partial state: m and d, then o on the next cache line.
-  static index_t row_blocks(index_t group) noexcept { return (group + max_item_rows - 1) / max_item_rows; }
+  static index_t row_blocks(index_t group) noexcept { return (group - 1) / max_item_rows + 1; }
   static index_t state_floats(const kv_source& keys) noexcept { return round_up(keys.geometry().v_head_dim, 16) + 16; }
 
   worker_scratch worker(index_t i) const noexcept {
