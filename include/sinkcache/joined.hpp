@@ -38,8 +38,11 @@ class static_tokens final : public kv_source {
     detail::require_geometry(found, of);
     found.require(of.rope.has_value(), "rope", "absent", "given (rope::none() counts)");
     found.require(k.rows() >= 1, "k.rows()", k.rows(), "at least 1");
-    detail::require_shape(found, "k", k, k.rows(), of.num_kv_heads * of.head_dim);
-    detail::require_shape(found, "v", v, k.rows(), of.num_kv_heads * of.v_head_dim);
+    const auto floats = [&](index_t dim) {
+      return detail::checked_product(found, "floats of a token", of.num_kv_heads, dim);
+    };
+    detail::require_shape(found, "k", k, k.rows(), floats(of.head_dim));
+    detail::require_shape(found, "v", v, k.rows(), floats(of.v_head_dim));
     if (found) detail::storage<K, V>::required_bytes(found, of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim);
     return found;
   }

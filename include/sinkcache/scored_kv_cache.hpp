@@ -119,13 +119,13 @@ class scored_kv_cache final : public any_kv_cache {
 
   // Positions of the rows that a KV head holds, oldest first; and how many of them an event leaves.
   std::span<const position_t> kept(index_t kv_head) const {
-    return nbytes() > 0 ? state().rows.at(kv_head) : std::span<const position_t>();
+    return held(kv_head) != nullptr ? state().rows.at(kv_head) : std::span<const position_t>();
   }
-  index_t budget(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).budget : 0; }
+  index_t budget(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->budget : 0; }
 
   // With accounts: the sum of the masses of all events, and the largest bound (eviction_event).
-  double evicted_mass(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).mass : 0; }
-  double largest_bound(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).bound : 0; }
+  double evicted_mass(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->mass : 0; }
+  double largest_bound(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->bound : 0; }
 
   // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it. Refused where
   // it would leave no row free.
@@ -312,7 +312,7 @@ class scored_kv_cache final : public any_kv_cache {
   void push_rows(index_t kv_head, index_t row, index_t n, bool scattered, part_list& parts) const noexcept {
     if (n == 0) return;
     const std::span<const position_t> at =
-        kept(kv_head).subspan(static_cast<std::size_t>(row), static_cast<std::size_t>(n));
+        state().rows.at(kv_head).subspan(static_cast<std::size_t>(row), static_cast<std::size_t>(n));
     kv_part& part = parts.emplace_back();
     part.k = state().rows.k_rows(kv_head);
     part.v = state().rows.v_rows(kv_head);
@@ -326,11 +326,13 @@ class scored_kv_cache final : public any_kv_cache {
     part.last = at.back() + 1;
   }
 
-  // For who is not told by a status that the cache was moved from.
+  const detail::held_rows* held(index_t kv_head) const {
+    const index_t heads = geometry_.num_kv_heads;
+    detail::check(kv_head >= 0 && kv_head < heads, "kv_head", kv_head, "from 0 to below", heads);
+    return nbytes() > 0 ? &state().rows.head(kv_head) : nullptr;
+  }
   const detail::scored_state& held_state() const {
-    status found;
-    require_memory(found);
-    found.or_fail();
+    detail::check(nbytes() > 0, "the cache", "moved from", "one that holds memory");
     return state();
   }
   detail::scored_state& state() { return parts_->state; }

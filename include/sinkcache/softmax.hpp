@@ -167,7 +167,9 @@ class attention_state {
   attention_state(index_t num_heads, index_t v_head_dim) : num_heads_(num_heads), v_head_dim_(v_head_dim) {
     detail::check(num_heads >= 1, "num_heads", num_heads, "at least 1");
     detail::check(v_head_dim >= 1 && v_head_dim <= max_head_dim, "v_head_dim", v_head_dim, "from 1 to", max_head_dim);
-    floats_.resize(static_cast<std::size_t>(detail::checked_product("num_heads * v_head_dim", num_heads, stride())));
+    const index_t floats = detail::checked_product("num_heads * v_head_dim", num_heads, stride());
+    detail::checked_product("bytes of the state", floats, sizeof(float));
+    floats_.resize(static_cast<std::size_t>(floats));
     clear();
   }
 

@@ -42,6 +42,12 @@ inline index_t num_different_heads(const scored_config& of) noexcept {
   return of.rules.head_budgets.empty() && of.rules.short_heads.empty() ? 1 : of.geometry.num_kv_heads;
 }
 
+// Rows, tokens and queries are so few that sums of some of them fit.
+inline void require_few(status& found, const char* what, index_t n) noexcept {
+  constexpr index_t most = index_t{1} << 40;
+  found.require(n <= most, what, n, "at most", most);
+}
+
 inline void require_budget(status& found, const scored_config& of, index_t kv_head) noexcept {
   const scorer_needs needs = of.scorer->needs();
   const index_t budget = head_budget(of.rules, kv_head);
@@ -49,6 +55,8 @@ inline void require_budget(status& found, const scored_config& of, index_t kv_he
   const index_t stays = checked_sum(found, "num_sink_tokens + recent", of.num_sink_tokens, newest);
   found.require(budget > stays, of.rules.head_budgets.empty() ? "budget" : "a head's budget", budget,
                 "above num_sink_tokens and recent (or the scorer's window) together,", stays);
+  require_few(found, of.rules.head_budgets.empty() ? "budget" : "a head's budget", budget);
+  if (!found) return;
   if (!is_short(of.rules, kv_head)) of.scorer->require(found, of.geometry, budget, of.num_sink_tokens);
   if (of.rules.bound)
     found.require(of.rules.hard_budget >= budget, "hard_budget", of.rules.hard_budget, "at least the budget,", budget);
@@ -64,6 +72,9 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
   require_geometry(found, of.geometry);
   found.require(rules.recent >= 0, "recent", rules.recent, "at least 0");
   found.require(rules.interval >= 1, "interval", rules.interval, "at least 1");
+  require_few(found, "interval", rules.interval);
+  require_few(found, "hard_budget", rules.hard_budget);
+  require_few(found, "the scorer's window", needs.window);
   const auto heads = static_cast<index_t>(rules.head_budgets.size());
   found.require(heads == 0 || heads == of.geometry.num_kv_heads, "head_budgets.size()", heads, "0 or num_kv_heads,",
                 of.geometry.num_kv_heads);
@@ -270,7 +281,8 @@ class scored_state {
     if (num_different_heads(of) == 1) pool = checked_product(found, "rows of the cache", pool, num_heads());
     const index_t stays = of.num_sink_tokens + std::max(rules.recent, needs.window);
     // A head may get all that is free, where others keep only what never leaves.
-    if (rules.adaptive) most_rows_ = pool - (num_heads() - 1) * (stays + rules.interval);
+    if (rules.adaptive)
+      most_rows_ = pool - checked_product(found, "rows of the cache", num_heads() - 1, stays + rules.interval);
     const index_t events = of.rollback == 0 ? 0 : of.rollback / rules.interval + 2;
     index_t undo = 0;
     if (events > 0) {
@@ -278,6 +290,8 @@ class scored_state {
                              checked_product(found, "rows for rollback", events, rules.interval));
       if (needs.drops || rules.bound) undo = checked_sum(found, "rows for rollback", undo, pool);
     }
+    checked_sum(found, "rows of the cache", pool, undo);
+    if (!found) return;
     rows.carve(c, {.k = of.k,
                    .v = of.v,
                    .num_kv_heads = num_heads(),
