@@ -305,8 +305,13 @@ template <class F>
   for (; i + lanes <= n; i += lanes) sum += load(from + i) * 0.f;
   float rest = 0;
   for (; i < n; ++i) rest += from[i] * 0.f;
-  for (int lane = 0; lane < lanes; ++lane) rest += sum[lane];
-  return rest == 0;
+#if defined(__AVX512DQ__)
+  return rest == 0 && _mm512_cmp_ps_mask(sum, vfloat{}, _CMP_EQ_OQ) == 0xffff;
+#elif defined(__AVX__)
+  return rest == 0 && _mm256_movemask_ps(_mm256_cmp_ps(sum, vfloat{}, _CMP_EQ_OQ)) == 0xff;
+#else
+  return rest + join_lanes<1>(sum, [](vfloat a, vfloat b) { return a + b; })[0] == 0;
+#endif
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
