@@ -255,6 +255,50 @@ TEST_CASE("extremes: values whose weighted sum fits are right, though what they 
   });
 }
 
+TEST_CASE("extremes: who asks is told how much of what is seen is no number") {
+  constexpr index_t n = 40, bad = 7;
+  for (const format& f : formats()) {
+    INFO(f.name);
+    layer_tokens t(n);
+    std::vector<std::byte> memory;
+    CHECK(num_not_finite(*f.make(t, memory)) == 0);
+    t.v(bad, 3) = nan;
+    t.v(bad, 4) = infinity;
+    t.k(bad + 1, 5) = -infinity;
+    CHECK(num_not_finite(*f.make(t, memory)) == (f.few_bits ? 2 * dim : 3));
+  }
+  // As a token that f16 cannot hold comes and leaves; a pinned one stays.
+  const matrix ones = matrix::Ones(1, 16);
+  for (const bool pinned : {false, true}) {
+    kv_cache<f16> cache({.num_kv_heads = 2,
+                         .head_dim = 8,
+                         .num_sink_tokens = pinned ? 1 : 0,
+                         .window = 5,
+                         .positions = positions::absolute,
+                         .rope = rope::none()});
+    CHECK(num_not_finite(cache) == 0);
+    matrix k = matrix::Constant(1, 16, 65519.f), v = k;
+    cache.append(k, v);
+    CHECK(num_not_finite(cache) == 0);
+    cache.clear();
+    k(0, 3) = 65520.f, v(0, 9) = -70000.f, v(0, 10) = 1e30f;
+    cache.append(k, v);
+    for (index_t i = 0; i < 9; ++i) {
+      CHECK(num_not_finite(cache) == (i < 5 || pinned ? 3 : 0));
+      cache.append(ones, ones);
+    }
+  }
+  // Rows in any order, and pages.
+  std::vector<float> pool(4 * 2 * 4, 1.f);
+  pool[2 * 8 + 1] = infinity;  // page 2
+  const std::int32_t table[] = {3, 2}, elsewhere[] = {3, 1};
+  kv_view<f32> view({.num_kv_heads = 1, .head_dim = 4, .rope = rope::none()}, {{.token = 4}, {.token = 4}});
+  view.assign(kv_pages{pool.data(), pool.data(), 8, 8, 4, 2, table}, 4);
+  CHECK(num_not_finite(view) == 2);
+  view.assign(kv_pages{pool.data(), pool.data(), 8, 8, 4, 2, elsewhere}, 4);
+  CHECK(num_not_finite(view) == 0);
+}
+
 TEST_CASE("extremes: states of large values merge to what one state holds") {
   for (int softmax = 0; softmax < 3; ++softmax)
     for (const float size : {largest, largest / 40}) {
