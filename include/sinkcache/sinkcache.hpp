@@ -21,6 +21,7 @@
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
+//   not_finite.hpp        whether what is stored is still numbers
 //   storage.hpp           the one allocation behind a cache
 //   tiered_kv_cache.hpp   the cache of formats that spare pinned and the newest tokens
 //   tiered_storage.hpp    the one allocation behind that, and which token lies where
@@ -49,6 +50,7 @@
 #include "kv_view.hpp"
 #include "layer_caches.hpp"
 #include "matrix.hpp"
+#include "not_finite.hpp"
 #include "policy.hpp"
 #include "quantized.hpp"
 #include "rope.hpp"
