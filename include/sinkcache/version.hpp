@@ -126,4 +126,20 @@ namespace sinkcache::inline SINKCACHE_TAG {
 // The instruction set that the including file was compiled for: "avx512", "avx2", "neon", "sse2", ...
 constexpr const char* isa() noexcept { return SINKCACHE_STRING(SINKCACHE_ISA); }
 
+// The same, beside the best of these names that the processor has: where they differ, the file wants other flags.
+struct instruction_sets {
+  const char *file, *processor;
+};
+inline instruction_sets built_for() noexcept {
+#if defined(__SSE2__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return {isa(), "avx512"};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {isa(), "avx2"};  // which all have F16C
+  if (__builtin_cpu_supports("avx")) return {isa(), "avx"};
+  return {isa(), __builtin_cpu_supports("sse4.1") ? "sse4" : "sse2"};
+#else
+  return {isa(), isa()};
+#endif
+}
+
 }  // namespace sinkcache::inline SINKCACHE_TAG
