@@ -139,11 +139,14 @@ TEST_CASE("kv_cache: a bad configuration is refused in exact words, before memor
       {[](auto& c) { c.first_position = (position_t{1} << 62) + 1; },
        "first_position was 4611686018427387905, had to be from 0 to 4611686018427387904"},
       {[](auto& c) { c.rope.reset(); },
-       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+       "rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions "
+       "are absolute and inputs rotated"},
       {[](auto& c) { c.rope.reset(), c.positions = positions::absolute; },
-       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+       "rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions "
+       "are absolute and inputs rotated"},
       {[](auto& c) { c.rope.reset(), c.inputs = inputs::rotated; },
-       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+       "rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions "
+       "are absolute and inputs rotated"},
       {[](auto& c) { c.rope = rope::plain(6, 100.0); }, "rope's width was 6, had to be at most head_dim, 4"},
   };
   for (const bad& row : table) {

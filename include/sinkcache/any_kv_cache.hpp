@@ -50,7 +50,9 @@ inline void require_geometry(status& found, const kv_geometry& of) noexcept {
   found.require(of.first_position >= 0 && of.first_position <= max_position, "first_position", of.first_position,
                 "from 0 to", max_position);
   found.require(of.rope.has_value() || (of.positions == positions::absolute && of.inputs == inputs::rotated), "rope",
-                "absent", "given (rope::none() counts) unless positions are absolute and inputs rotated");
+                "absent",
+                "given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions are absolute and "
+                "inputs rotated");
   if (of.rope)
     found.require(of.rope->width() <= of.head_dim, "rope's width", of.rope->width(), "at most head_dim,", of.head_dim);
 }
