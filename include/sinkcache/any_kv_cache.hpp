@@ -189,12 +189,31 @@ class any_kv_cache : public kv_source {
   // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
   position_t min_truncate() const noexcept override = 0;
 
+  // Drops the tokens at positions [first, last), counted from the start of the stream, pinned ones too: old frames,
+  // finished thinking. From now on queries see what is before and after them, under in_cache as neighbours, under
+  // absolute at its true distance. Nothing moves and nothing is rotated: a window goes on counting positions, so
+  // dropped tokens keep their place in it until it has passed them. truncate takes tokens back as before; what was
+  // dropped before `seen` stays dropped. kv_cache serves this; others refuse it.
+  void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
+  virtual status try_erase(position_t /*first*/, position_t /*last*/) noexcept {
+    status found;
+    found.refuse("this cache cannot drop a range of its tokens, had to be a kv_cache");
+    return found;
+  }
+
   // Forgets all tokens.
   virtual void clear() noexcept = 0;
 
   // Adds to `found` why so many tokens cannot come before their queries do: a cache that evicts by what queries give
   // tokens has to have learned from all of them where it evicts.
   virtual void require_learned(status& /*found*/, index_t /*tokens*/) const noexcept {}
+
+  // Adds to `found` why these tokens cannot be dropped.
+  void require_erasable(status& found, position_t first, position_t last) const noexcept {
+    require_memory(found);
+    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
+  }
 
   // Adds to `found` that this cache was moved from, if so.
   void require_memory(status& found) const noexcept {

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "any_kv_cache.hpp"
+#include "detail/erased.hpp"
 #include "detail/macros_off.hpp"
 #include "tiered_storage.hpp"
 
@@ -41,7 +42,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
         encoded_(std::exchange(from.encoded_, 0)),
         config_recent_(from.config_recent_),
         shape_(from.shape_),
-        rows_(std::move(from.rows_)) {}
+        rows_(std::move(from.rows_)),
+        erased_(std::exchange(from.erased_, {})) {}
   kv_cache& operator=(kv_cache&& from) noexcept {
     any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
     high_ = std::exchange(from.high_, 0);
@@ -49,6 +51,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     config_recent_ = from.config_recent_;
     shape_ = from.shape_;
     rows_ = std::move(from.rows_);
+    erased_ = std::exchange(from.erased_, {});
     return *this;
   }
 
@@ -127,7 +130,17 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     encoded_ = std::max(encoded_, seen_ - shape_.recent);
   }
 
-  void clear() noexcept override { seen_ = high_ = encoded_ = 0; }
+  void clear() noexcept override {
+    seen_ = high_ = encoded_ = 0;
+    erased_.clear();
+  }
+
+  status try_erase(position_t first, position_t last) noexcept override {
+    status found;
+    require_erasable(found, first, last);
+    if (found) erased_.add(found, {first, last}, shape_.pinned, min_truncate() - shape_.window);
+    return found;
+  }
 
   status try_truncate(position_t seen) noexcept override {
     status found;
@@ -139,6 +152,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     }
     seen_ = seen;
     encoded_ = std::min(encoded_, seen);
+    erased_.truncate(seen);
     if (seen <= shape_.pinned) high_ = seen;  // nothing else is left that could have been written over
     return found;
   }
@@ -149,7 +163,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     require_memory(found);
     found.or_fail();
     kv_cache copy(config(), rows_.resource());
-    copy.copy_tokens(*this);
+    copy.copy_tokens(*this, found);
+    found.or_fail();
     return copy;
   }
   std::optional<kv_cache> try_clone(status& found) const noexcept {
@@ -157,7 +172,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     require_memory(found);
     if (!found) return std::nullopt;
     std::optional<kv_cache> copy = try_create(config(), found, rows_.resource());
-    if (copy) copy->copy_tokens(*this);
+    if (copy) copy->copy_tokens(*this, found);
+    if (!found) copy.reset();
     return copy;
   }
 
@@ -182,11 +198,13 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   }
 
   index_t num_visible(position_t query) const noexcept override {
-    return nbytes() > 0 && query >= 0 ? shape_.policy().visible(query + 1).num_tokens() : 0;
+    if (nbytes() == 0 || query < 0) return 0;
+    const span_list visible = shape_.policy().visible(query + 1);
+    return visible.num_tokens() - erased_.count(visible);
   }
 
-  // Pinned tokens, then both rings, before and after the row where each wraps.
-  index_t max_parts() const noexcept override { return nbytes() == 0 ? 0 : 5; }
+  // Pinned tokens, then both rings, before and after the row where each wraps. What was erased cuts one of each in two.
+  index_t max_parts() const noexcept override { return nbytes() == 0 ? 0 : 5 + 2 * erased_.size(); }
 
   plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
     const plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
@@ -197,7 +215,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     spared.v = rows_.spared_v_rows(kv_head);
     kv_part pinned = spared;
     pinned.rows = pinned.pinned = static_cast<index_t>(std::min<position_t>(shape_.pinned, until));
-    parts.push_back(pinned);
+    erased_.push_kept(pinned, parts);
     kv_part few;
     few.k = rows_.k_rows(kv_head);
     few.v = rows_.v_rows(kv_head);
@@ -250,7 +268,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     return found;
   }
 
-  void copy_tokens(const kv_cache& from) noexcept {
+  void copy_tokens(const kv_cache& from, status& found) noexcept {
+    erased_.assign(found, from.erased_);
     std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
     seen_ = from.seen_;
     high_ = from.high_;
@@ -286,7 +305,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
       part.row = first_row + at;
       part.rows = static_cast<index_t>(end - p);
       part.first = p;
-      parts.push_back(part);
+      erased_.push_kept(part, parts);
     }
   }
 
@@ -295,6 +314,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   index_t config_recent_;
   detail::tier_shape shape_;
   rows rows_;
+  detail::erased_spans erased_;
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG
