@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <sinkcache/attention.hpp>
+#include <sinkcache/host_threads.hpp>
 
 #include <algorithm>
 #include <cstring>
@@ -109,7 +110,7 @@ void for_executors(const F& f) {
     threads::thread_pool pool(size);
     f("pool of " + std::to_string(size), pool);
     engine_pool engine{size};
-    threads::engine_executor on_engine(engine);
+    pool_executor on_engine(engine);
     f("engine's pool of " + std::to_string(size), on_engine);
   }
   reversing reversed;
@@ -147,10 +148,10 @@ struct batch {
     queries.push_back(random_matrix(dice, 1, 12 * c.head_dim));
     caches.push_back(std::move(cache));
   }
-  // Empty, one token, a slice, a few slices, longer slices; each of its own shape.
+  // One token, a slice, a few slices, longer slices; each of its own shape.
   void add_all() {
     const rope turns = rope::plain(16, 1e4);
-    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 0);
+    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 1);
     add<bf16>({.num_kv_heads = 2, .head_dim = 33, .num_sink_tokens = 4, .window = 9000, .rope = turns}, 12000);
     add<f16>({.num_kv_heads = 12, .head_dim = 16, .v_head_dim = 40, .window = 600, .rope = turns}, 1);
     add<f32>({.num_kv_heads = 1, .head_dim = 64, .num_sink_tokens = 2, .window = 510, .rope = turns}, 700);
@@ -162,7 +163,7 @@ struct batch {
                     .positions = positions::absolute,
                     .inputs = inputs::rotated},
                    1500);
-    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 0);
+    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 1);
     add<bf16, f16>({.num_kv_heads = 6,
                     .head_dim = 20,
                     .num_sink_tokens = 1,
@@ -450,7 +451,6 @@ TEST_CASE("calls: parts of one token may be slices of a long cache") {
   workspace scratch;
   const std::vector<result> expected = b.alone(scratch);
   for (std::size_t i = 0; i < b.caches.size(); ++i) {
-    if (b.caches[i]->seen() == 0) continue;  // attend is asked for stored tokens
     CAPTURE(i);
     result whole(b.attention, *b.caches[i], 1), parts = whole, past_the_end = whole;
     b.attention.attend(b.queries[i], *b.caches[i], whole.out, scratch, {.lse = whole.lse});
@@ -464,6 +464,25 @@ TEST_CASE("calls: parts of one token may be slices of a long cache") {
       b.attention.attend(b.queries[i], *b.caches[i], past_the_end.out, scratch, {.lse = past_the_end.lse}, empty);
     CHECK(past_the_end.untouched());
   }
+}
+
+TEST_CASE("calls: decode before anything was stored is refused, and changes nothing") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 4, .window = 3, .rope = rope::none()});
+  const attention attention({.num_qo_heads = 1});
+  workspace scratch;
+  const matrix q = matrix::Ones(1, 4);
+  result one(attention, cache, 1);
+  const char* const message =
+      "sinkcache: keys.seen() was 0, had to be at least 1: its newest token is the one that attends";
+  CHECK(attention.try_decode(q, cache, one.out, scratch, {.lse = one.lse}).message() == message);
+  CHECK_THROWS_WITH(attention.decode(q, cache, one.out, scratch), message);
+  const std::vector<decode_item> batch = {{.q = row_of(q), .keys = &cache, .out = row_of(one.out), .lse = one.lse}};
+  CHECK(attention.try_decode(batch, scratch).message() == message);
+  CHECK(one.untouched());
+  // A state takes what there is, of a rank that has no tokens too.
+  attention_state state(1, 4);
+  attention.attend(q, cache, state, scratch);
+  CHECK(state.data()[1] == 0);
 }
 
 TEST_CASE("calls: bad parts are refused in exact words") {
@@ -533,10 +552,10 @@ TEST_CASE("calls: threads of the host share a call, each with its workspace", "[
       result by_heads(attention, cache, c.rows), by_rows(attention, cache, c.rows), one(attention, cache, 1);
       engine_pool{number}.run([&](index_t ith, index_t nth) {
         workspace& own = workspaces[as_size(ith)];
-        threads::with_part(ith, nth, c.config.num_kv_heads, [&](const call_part& part) {
-          attention.attend(c.q, cache, by_heads.out, own, {.lse = by_heads.lse}, part);
-          attention.attend(c.q.bottomRows(1), cache, one.out, own, {.lse = one.lse}, part);
-        });
+        attention.attend(c.q, cache, by_heads.out, own, {.lse = by_heads.lse},
+                         part_of_thread(ith, nth, c.config.num_kv_heads, c.rows));
+        attention.attend(c.q.bottomRows(1), cache, one.out, own, {.lse = one.lse},
+                         part_of_thread(ith, nth, c.config.num_kv_heads, 1));
         const index_t rows = (c.rows + nth - 1) / nth, first = std::min(c.rows, ith * rows);
         attention.attend(c.q, cache, by_rows.out, own, {.lse = by_rows.lse},
                          {0, call_part::rest, first, std::min(rows, c.rows - first)});

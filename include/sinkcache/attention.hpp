@@ -35,15 +35,6 @@ struct decode_item {
   weight_reader* weights = nullptr;
 };
 
-// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
-// of them if a count is 0. What is not given goes to the end. Parts that do not overlap may run at the same time, each
-// with its own workspace, and give the same bits as the whole.
-struct call_part {
-  static constexpr index_t rest = -1;
-
-  index_t first_kv_head = 0, num_kv_heads = rest, first_row = 0, num_rows = rest;
-};
-
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
 // with its arguments, and then has changed nothing; the others throw it.
@@ -52,6 +43,10 @@ struct call_part {
 class attention {
  public:
   explicit attention(attention_params params) : params_(std::move(params)) { validate(params_).or_fail(); }
+  static std::optional<attention> try_create(attention_params params, status& found) noexcept {
+    found = validate(params);
+    return detail::created(found, "attention", [&] { return attention(std::move(params)); });
+  }
 
   const attention_params& params() const { return params_; }
 
@@ -89,19 +84,30 @@ class attention {
   }
 
   // The same for the newest token of each of several sequences, as one call of the executor. Every sequence gets the
-  // bits that it would get by itself.
-  void decode(std::span<const decode_item> batch, workspace& workspace) const {
-    try_decode(batch, workspace).or_fail();
+  // bits that it would get by itself. A part by KV heads is one of sequences that have as many.
+  void decode(std::span<const decode_item> batch, workspace& workspace, const call_part& part = {}) const {
+    try_decode(batch, workspace, part).or_fail();
   }
-  status try_decode(std::span<const decode_item> batch, workspace& workspace) const noexcept {
+  status try_decode(std::span<const decode_item> batch, workspace& workspace,
+                    const call_part& part = {}) const noexcept {
     status found;
     for (const decode_item& item : batch) detail::require_item(found, params_, item.q, item.keys, item.out, item.lse);
     if (!found || batch.empty()) return found;
+    const index_t kv_heads = batch.front().keys->geometry().num_kv_heads;
+    const bool all_heads = part.first_kv_head == 0 && part.num_kv_heads == call_part::rest;
+    for (const decode_item& item : batch)
+      found.require(all_heads || item.keys->geometry().num_kv_heads == kv_heads, "a batch's num_kv_heads",
+                    item.keys->geometry().num_kv_heads, "that of the first, in a part by KV heads,", kv_heads);
+    const call_part whole = detail::whole_part(found, part, kv_heads, static_cast<index_t>(batch.size()));
+    if (!found || whole.num_rows == 0 || whole.num_kv_heads == 0) return found;
+    batch = batch.subspan(static_cast<std::size_t>(whole.first_row), static_cast<std::size_t>(whole.num_rows));
     const auto learners = [&](const auto& tell) {
       for (const decode_item& item : batch)
         if (item.weights != nullptr) {
           const const_matrix_view q(item.q.data(), 1, static_cast<index_t>(item.q.size()));
-          tell(*item.weights, call_of(q, *item.keys, item.keys->seen() - 1));
+          attention_call call = call_of(q, *item.keys, item.keys->seen() - 1);
+          if (!all_heads) call.first_kv_head = whole.first_kv_head, call.num_kv_heads = whole.num_kv_heads;
+          tell(*item.weights, call);
         }
     };
     learners([&](const weight_reader& reader, const attention_call& call) { reader.require(found, call); });
@@ -116,7 +122,8 @@ class attention {
               .lse = lse_of(item.lse),
               .weights = item.weights};
     };
-    decode_all(static_cast<index_t>(batch.size()), job, workspace, found);
+    decode_all(static_cast<index_t>(batch.size()), job, workspace, found, whole.first_kv_head,
+               all_heads ? call_part::rest : whole.num_kv_heads);
     if (found) learners([&](weight_reader& reader, const attention_call& call) { reader.end(call, *this, workspace); });
     return found;
   }
@@ -247,7 +254,8 @@ class attention {
   }
 
   template <class Job>
-  void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
+  void decode_all(index_t size, const Job& job, workspace& workspace, status& found, index_t first_kv_head = 0,
+                  index_t num_kv_heads = call_part::rest) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
       return one.weights != nullptr && wants_any(*one.weights, one.query) ? one.keys->capacity() : -1;
@@ -262,7 +270,7 @@ class attention {
     }
     detail::schedule schedule(params_, workspace);
     if (found) found = schedule.reserve(of, shared);
-    if (found) schedule.decode(size, job, kept, 0, call_part::rest);
+    if (found) schedule.decode(size, job, kept, first_kv_head, num_kv_heads);
   }
   void decode_one(const detail::decode_job& job, workspace& workspace, status& found) const noexcept {
     decode_all(
