@@ -22,6 +22,7 @@
 //   storage.hpp           the one allocation behind a cache
 //   tiered_kv_cache.hpp   the cache of formats that spare pinned and the newest tokens
 //   tiered_storage.hpp    the one allocation behind that, and which token lies where
+//   detail/erased.hpp     ranges that were dropped from the middle of a cache
 //   detail/schedule.hpp   how a call is cut into work items
 //   detail/query_block.hpp  how query rows go over the parts of a plan
 //   detail/absorb.hpp     the hot loop
@@ -30,6 +31,9 @@
 //   scored_kv_cache.hpp   a cache that evicts by score; eviction.hpp has its rules, scorer.hpp what a scorer is
 //   policies.hpp, key_policies.hpp, redundancy_policies.hpp   scorers: H2O, TOVA, SnapKV, KeyDiff, LagKV, R-KV ...
 //   named_policies.hpp    all of them by name
+//   rope_keys.hpp         rotary positions from the keys of a config.json or a GGUF file
+//   host_threads.hpp      an executor over a host's pool; how threads that are in a call together share it
+//   openmp.hpp            an executor over OpenMP's threads
 //   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
 #include "any_kv_cache.hpp"
