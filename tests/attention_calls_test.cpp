@@ -253,9 +253,9 @@ TEST_CASE("calls: a batch of hundreds, on every executor", "[threads]") {
   for (int i = 0; i < 300; ++i) {
     const cache_config config{.num_kv_heads = i % 3 + 1, .head_dim = i % 20 + 1, .window = 600, .rope = rope::none()};
     if (i % 2 == 0)
-      b.add<bf16>(config, i % 7 == 0 ? 700 : i % 50);
+      b.add<bf16>(config, i % 7 == 0 ? 700 : i % 50 + 1);
     else
-      b.add<f32>(config, i % 11 == 0 ? 700 : i % 50);
+      b.add<f32>(config, i % 11 == 0 ? 700 : i % 50 + 1);
   }
   workspace alone;
   const std::vector<result> expected = b.alone(alone);
@@ -298,7 +298,9 @@ TEST_CASE("calls: a bad item refuses the whole batch, and nothing is written") {
   counting executor;
   workspace scratch(executor);
   std::vector<result> results = b.blank();
-  const kv_cache<f32> five({.num_kv_heads = 5, .head_dim = 16, .window = 5, .rope = rope::none()});
+  kv_cache<f32> five({.num_kv_heads = 5, .head_dim = 16, .window = 5, .rope = rope::none()});
+  const matrix row = matrix::Zero(1, 5 * 16);
+  five.append(row, row);
   const auto refused = [&](const auto& spoil, const char* message) {
     for (const std::size_t at : {std::size_t{0}, b.caches.size() / 2, b.caches.size() - 1}) {
       std::vector<decode_item> items = b.items(results, 0, b.caches.size());

@@ -401,10 +401,9 @@ TEST_CASE("attention: a decode long enough to be cut into slices") {
 }
 
 TEST_CASE("attention: a cache of which all was dropped gives zeros, and the sink's lse") {
-  const cache_config config = small_config();
-  kv_cache<f32> cache(config);
-  cache.append(matrix::Ones(1, config.num_kv_heads * config.head_dim),
-               matrix::Ones(1, config.num_kv_heads * cache.geometry().v_head_dim));
+  kv_cache<f32> cache(small_config());
+  const matrix k = matrix::Ones(1, 2 * 5), v = matrix::Ones(1, 2 * 3);
+  cache.append(k, v);
   cache.erase(0, 1);
   workspace scratch;
   const matrix q = matrix::Ones(1, 4 * 5);

@@ -1,10 +1,13 @@
 // Ranges dropped from the middle of a cache, in any history of calls: what is seen, to the oracle's bound, in both
 // modes of positions; and through the tiers of a cache of few bits.
 
+#include <sinkcache/key_policies.hpp>
+#include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -266,6 +269,24 @@ TEST_CASE("erase: bad ranges are refused in exact words, and change nothing") {
   CHECK_THROWS_WITH(cache.erase(4, 3), "sinkcache: first was 4, had to be from 0 to last, 3");
   CHECK(cache.try_erase(0, 11).message() == "sinkcache: last was 11, had to be at most what was seen, 10");
   CHECK(cache.size() == 10);
+  // All layers, or none.
+  std::vector<std::unique_ptr<any_kv_cache>> layers;
+  for (const index_t tokens : {10, 8}) {
+    layers.push_back(cache.clone_any());
+    layers.back()->truncate(tokens);
+  }
+  layer_caches all(std::move(layers));
+  CHECK(all.try_erase(3, 9).message() == "sinkcache: last was 9, had to be at most what was seen, 8");
+  CHECK((all[0].size() == 10 && all[1].size() == 8));
+  all.erase(3, 7);
+  CHECK((all[0].size() == 6 && all[1].size() == 4));
+  // Another kind of cache.
+  scored_kv_cache<f32> scored({.num_kv_heads = 1, .head_dim = 2, .rope = rope::none()},
+                              {.budget = 8, .recent = 2, .num_qo_heads = 1}, policies::knorm());
+  scored.append(rows, rows);
+  CHECK(scored.try_erase(1, 2).message() ==
+        "sinkcache: this cache cannot drop a range of its tokens, had to be a kv_cache");
+  CHECK(scored.size() == 10);
   kv_cache<f32> other = std::move(cache);
   CHECK(cache.try_erase(0, 0).message() == "sinkcache: the cache was moved from, had to be one that holds memory");
   CHECK(other.size() == 10);

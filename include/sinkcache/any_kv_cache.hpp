@@ -203,10 +203,19 @@ class any_kv_cache : public kv_source {
   // dropped tokens keep their place in it until it has passed them. truncate takes tokens back as before; what was
   // dropped before `seen` stays dropped. kv_cache serves this; others refuse it.
   void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
-  virtual status try_erase(position_t /*first*/, position_t /*last*/) noexcept {
+  virtual status try_erase(position_t first, position_t last) noexcept {
     status found;
-    found.refuse("this cache cannot drop a range of its tokens, had to be a kv_cache");
+    require_erase(found, first, last);
     return found;
+  }
+  virtual bool can_erase() const noexcept { return false; }
+
+  // Adds to `found` why erase would be refused.
+  void require_erase(status& found, position_t first, position_t last) const noexcept {
+    if (!can_erase()) found.refuse("this cache cannot drop a range of its tokens, had to be a kv_cache");
+    require_memory(found);
+    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
   }
 
   // Forgets all tokens.
@@ -239,13 +248,6 @@ class any_kv_cache : public kv_source {
   // Adds to `found` why so many tokens cannot come before their queries do: a cache that evicts by what queries give
   // tokens has to have learned from all of them where it evicts.
   virtual void require_learned(status& /*found*/, index_t /*tokens*/) const noexcept {}
-
-  // Adds to `found` why these tokens cannot be dropped.
-  void require_erasable(status& found, position_t first, position_t last) const noexcept {
-    require_memory(found);
-    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
-    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
-  }
 
   // Adds to `found` that this cache was moved from, if so.
   void require_memory(status& found) const noexcept {

@@ -131,14 +131,12 @@ class kv_cache final : public any_kv_cache {
     high_ = std::max(high_, seen_);
   }
 
-  void clear() noexcept override {
-    seen_ = high_ = 0;
-    erased_.clear();
-  }
+  void clear() noexcept override { seen_ = high_ = 0, erased_.clear(); }
 
+  bool can_erase() const noexcept override { return true; }
   status try_erase(position_t first, position_t last) noexcept override {
     status found;
-    require_erasable(found, first, last);
+    require_erase(found, first, last);
     position_t from = 0;  // before it nobody sees anything but pinned tokens again
     if constexpr (std::same_as<Policy, sink_window>) from = min_truncate() - policy_.window;
     if (found) erased_.add(found, {first, last}, detail::num_pinned(policy_), from);

@@ -130,14 +130,12 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     encoded_ = std::max(encoded_, seen_ - shape_.recent);
   }
 
-  void clear() noexcept override {
-    seen_ = high_ = encoded_ = 0;
-    erased_.clear();
-  }
+  void clear() noexcept override { seen_ = high_ = encoded_ = 0, erased_.clear(); }
 
+  bool can_erase() const noexcept override { return true; }
   status try_erase(position_t first, position_t last) noexcept override {
     status found;
-    require_erasable(found, first, last);
+    require_erase(found, first, last);
     if (found) erased_.add(found, {first, last}, shape_.pinned, min_truncate() - shape_.window);
     return found;
   }
