@@ -124,6 +124,8 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
   for (const char* name : {"partial_rotary_factor", "rotary_pct"}) share = whole.number(name).value_or(share);
   const double dims = static_cast<double>(head_dim) * share;
   const index_t width = share > 0 && share <= 1 ? static_cast<index_t>(dims) : 0;
+  if (width == head_dim && width % 2 != 0)
+    found.refuse("head_dim was {}, had to be even: its halves rotate together", width);
   if (width < 2 || width % 2 != 0)
     found.refuse(
         "partial_rotary_factor was {}, had to be such that an even number of the {} dimensions of a head rotates",
