@@ -1,7 +1,7 @@
 // One decode step and one prompt, on the caller's thread, on a pool of threads, and on an engine's own pool: the same
 // bits. `threads [NUMBER]`, 4 unless given.
 
-#include "threads/thread_pool.hpp"
+#include <sinkcache/thread_pool.hpp>
 
 #include <sinkcache/host_threads.hpp>
 #include <sinkcache/sinkcache.hpp>
@@ -60,7 +60,7 @@ int main(int argc, char** argv) {
   workspace alone;
   const matrix expected = layer.run(alone, cache);
 
-  threads::thread_pool pool(number);
+  sinkcache::thread_pool pool(number);
   workspace on_pool(pool);
   bool good = report("a pool of threads", layer.run(on_pool, others) == expected);
 

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "../examples/threads/thread_pool.hpp"
+#include <sinkcache/thread_pool.hpp>
 #include "catch.hpp"
 #include "effort.hpp"
 
@@ -107,7 +107,7 @@ struct engine_pool {
 template <class F>
 void for_executors(const F& f) {
   for (const index_t size : {1, 2, 3, 7}) {
-    threads::thread_pool pool(size);
+    sinkcache::thread_pool pool(size);
     f("pool of " + std::to_string(size), pool);
     engine_pool engine{size};
     pool_executor on_engine(engine);
@@ -697,7 +697,7 @@ TEST_CASE("calls: the same bits on any executor, in any order", "[threads]") {
 }
 
 TEST_CASE("calls: a pool that is used over and over", "[threads]") {
-  threads::thread_pool pool(3);
+  sinkcache::thread_pool pool(3);
   CHECK(pool.concurrency() == 3);
   for (const index_t n : {0, 1, 2, 3, 4, 100})
     for (int round = 0; round < 200; ++round) {
@@ -706,7 +706,7 @@ TEST_CASE("calls: a pool that is used over and over", "[threads]") {
       pool.run(n, work_ref(work));
       REQUIRE(done == std::vector<int>(as_size(n), 1));
     }
-  { threads::thread_pool unused(5); }
+  { sinkcache::thread_pool unused(5); }
 }
 
 TEST_CASE("calls: concurrent calls on one cache and layer", "[threads]") {
@@ -716,7 +716,7 @@ TEST_CASE("calls: concurrent calls on one cache and layer", "[threads]") {
   const std::vector<result> expected = b.alone(scratch);
   std::vector<int> wrong(4);
   engine_pool{4}.run([&](index_t ith, index_t) {
-    threads::thread_pool pool(ith % 2 + 1);
+    sinkcache::thread_pool pool(ith % 2 + 1);
     workspace own(pool);
     for (int round = 0; round < 3; ++round) {
       std::vector<result> together = b.blank(), single = b.alone(own);

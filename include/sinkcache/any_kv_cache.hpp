@@ -103,6 +103,21 @@ class key_rotation {
   rope::angles angles_;
 };
 
+// Adds `part` for each run of neighbouring rows of a span, of which positions below `pinned` take sink_bias.
+template <class Place>
+void push_runs(kv_part part, const position_span& span, position_t pinned, part_list& parts,
+               const Place& place) noexcept {
+  for (position_t p = span.first, end; p < span.last; p = end) {
+    const placed at = place(p);
+    end = std::min<position_t>(span.last, p + at.following + 1);
+    part.row = at.slot;
+    part.rows = static_cast<index_t>(end - p);
+    part.first = p;
+    part.pinned = static_cast<index_t>(std::clamp<position_t>(pinned - p, 0, end - p));
+    parts.push_back(part);
+  }
+}
+
 // A row as it is, or what it becomes, in `to`.
 inline const float* transformed_row(const row_transform* transform, const float* row, index_t dim, float* to) noexcept {
   if (transform == nullptr) return row;
@@ -201,7 +216,7 @@ class any_kv_cache : public kv_source {
   // finished thinking. From now on queries see what is before and after them, under in_cache as neighbours, under
   // absolute at its true distance. Nothing moves and nothing is rotated: a window goes on counting positions, so
   // dropped tokens keep their place in it until it has passed them. truncate takes tokens back as before; what was
-  // dropped before `seen` stays dropped. kv_cache serves this; others refuse it.
+  // dropped before `seen` stays dropped. kv_cache serves this, in formats that spare no tokens; others refuse it.
   void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
   virtual status try_erase(position_t first, position_t last) noexcept {
     status found;
@@ -277,7 +292,7 @@ class any_kv_cache : public kv_source {
 namespace detail {
 
 // Of the small memory that objects and names take.
-inline void refuse_exhausted(status& found) noexcept { found.refuse("memory was exhausted, had to be there"); }
+inline void refuse_exhausted(status& found) noexcept { found.refuse_memory("memory was exhausted, had to be there"); }
 
 // In memory of its own what a try_ function made; or null, where it made none, or where there is no memory.
 template <class Cache>

@@ -32,10 +32,12 @@
 //   scored_kv_cache.hpp   a cache that evicts by score; eviction.hpp has its rules, scorer.hpp what a scorer is
 //   policies.hpp, key_policies.hpp, redundancy_policies.hpp   scorers: H2O, TOVA, SnapKV, KeyDiff, LagKV, R-KV ...
 //   named_policies.hpp    all of them by name
+//   thread_pool.hpp       an executor with threads of its own
 //   named_caches.hpp      any cache by the names of its policy and formats
 //   rope_keys.hpp         rotary positions from the keys of a config.json or a GGUF file
 //   host_threads.hpp      an executor over a host's pool; how threads that are in a call together share it
 //   openmp.hpp            an executor over OpenMP's threads
+//   sinkcache.h           the interface for C; sinkcache.cpp, which a host compiles, is what is behind it
 //   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
 #include "any_kv_cache.hpp"

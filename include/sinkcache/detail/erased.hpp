@@ -57,26 +57,16 @@ class erased_spans {
     return n;
   }
 
-  // A part without the rows that were erased.
-  void push_kept(const kv_part& part, part_list& parts) const noexcept {
-    const position_t end = part.first + part.rows;
-    position_t at = part.first;
-    const auto push_until = [&](position_t until) {
-      kv_part kept = part;
-      const auto skipped = static_cast<index_t>(at - part.first);
-      kept.first = at;
-      kept.row += skipped;
-      kept.rows = static_cast<index_t>(until - at);
-      kept.pinned = std::clamp<index_t>(part.pinned - skipped, 0, std::max<index_t>(0, kept.rows));
-      parts.push_back(kept);
-    };
-    for (auto span = std::partition_point(spans_.begin(), spans_.end(),
-                                          [&](const position_span& old) { return old.last <= at; });
-         span != spans_.end() && span->first < end; ++span) {
-      push_until(span->first);
-      at = span->last;
+  // Calls f with each stretch of these positions that is not erased, in order.
+  template <class F>
+  void for_each_kept(position_span of, const F& f) const noexcept {
+    auto span = std::partition_point(spans_.begin(), spans_.end(),
+                                     [&](const position_span& old) { return old.last <= of.first; });
+    for (; span != spans_.end() && span->first < of.last; ++span) {
+      if (of.first < span->first) f(position_span{of.first, span->first});
+      of.first = span->last;
     }
-    push_until(end);
+    if (of.first < of.last) f(of);
   }
 
  private:

@@ -1,9 +1,6 @@
 #pragma once
 
-// An executor: a small pool of threads of one's own. For threads that an engine has already there is
-// sinkcache/host_threads.hpp.
-
-#include <sinkcache/workspace.hpp>
+// An executor for programs that have no threads of their own. Nothing else in the library starts any.
 
 #include <atomic>
 #include <condition_variable>
@@ -11,22 +8,32 @@
 #include <thread>
 #include <vector>
 
-namespace threads {
+#include "detail/macros_off.hpp"
+#include "workspace.hpp"
 
-using sinkcache::index_t, sinkcache::work_ref;
+namespace sinkcache::inline SINKCACHE_TAG {
 
 // Threads that wait for work; the one that calls `run` is a worker too. One run at a time: a pool for each thread of
 // the host that makes calls. Whoever waits asks a few times before it sleeps: between the products of a decode step the
 // next work comes sooner than a sleeper wakes.
 class thread_pool {
  public:
+  // 1 to 1024 workers. Throws std::system_error where the system gives no more threads.
   explicit thread_pool(index_t workers) {
-    for (index_t worker = 1; worker < workers; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+    detail::check(workers >= 1 && workers <= 1024, "workers", workers, "from 1 to", 1024);
+    threads_.reserve(static_cast<std::size_t>(workers - 1));
+#if defined(__cpp_exceptions)
+    try {
+      start_threads(workers);
+    } catch (...) {
+      stop();
+      throw;
+    }
+#else
+    start_threads(workers);
+#endif
   }
-  ~thread_pool() {
-    start(nullptr, 0);
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~thread_pool() { stop(); }
   thread_pool(const thread_pool&) = delete;
   thread_pool& operator=(const thread_pool&) = delete;
 
@@ -41,6 +48,14 @@ class thread_pool {
   }
 
  private:
+  void start_threads(index_t workers) {
+    for (index_t worker = 1; worker < workers; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+  }
+  void stop() {
+    start(nullptr, 0);
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void start(const work_ref* work, index_t n) {
     {
       const std::lock_guard lock(mutex_);
@@ -87,4 +102,6 @@ class thread_pool {
   std::atomic<index_t> next_item_{0};
 };
 
-}  // namespace threads
+}  // namespace sinkcache::inline SINKCACHE_TAG
+
+#include "detail/macros_on.hpp"
