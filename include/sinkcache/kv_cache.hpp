@@ -149,7 +149,7 @@ class kv_cache final : public any_kv_cache {
     if (!found) return found;
     seen_ = seen;
     erased_.truncate(seen);
-    if (policy_.visible(seen).num_tokens() == seen)
+    if (nbytes() > 0 && policy_.visible(seen).num_tokens() == seen)
       high_ = seen;  // all there ever was is still here, so what came after no longer matters
     return found;
   }

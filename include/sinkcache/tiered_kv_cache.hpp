@@ -1,9 +1,8 @@
 #pragma once
 
-// kv_cache for formats that spare some tokens: pinned tokens and the newest `recent` are stored in another format,
-// those between go to the formats of few bits once, when they leave the newest, from the row as it is stored. Where a
-// token is read from is a pure function of how many were seen; a ring of each tier keeps `rollback` rows longer, so
-// that the queries of a chunk, and those after a rollback, find what decode would.
+// kv_cache for formats that spare some tokens: pinned tokens and the newest `recent` are stored in another format, those
+// between go to few bits once, when they leave the newest, from the row as it is stored. Where a token is read from is a
+// pure function of how many were seen; a ring of each tier keeps `rollback` rows longer, for chunks and rollbacks.
 
 #include <algorithm>
 #include <concepts>
@@ -210,7 +209,6 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   using rows = detail::tiered_storage<K, V>;
   using full_k = typename rows::full_k;
   using full_v = typename rows::full_v;
-
   // What passed all checks.
   struct checked {
     checked(status found, const std::pmr::memory_resource* resource) {
