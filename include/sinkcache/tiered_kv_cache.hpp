@@ -218,7 +218,6 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   };
 
   static constexpr bool is_window = std::same_as<Policy, sink_window>;
-
   // Without memory where the resource had none, and exceptions are off.
   kv_cache(checked, const cache_config& config, Policy&& policy, std::pmr::memory_resource* resource)
       : any_kv_cache(detail::geometry_of<K, V>(config)),
