@@ -1,8 +1,9 @@
 #pragma once
 
-// kv_cache for formats that spare some tokens: pinned tokens and the newest `recent` are stored in another format, those
-// between go to few bits once, when they leave the newest, from the row as it is stored. Where a token is read from is a
-// pure function of how many were seen; a ring of each tier keeps `rollback` rows longer, for chunks and rollbacks.
+// kv_cache for formats that spare some tokens: pinned tokens and the newest `recent` are stored in another format,
+// those between go to few bits once, when they leave the newest, from the row as it is stored. Where a token is read
+// from is a pure function of how many were seen; a ring of each tier keeps `rollback` rows longer, for chunks and
+// rollbacks.
 
 #include <algorithm>
 #include <concepts>
