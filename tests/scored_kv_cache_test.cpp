@@ -610,15 +610,14 @@ TEST_CASE("a scored cache that is empty, was moved from, or has no memory") {
   matrix out(100, qo_heads * dim);
   for (const std::string& name : all_policies) {
     CAPTURE(name);
-    // The newest token of an empty cache is none: nothing is learned, and nothing is written.
+    // The newest token of an empty cache is none: decode is refused, and nothing is learned.
     f32_cache cache(config_of(positions::in_cache), rules_of(8), policy(name)),
         fresh(config_of(positions::in_cache), rules_of(8), policy(name));
-    a.decode(s.q.topRows(1), cache, out.topRows(1), w);
-    CHECK(out.row(0).isZero(0));
+    CHECK(!a.try_decode(s.q.topRows(1), cache, out.topRows(1), w));
     const status refused = fresh.try_append(s.k, s.v);
     CHECK(cache.try_append(s.k, s.v).message() == refused.message());
     f32_cache again(config_of(positions::in_cache), rules_of(8), policy(name));
-    a.decode(s.q.topRows(1), again, out.topRows(1), w);
+    CHECK(!a.try_decode(s.q.topRows(1), again, out.topRows(1), w));
     f32_cache right(config_of(positions::in_cache), rules_of(8), policy(name));
     feed(a, s, 0, 100, again, out, w, 7);
     feed(a, s, 0, 100, right, out, w, 1);

@@ -63,9 +63,10 @@ struct decode_item {
   weight_reader* weights = nullptr;
 };
 
-// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
-// of them if a count is 0. What is not given goes to the end. Parts that do not overlap may run at the same time, each
-// with its own workspace, and give the same bits as the whole.
+// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q, or
+// its sequences of a batch; none of them if a count is 0. What is not given goes to the end. Parts that do not overlap
+// may run at the same time, each with its own workspace, and give the same bits as the whole. host_threads.hpp cuts
+// them.
 struct call_part {
   static constexpr index_t rest = -1;
 
@@ -104,13 +105,18 @@ inline void require_seen(status& found, const kv_source& keys) noexcept {
   found.require(keys.seen() <= max_position, "keys.seen()", keys.seen(), "at most", max_position);
 }
 
+inline void require_token(status& found, const kv_source& keys) noexcept {
+  require_seen(found, keys);
+  found.require(keys.seen() >= 1, "keys.seen()", keys.seen(), "at least 1: its newest token is the one that attends");
+}
+
 inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
                            std::span<const float> lse) noexcept {
   status found;
   require_queries(found, params, q, 1, keys.geometry());
   require_outputs(found, params, out, 1, keys.geometry());
   require_lse(found, params, lse, 1);
-  require_seen(found, keys);
+  require_token(found, keys);
   return found;
 }
 
@@ -118,7 +124,7 @@ inline void require_item(status& found, const attention_params& params, std::spa
                          std::span<const float> out, std::span<const float> lse) noexcept {
   found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
   if (!found) return;
-  require_seen(found, *keys);
+  require_token(found, *keys);
   const kv_geometry& of = keys->geometry();
   require_heads(found, params, of);
   const auto require_row = [&](const char* what, std::span<const float> row, index_t dim) {
@@ -193,12 +199,11 @@ inline status check_sizes(const attention_params& params, const kv_source* keys,
 }
 
 // The part with its ends filled in.
-template <class Part>
-Part whole_part(status& found, Part part, index_t num_kv_heads, index_t num_rows) noexcept {
+inline call_part whole_part(status& found, call_part part, index_t num_kv_heads, index_t num_rows) noexcept {
   const auto fill = [&](const char* first_name, const char* size_name, index_t first, index_t& size, index_t all) {
     found.require(first >= 0 && first <= all, first_name, first, "from 0 to", all);
     if (!found) return;
-    if (size == Part::rest) size = all - first;
+    if (size == call_part::rest) size = all - first;
     found.require(size >= 0 && size <= all - first, size_name, size, "from 0 to", all - first);
   };
   fill("first_kv_head", "num_kv_heads", part.first_kv_head, part.num_kv_heads, num_kv_heads);

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory_resource>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "any_kv_cache.hpp"
@@ -29,6 +31,14 @@ class static_tokens final : public kv_source {
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource = default_resource())
       : static_tokens(checked(config, k, v, resource), k, v, resource, 0) {}
+  // The same, or nothing and in `found` why.
+  static std::optional<static_tokens> try_create(const cache_config& config, const_matrix_view k, const_matrix_view v,
+                                                 status& found,
+                                                 std::pmr::memory_resource* resource = default_resource()) noexcept {
+    found = validate(config, k, v);
+    detail::require_resource(found, resource);
+    return detail::created(found, "static_tokens", [&] { return static_tokens(config, k, v, resource); });
+  }
   static_tokens(static_tokens&&) noexcept = default;
   static_tokens& operator=(static_tokens&&) noexcept = default;
 
@@ -36,7 +46,8 @@ class static_tokens final : public kv_source {
     status found;
     const kv_geometry of = detail::geometry_of(config);
     detail::require_geometry(found, of);
-    found.require(of.rope.has_value(), "rope", "absent", "given (rope::none() counts)");
+    found.require(of.rope.has_value(), "rope", "absent",
+                  "given, say .rope = rope::plain(head_dim, theta), or rope::none()");
     found.require(k.rows() >= 1, "k.rows()", k.rows(), "at least 1");
     const auto floats = [&](index_t dim) {
       return detail::checked_product(found, "floats of a token", of.num_kv_heads, dim);
@@ -105,6 +116,11 @@ class joined_source final : public kv_source {
  public:
   joined_source(std::initializer_list<const kv_source*> sources) : joined_source(std::vector(sources)) {}
   explicit joined_source(std::vector<const kv_source*> sources) : joined_source(std::move(sources), checked(sources)) {}
+  static std::optional<joined_source> try_create(std::span<const kv_source* const> sources, status& found) noexcept {
+    found = validate(sources);
+    return detail::created(found, "a joined_source",
+                           [&] { return joined_source(std::vector(sources.begin(), sources.end())); });
+  }
 
   // Whether these can be joined.
   static status validate(std::span<const kv_source* const> sources) noexcept {

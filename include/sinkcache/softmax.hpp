@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -48,6 +49,11 @@ class softmax_variant {
     softmax_variant variant(0.f);
     variant.logits_.assign(logits.begin(), logits.end());
     return variant;
+  }
+
+  static std::optional<softmax_variant> try_sink_logits(std::span<const float> logits, status& found) noexcept {
+    found = validate(logits);
+    return detail::created(found, "sink logits", [&] { return sink_logits(logits); });
   }
 
   // Whether sink_logits takes these.
@@ -165,12 +171,22 @@ struct attention_output {
 class attention_state {
  public:
   attention_state(index_t num_heads, index_t v_head_dim) : num_heads_(num_heads), v_head_dim_(v_head_dim) {
-    detail::check(num_heads >= 1, "num_heads", num_heads, "at least 1");
-    detail::check(v_head_dim >= 1 && v_head_dim <= max_head_dim, "v_head_dim", v_head_dim, "from 1 to", max_head_dim);
-    const index_t floats = detail::checked_product("num_heads * v_head_dim", num_heads, stride());
-    detail::checked_product("bytes of the state", floats, sizeof(float));
-    floats_.resize(static_cast<std::size_t>(floats));
+    validate(num_heads, v_head_dim).or_fail();
+    floats_.resize(static_cast<std::size_t>(num_heads * stride()));
     clear();
+  }
+  static std::optional<attention_state> try_create(index_t num_heads, index_t v_head_dim, status& found) noexcept {
+    found = validate(num_heads, v_head_dim);
+    return detail::created(found, "an attention_state", [&] { return attention_state(num_heads, v_head_dim); });
+  }
+  static status validate(index_t num_heads, index_t v_head_dim) noexcept {
+    status found;
+    found.require(num_heads >= 1, "num_heads", num_heads, "at least 1");
+    found.require(v_head_dim >= 1 && v_head_dim <= max_head_dim, "v_head_dim", v_head_dim, "from 1 to", max_head_dim);
+    if (!found) return found;
+    const index_t floats = detail::checked_product(found, "num_heads * v_head_dim", num_heads, v_head_dim + 2);
+    detail::checked_product(found, "bytes of the state", floats, sizeof(float));
+    return found;
   }
 
   attention_state(const attention_state&) = default;
