@@ -193,7 +193,9 @@ TEST_CASE("what caches in a graph cannot serve they refuse by name") {
     ggml_tensor* const out = caches.build(host.graph, q, k, v, host.numbers(positions), host.numbers(sequences), found);
     REQUIRE(found.message() == "");
     host.run(out, 2);
-    return std::string(caches.take_refused().message());
+    std::string refused(caches.take_refused().message());
+    CHECK(std::isnan(ggml_get_data_f32(out)[0]) == !refused.empty());
+    return refused;
   };
   CHECK(refusal({0, 1, 2}, {0, 0, 0}) == "sinkcache: a token's sequence was 0, had to be one whose cache was set");
   caches.set(0, std::make_unique<kv_cache<f32>>(cache_config{

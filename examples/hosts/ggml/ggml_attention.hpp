@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <sinkcache/sinkcache.hpp>
@@ -145,6 +146,7 @@ class ggml_attention {
     const index_t tokens = q.ne[1], words = cell_sequences == nullptr ? 0 : cell_sequences->ne[0];
     per_thread& own = threads_[static_cast<std::size_t>(thread)];
     const auto at = [](const ggml_tensor& t, std::size_t bytes) { return static_cast<std::byte*>(t.data) + bytes; };
+    index_t done = 0;  // tokens of all streams
     const status found = with_view(&k, &v, [&](auto& view) {
       status stream_found;
       for (index_t stream = 0; stream < q.ne[3]; ++stream) {
@@ -164,6 +166,7 @@ class ggml_attention {
           for (n = 1; first + n < tokens && positions[first + n] == positions[first + n - 1] + 1 &&
                       (of == nullptr || of[first + n] == of[first]);)
             ++n;
+          // All threads find the same, and none of them writes further.
           stream_found = find_pieces(cells, of == nullptr ? 0 : of[first], positions[first], n, own.pieces);
           if (stream_found)
             stream_found = view.try_assign(std::span<const sinkcache::kv_piece>(own.pieces), positions[first] + n);
@@ -180,11 +183,16 @@ class ggml_attention {
                   {reinterpret_cast<float*>(at(out, s * out.nb[3] + row * out.nb[2])), rows, out.ne[1] * out.ne[0]},
                   workspaces_[static_cast<std::size_t>(thread)], {}, part_of(thread, num_threads, rows, k.ne[2]));
           }
+          if (stream_found) done += n;
         }
       }
       return stream_found;
     });
-    if (!found && own.refused) own.refused = found;
+    if (found) return;
+    const index_t row = out.ne[0] * out.ne[1], rest = q.ne[3] * tokens - done;
+    if (thread == 0)
+      std::fill_n(static_cast<float*>(out.data) + done * row, rest * row, std::numeric_limits<float>::quiet_NaN());
+    if (own.refused) own.refused = found;
   }
 
   // Threads share KV heads as far as they go round, and tokens.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <sinkcache/sinkcache.hpp>
 #include <utility>
@@ -104,6 +105,9 @@ class ggml_caches {
     if (s >= sequences_.size()) sequences_.resize(s + 1);
     sequences_[s] = {std::move(cache), first_position};
   }
+  std::unique_ptr<sinkcache::any_kv_cache> take(std::int32_t sequence) noexcept {
+    return get(sequence) == nullptr ? nullptr : std::move(sequences_[static_cast<std::size_t>(sequence)].cache);
+  }
   sinkcache::any_kv_cache* get(std::int32_t sequence) const noexcept {
     const auto s = static_cast<std::size_t>(sequence);
     return sequence >= 0 && s < sequences_.size() ? sequences_[s].cache.get() : nullptr;
@@ -188,6 +192,9 @@ class ggml_caches {
       ggml_tensor** const from = out->src + 2;
       const status found = of.compute_tokens(*out, Attends ? from[0] : nullptr, Appends ? from[Attends] : nullptr,
                                              Appends ? from[Attends + 1] : nullptr);
+      if (found) return;
+      if constexpr (Attends)
+        std::fill_n(static_cast<float*>(out->data), ggml_nelements(out), std::numeric_limits<float>::quiet_NaN());
       if (of.refused_) of.refused_ = found;
     });
   }

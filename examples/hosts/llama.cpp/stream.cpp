@@ -1,0 +1,247 @@
+// Text through llama.cpp, a chunk at a time, in a bounded cache: this library's or llama.cpp's own. Links to libllama
+// only.
+//
+//   stream perplexity MODEL TEXT   how well tokens are predicted, and how fast they go through
+//   stream steps MODEL TEXT        milliseconds of a decode step after --cached tokens
+//   stream compare MODEL TEXT      logits beside those of llama.cpp's full cache, for --sequences parts of the text at
+//   once
+//
+//   --memory M     sinkcache: this library's, --sinks tokens pinned of --cached (needs a hooked llama.cpp)
+//                  shift: llama.cpp's with its context shift, --sinks tokens kept
+//                  window: llama.cpp's, the oldest tokens removed
+//                  full: llama.cpp's, all tokens kept
+//   --tokens N --cached N --sinks N --chunk N --threads N --flash on|off --type f32|f16|bf16 --policy NAME --sequences
+//   N
+
+#include <llama.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace {
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "stream: %s\n", what.c_str());
+  std::exit(1);
+}
+
+using options = std::map<std::string, std::string>;
+
+int number(const options& of, const char* name) { return std::atoi(of.at(name).c_str()); }
+
+struct free_model {
+  void operator()(llama_model* m) const { llama_model_free(m); }
+};
+struct free_context {
+  void operator()(llama_context* c) const { llama_free(c); }
+};
+using model_ptr = std::unique_ptr<llama_model, free_model>;
+using context_ptr = std::unique_ptr<llama_context, free_context>;
+
+std::vector<llama_token> tokens_of(const llama_model* model, const std::string& path, std::size_t most) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail("cannot read " + path);
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  text.resize(std::min(text.size(), most * 16));
+  const llama_vocab* const vocab = llama_model_get_vocab(model);
+  std::vector<llama_token> tokens(text.size() + 8);
+  const int n = llama_tokenize(vocab, text.c_str(), int(text.size()), tokens.data(), int(tokens.size()), true, false);
+  if (n < int(most)) fail(path + " has " + std::to_string(n) + " tokens, had to have " + std::to_string(most));
+  tokens.resize(most);
+  return tokens;
+}
+
+context_ptr context_of(llama_model* model, const options& of, const std::string& memory, int n_ctx, int chunk) {
+  if (memory == "sinkcache") {
+    const int sinks = number(of, "sinks");
+    setenv("SINKCACHE_SINK_TOKENS", std::to_string(sinks).c_str(), 1);
+    setenv("SINKCACHE_WINDOW", std::to_string(number(of, "cached") - sinks).c_str(), 1);
+    setenv("SINKCACHE_POLICY", of.at("policy").c_str(), 1);
+  } else {
+    unsetenv("SINKCACHE_WINDOW");
+  }
+  llama_context_params params = llama_context_default_params();
+  const std::string& type = of.at("type");
+  params.n_ctx = std::uint32_t(n_ctx), params.n_batch = params.n_ubatch = std::uint32_t(std::max(chunk, 1));
+  params.n_seq_max = std::uint32_t(number(of, "sequences")), params.kv_unified = true;
+  params.n_threads = params.n_threads_batch = number(of, "threads");
+  params.flash_attn_type = of.at("flash") == "on" ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  params.type_k = params.type_v = type == "f32" ? GGML_TYPE_F32 : type == "bf16" ? GGML_TYPE_BF16 : GGML_TYPE_F16;
+  params.swa_full = false;
+  context_ptr context(llama_init_from_model(model, params));
+  if (!context) fail("no context: see above");
+  if (memory == "sinkcache" && llama_memory_can_shift(llama_get_memory(context.get())))
+    fail("this llama.cpp is not hooked");
+  return context;
+}
+
+struct batch {
+  explicit batch(int most) : of(llama_batch_init(most, 0, 1)) {}
+  ~batch() { llama_batch_free(of); }
+  batch(const batch&) = delete;
+  batch& operator=(const batch&) = delete;
+
+  void add(llama_token token, llama_pos position, llama_seq_id sequence) {
+    const int i = of.n_tokens++;
+    of.token[i] = token, of.pos[i] = position, of.n_seq_id[i] = 1, of.seq_id[i][0] = sequence, of.logits[i] = 1;
+  }
+  void decode(llama_context* context) {
+    if (const int code = llama_decode(context, of); code != 0) fail("llama_decode gave " + std::to_string(code));
+    llama_synchronize(context);
+  }
+
+  llama_batch of;
+};
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// In nats.
+double loss(const float* logits, int n, llama_token next) {
+  const float most = *std::max_element(logits, logits + n);
+  double sum = 0;
+  for (int i = 0; i < n; ++i) sum += std::exp(double(logits[i] - most));
+  return std::log(sum) - double(logits[next] - most);
+}
+
+int perplexity(llama_model* model, const std::vector<llama_token>& tokens, const options& of) {
+  const std::string& memory = of.at("memory");
+  const int cached = number(of, "cached"), keep = number(of, "sinks"), chunk = number(of, "chunk"),
+            n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+  const bool bounded = memory == "shift" || memory == "window";
+  if (bounded && chunk > cached - keep) fail("a chunk does not fit beside what is kept");
+  const context_ptr context =
+      context_of(model, of, memory, memory == "sinkcache" || memory == "full" ? int(tokens.size()) : cached, chunk);
+  llama_memory_t cells = llama_get_memory(context.get());
+  const int n_ctx = int(llama_n_ctx(context.get()));
+  batch next(chunk);
+  double nats = 0, time = 0, processor = double(std::clock());
+  llama_pos past = 0, oldest = 0;
+  for (std::size_t i = 0, n; i + 1 < tokens.size(); i += n) {
+    n = std::min<std::size_t>(std::size_t(chunk), tokens.size() - i);
+    next.of.n_tokens = 0;
+    const double start = seconds();
+    if (memory == "shift" && past + int(n) > n_ctx) {
+      const int discard = std::max((past - keep) / 2, past + int(n) - n_ctx);  // as llama.cpp's own programs do
+      llama_memory_seq_rm(cells, 0, keep, keep + discard);
+      llama_memory_seq_add(cells, 0, keep + discard, past, -discard);
+      past -= discard;
+    }
+    if (memory == "window" && past - oldest + int(n) > n_ctx) {
+      oldest = past + int(n) - n_ctx;
+      llama_memory_seq_rm(cells, 0, 0, oldest);
+    }
+    for (std::size_t j = 0; j < n; ++j) next.add(tokens[i + j], past++, 0);
+    next.decode(context.get());
+    time += seconds() - start;
+    for (std::size_t j = 0; j < n && i + j + 1 < tokens.size(); ++j)
+      nats += loss(llama_get_logits_ith(context.get(), int(j)), n_vocab, tokens[i + j + 1]);
+  }
+  processor = (double(std::clock()) - processor) / CLOCKS_PER_SEC;
+  std::printf(
+      "%s %d+%d, flash %s, chunk %d: perplexity %.2f, %.1f tokens a second (%zu tokens, %.0f s of processor in all)\n",
+      memory.c_str(), keep, cached - keep, of.at("flash").c_str(), chunk, std::exp(nats / double(tokens.size() - 1)),
+      double(tokens.size()) / time, tokens.size(), processor);
+  return 0;
+}
+
+int steps(llama_model* model, const std::vector<llama_token>& tokens, const options& of) {
+  const std::string& memory = of.at("memory");
+  const int cached = number(of, "cached"), num_steps = 24;
+  const context_ptr context = context_of(model, of, memory, cached + 256, 256);
+  batch next(256);
+  llama_pos past = 0;
+  while (past < cached - 1) {
+    next.of.n_tokens = 0;
+    for (int n = std::min(256, cached - 1 - past); n > 0; --n, ++past) next.add(tokens[std::size_t(past)], past, 0);
+    next.decode(context.get());
+  }
+  std::vector<double> times;
+  for (int step = 0; step < num_steps; ++step, ++past) {
+    next.of.n_tokens = 0;
+    next.add(tokens[std::size_t(past)], past, 0);
+    const double start = seconds();
+    next.decode(context.get());
+    times.push_back(1e3 * (seconds() - start));
+  }
+  std::sort(times.begin(), times.end());
+  std::printf("%s, flash %s: a decode step after %d tokens takes %.1f ms (median of %d, least %.1f)\n", memory.c_str(),
+              of.at("flash").c_str(), cached, times[times.size() / 2], num_steps, times[0]);
+  return 0;
+}
+
+int compare(llama_model* model, const std::vector<llama_token>& tokens, const options& of) {
+  const int sequences = number(of, "sequences"), chunk = number(of, "chunk");
+  const auto each = tokens.size() / std::size_t(sequences);
+  const auto n_vocab = std::size_t(llama_vocab_n_tokens(llama_model_get_vocab(model)));
+  std::vector<float> logits[2];
+  for (const int which : {0, 1}) {
+    const context_ptr context =
+        context_of(model, of, which == 0 ? "full" : "sinkcache", int(tokens.size()) + 256, chunk * sequences);
+    batch next(chunk * sequences);
+    std::size_t past[64] = {};
+    // Each sequence is a token behind the one before, so that batches hold different numbers of each.
+    for (bool more = true; more;) {
+      more = false;
+      next.of.n_tokens = 0;
+      for (int s = 0; s < sequences; ++s)
+        for (std::size_t n = std::min(each - past[s], std::size_t(std::max(1, chunk - s))); n > 0;
+             --n, ++past[s], more = true)
+          next.add(tokens[std::size_t(s) * each + past[s]], llama_pos(past[s]), s);
+      if (!more) break;
+      next.decode(context.get());
+      for (int i = 0; i < next.of.n_tokens; ++i) {
+        const float* const row = llama_get_logits_ith(context.get(), i);
+        logits[which].insert(logits[which].end(), row, row + n_vocab);
+      }
+    }
+  }
+  double worst = 0, largest = 0;
+  for (std::size_t i = 0; i < logits[0].size(); ++i) {
+    const double off = std::abs(double(logits[0][i]) - double(logits[1][i]));
+    worst = off <= worst ? worst : off;  // NaN too
+    largest = std::max(largest, std::abs(double(logits[0][i])));
+  }
+  std::printf("%d sequences of %zu tokens, chunk %d, flash %s, %s: logits up to %.1f, off by at most %.2e\n", sequences,
+              each, chunk, of.at("flash").c_str(), of.at("type").c_str(), largest, worst);
+  return worst < 1e30 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  options of = {{"memory", "sinkcache"}, {"tokens", "4096"}, {"cached", "512"}, {"sinks", "4"},
+                {"chunk", "16"},         {"threads", "1"},   {"flash", "off"},  {"type", "f16"},
+                {"policy", "sinks"},     {"sequences", "1"}};
+  if (argc < 4 || argc % 2 != 0) fail("see the top of stream.cpp: COMMAND MODEL TEXT [--OPTION VALUE]...");
+  for (int i = 4; i < argc; i += 2) {
+    const std::string name = std::string(argv[i]).substr(0, 2) == "--" ? argv[i] + 2 : "";
+    if (of.count(name) == 0) fail(std::string("unknown option ") + argv[i]);
+    of[name] = argv[i + 1];
+  }
+  llama_log_set(
+      [](ggml_log_level level, const char* text, void*) {
+        if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) std::fputs(text, stderr);
+      },
+      nullptr);
+  llama_backend_init();
+  llama_model_params params = llama_model_default_params();
+  const model_ptr model(llama_model_load_from_file(argv[2], params));
+  if (!model) fail(std::string("cannot load ") + argv[2]);
+  const std::string command = argv[1];
+  const int cached = number(of, "cached");
+  const auto tokens =
+      tokens_of(model.get(), argv[3], std::size_t(command == "steps" ? cached + 64 : number(of, "tokens")));
+  return command == "perplexity" ? perplexity(model.get(), tokens, of)
+         : command == "steps"    ? steps(model.get(), tokens, of)
+         : command == "compare"  ? compare(model.get(), tokens, of)
+                                 : (fail("no such command: " + command), 1);
+}
