@@ -6,13 +6,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
-#include <optional>
-#include <sinkcache/named_policies.hpp>
-#include <sinkcache/scored_kv_cache.hpp>
+#include <sinkcache/named_caches.hpp>
 #include <sinkcache/sinkcache.hpp>
 #include <stdexcept>
 #include <string>
@@ -53,69 +50,10 @@ struct options {
               format = text_of("SINKCACHE_FORMAT", "");
 };
 
-// Makes caches that are all alike, and copies of them.
-struct cache_maker {
-  std::function<std::unique_ptr<sinkcache::any_kv_cache>(sinkcache::status&)> make;
-  std::function<std::unique_ptr<sinkcache::any_kv_cache>(const sinkcache::any_kv_cache&, sinkcache::status&)> clone;
-};
+using formats = sinkcache::format_list<sinkcache::f32, sinkcache::f16, sinkcache::bf16, sinkcache::q8, sinkcache::q4>;
 
-template <class Cache>
-std::unique_ptr<sinkcache::any_kv_cache> owned(std::optional<Cache> cache) {
-  return cache ? std::make_unique<Cache>(*std::move(cache)) : nullptr;
-}
-template <class Cache>
-std::unique_ptr<sinkcache::any_kv_cache> copy(const sinkcache::any_kv_cache& of, sinkcache::status& found) {
-  return owned(static_cast<const Cache&>(of).try_clone(found));
-}
-
-// "snapkv:window=8,kernel=5"
-std::shared_ptr<const sinkcache::token_scorer> scorer_of(const std::string& policy) {
-  std::vector<sinkcache::policy_parameter> parameters;
-  const std::string_view all = policy;
-  const std::size_t colon = all.find(':');
-  for (std::string_view rest = colon == all.npos ? "" : all.substr(colon + 1); !rest.empty();) {
-    const std::string_view one = rest.substr(0, rest.find(','));
-    const std::size_t equals = one.find('=');
-    if (equals == one.npos) refuse("SINKCACHE_POLICY was '" + policy + "', had to be NAME:PARAMETER=VALUE,...");
-    parameters.emplace_back(one.substr(0, equals), one.substr(equals + 1));
-    rest.remove_prefix(std::min(rest.size(), one.size() + 1));
-  }
-  sinkcache::status found;
-  auto scorer = sinkcache::make_policy(all.substr(0, colon), parameters, found);
-  if (!found) refuse(std::string(found.message().substr(11)));
-  return scorer;
-}
-
-cache_maker maker_of(const std::string& k_format, const std::string& v_format, const sinkcache::cache_config& config,
-                     index_t num_qo_heads, const std::string& policy) {
-  using namespace sinkcache;
-  cache_maker maker;
-  status found;
-  if (policy == "sinks") {
-    with_formats<q8, q4>(k_format, v_format, [&]<class K, class V>(K, V) {
-      maker.make = [config](status& why) { return owned(kv_cache<K, V>::try_create(config, why)); };
-      maker.clone = &copy<kv_cache<K, V>>;
-      found = kv_cache<K, V>::validate(config);
-    });
-  } else {
-    // The same tokens: what an event leaves and those that come until the next.
-    cache_config scored = config;
-    eviction rules{.num_qo_heads = num_qo_heads};
-    rules.interval = std::min<index_t>(rules.interval, std::max<index_t>(1, config.window / 8));
-    rules.budget = config.num_sink_tokens + config.window - rules.interval;
-    rules.recent = std::min<index_t>(rules.recent, std::max<index_t>(1, config.window / 8));
-    scored.window = 0;
-    with_formats(k_format, v_format, [&]<class K, class V>(K, V) {
-      using cache = scored_kv_cache<K, V>;
-      const auto scorer = scorer_of(policy);
-      maker.make = [=](status& why) { return owned(cache::try_create(scored, rules, scorer, why)); };
-      maker.clone = &copy<cache>;
-      found = cache::validate(scored, rules, scorer.get());
-    });
-  }
-  if (!found) refuse(std::string(found.message().substr(11)));
-  return maker;
-}
+// What a status says, without the library's name.
+std::string words(const sinkcache::status& found) { return std::string(found.message().substr(11)); }
 
 // The ROPE node that rows went through on their way from the projection; null: none. What stands between is either the
 // same in every direction, or refused: a rotation has to commute with it.
@@ -187,7 +125,7 @@ sinkcache::rope rope_of(const ggml_tensor* node, int il) {
 
 struct layer {
   std::unique_ptr<ggml_caches> caches;
-  cache_maker maker;
+  sinkcache::named_cache kind;
   std::vector<std::int32_t> rope_params;  // of the node that the layer was made for
 };
 
@@ -249,7 +187,10 @@ class sinkcache_memory_impl final : public llama_memory_i {
     sinkcache::attention_params params{.num_qo_heads = q->ne[1], .sm_scale = scale};
     if (hparams_.attn_soft_cap) params.logits_soft_cap = hparams_.f_attn_logit_softcapping;
     if (sinks != nullptr) params.softmax = sinkcache::softmax_variant::sink_logits(floats_of(sinks));
-    of.maker = maker_of(k_format_, v_format_, config, q->ne[1], sliding ? "sinks" : options_.policy);
+    of.kind = {sliding ? "sinks" : options_.policy, k_format_, v_format_, config, q->ne[1]};
+    sinkcache::status found;
+    if (sinkcache::try_make_cache<formats>(of.kind, found) == nullptr)
+      refuse("layer " + std::to_string(il) + ": " + words(found));
     of.rope_params = parameters(k_rope);
     of.caches = std::make_unique<ggml_caches>(std::move(params), team_, workspace_);
     return *of.caches;
@@ -340,7 +281,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
     for (layer& l : layers_)
       if (const auto* cache = l.caches ? l.caches->get(from) : nullptr; cache != nullptr) {
         sinkcache::status found;
-        l.caches->set(to, l.maker.clone(*cache, found), source.first);
+        l.caches->set(to, cache->try_clone_any(found), source.first);
         if (!found) target.broken = found.message();
       }
     target.first = source.first, target.next = source.next;
@@ -411,7 +352,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
       if (l.caches == nullptr) continue;
       sinkcache::status found;
       std::unique_ptr<sinkcache::any_kv_cache> cache = l.caches->take(seq_id);
-      if (cache == nullptr) cache = l.maker.make(found);
+      if (cache == nullptr) cache = sinkcache::try_make_cache<formats>(l.kind, found);
       if (cache == nullptr) return failed((std::string(found.message()) + " (sequence %d)").c_str(), seq_id);
       cache->clear();
       l.caches->set(seq_id, std::move(cache), first);
@@ -506,6 +447,30 @@ struct sinkcache_graph_input final : Input, token_tensors {
   bool can_reuse(const llm_graph_params& params) override { return positions->ne[0] == params.ubatch.n_tokens; }
 };
 
+ggml_tensor* append_and_attend(const llm_graph_context& graph, sinkcache_memory_impl& memory,
+                               const token_tensors& input, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
+                               ggml_tensor* kq_b, ggml_tensor* sinks, ggml_tensor* v_mla, float kq_scale, int il) {
+  if (k == nullptr || v == nullptr)
+    refuse("layer " + std::to_string(il) + " shares another's keys, had to have its own");
+  if (kq_b != nullptr || v_mla != nullptr) refuse("layer " + std::to_string(il) + " has a bias for each key, or MLA");
+  ggml_tensor *const q_rope = rope_before(q, "queries", il), *const k_rope = rope_before(k, "keys", il);
+  ggml_caches& layer = memory.layer_of(il, q, k, v, q_rope, k_rope, sinks, kq_scale);
+  for (ggml_tensor* rope : {q_rope, k_rope})
+    if (rope != nullptr) {
+      ggml_build_forward_expand(graph.gf, rope->src[1]);  // inp_pos is still filled in
+      rope->src[1] = input.origin;
+    }
+  ggml_build_forward_expand(graph.gf, input.origin);
+  for (ggml_tensor** t : {&q, &k, &v}) {
+    if ((*t)->nb[1] != (*t)->nb[0] * static_cast<std::size_t>((*t)->ne[0])) *t = ggml_cont(graph.ctx0, *t);
+    ggml_build_forward_expand(graph.gf, *t);
+  }
+  sinkcache::status found;
+  ggml_tensor* const cur = layer.build(graph.ctx0, q, k, v, input.positions, input.sequences, found);
+  if (cur == nullptr) refuse("layer " + std::to_string(il) + ": " + words(found));
+  return ggml_reshape_2d(graph.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2]);
+}
+
 }  // namespace
 
 llama_memory_i* sinkcache_memory(const llama_model& model, const llama_memory_params& params,
@@ -526,28 +491,11 @@ ggml_tensor* sinkcache_attention(const llm_graph_context& graph, llm_graph_input
                                  ggml_tensor* wo_b, ggml_tensor* wo_s, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                                  ggml_tensor* kq_b, ggml_tensor* sinks, ggml_tensor* v_mla, float kq_scale, int il) {
   const auto* const context = dynamic_cast<const sinkcache_context*>(graph.mctx);
-  const auto* const input = dynamic_cast<const token_tensors*>(inp);
-  if (context == nullptr || input == nullptr) return nullptr;
-  if (k == nullptr || v == nullptr)
-    refuse("layer " + std::to_string(il) + " shares another's keys, had to have its own");
-  if (kq_b != nullptr || v_mla != nullptr) refuse("layer " + std::to_string(il) + " has a bias for each key or MLA");
-
-  ggml_tensor *const q_rope = rope_before(q, "queries", il), *const k_rope = rope_before(k, "keys", il);
-  ggml_caches& layer = context->memory->layer_of(il, q, k, v, q_rope, k_rope, sinks, kq_scale);
-  for (ggml_tensor* rope : {q_rope, k_rope})
-    if (rope != nullptr) {
-      ggml_build_forward_expand(graph.gf, rope->src[1]);  // inp_pos is still filled in
-      rope->src[1] = input->origin;
-    }
-  ggml_build_forward_expand(graph.gf, input->origin);
-  for (ggml_tensor** t : {&q, &k, &v}) {
-    if ((*t)->nb[1] != (*t)->nb[0] * static_cast<std::size_t>((*t)->ne[0])) *t = ggml_cont(graph.ctx0, *t);
-    ggml_build_forward_expand(graph.gf, *t);
-  }
-  sinkcache::status found;
-  ggml_tensor* cur = layer.build(graph.ctx0, q, k, v, input->positions, input->sequences, found);
-  if (cur == nullptr) refuse("layer " + std::to_string(il) + ": " + std::string(found.message().substr(11)));
-  cur = ggml_reshape_2d(graph.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2]);
+  ggml_tensor* cur = context != nullptr
+                         ? append_and_attend(graph, *context->memory, dynamic_cast<const token_tensors&>(*inp), q, k, v,
+                                             kq_b, sinks, v_mla, kq_scale, il)
+                         : sinkcache_cells_attention(graph, inp, q, k, v, kq_b, sinks, v_mla, kq_scale, il);
+  if (cur == nullptr) return nullptr;
   ggml_build_forward_expand(graph.gf, cur);
   graph.cb(cur, "kqv_out", il);
   if (wo != nullptr) cur = graph.build_lora_mm(wo, cur, wo_s);

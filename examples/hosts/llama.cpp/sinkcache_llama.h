@@ -16,7 +16,12 @@ llama_memory_i* sinkcache_memory(const llama_model& model, const llama_memory_pa
 template <class Input>
 Input* sinkcache_input(const llm_graph_context& graph);
 
-// Appends and attends; null if `inp` is not of this memory. For build_attn.
+// Appends and attends; null if `inp` is not of this memory, nor SINKCACHE_CELLS set. For build_attn.
 ggml_tensor* sinkcache_attention(const llm_graph_context& graph, llm_graph_input_i* inp, ggml_tensor* wo,
                                  ggml_tensor* wo_b, ggml_tensor* wo_s, ggml_tensor* q, ggml_tensor* k, ggml_tensor* v,
                                  ggml_tensor* kq_b, ggml_tensor* sinks, ggml_tensor* v_mla, float kq_scale, int il);
+
+// The same over llama.cpp's own cells, where SINKCACHE_CELLS is set; without what follows the product.
+ggml_tensor * sinkcache_cells_attention(
+        const llm_graph_context & graph, llm_graph_input_i * inp, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
+        ggml_tensor * kq_b, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il);

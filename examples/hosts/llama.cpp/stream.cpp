@@ -6,10 +6,15 @@
 //   stream compare MODEL TEXT      logits beside those of llama.cpp's full cache, for --sequences parts of the text at
 //   once
 //
+//   stream cells MODEL TEXT        the same history of llama.cpp's cells, context shift and shared prefix and all, with
+//   its
+//                                  attention and with this library's
+//
 //   --memory M     sinkcache: this library's, --sinks tokens pinned of --cached (needs a hooked llama.cpp)
 //                  shift: llama.cpp's with its context shift, --sinks tokens kept
 //                  window: llama.cpp's, the oldest tokens removed
 //                  full: llama.cpp's, all tokens kept
+//                  cells: the same with this library's attention over llama.cpp's cells
 //   --tokens N --cached N --sinks N --chunk N --threads N --flash on|off --type f32|f16|bf16 --policy NAME --sequences
 //   N
 
@@ -70,6 +75,7 @@ context_ptr context_of(llama_model* model, const options& of, const std::string&
   } else {
     unsetenv("SINKCACHE_WINDOW");
   }
+  setenv("SINKCACHE_CELLS", memory == "cells" ? "1" : "", 1);
   llama_context_params params = llama_context_default_params();
   const std::string& type = of.at("type");
   params.n_ctx = std::uint32_t(n_ctx), params.n_batch = params.n_ubatch = std::uint32_t(std::max(chunk, 1));
@@ -295,6 +301,54 @@ int sequences(llama_model* model, const std::vector<llama_token>& tokens, const 
   return failures;
 }
 
+int cells(llama_model* model, const std::vector<llama_token>& tokens, const options& of) {
+  const auto n_vocab = std::size_t(llama_vocab_n_tokens(llama_model_get_vocab(model)));
+  options three = of;
+  three["sequences"] = "3";
+  std::vector<float> logits[2];
+  for (const int which : {0, 1}) {
+    const context_ptr context = context_of(model, three, which == 0 ? "full" : "cells", 512, 64);
+    llama_memory_t memory = llama_get_memory(context.get());
+    std::size_t read = 0;
+    llama_pos past[3] = {};
+    const auto decode = [&](std::vector<llama_seq_id> sequences, int steps, int each) {
+      for (int step = 0; step < steps; ++step) {
+        batch next(64);
+        for (const llama_seq_id s : sequences)
+          for (int i = 0; i < each; ++i) next.add(tokens[read++], past[s]++, s);
+        next.decode(context.get());
+        for (int i = 0; i < next.of.n_tokens; ++i) {
+          const float* const row = llama_get_logits_ith(context.get(), i);
+          logits[which].insert(logits[which].end(), row, row + n_vocab);
+        }
+      }
+    };
+    const auto drop = [&](llama_seq_id s, llama_pos first, llama_pos last) {  // a context shift
+      llama_memory_seq_rm(memory, s, first, last);
+      llama_memory_seq_add(memory, s, last, past[s], first - last);
+      past[s] -= last - first;
+    };
+    decode({0}, 4, 25);
+    drop(0, 20, 50);
+    decode({0}, 3, 7);
+    llama_memory_seq_cp(memory, 0, 1, -1, -1), past[1] = past[0];
+    decode({0, 1}, 8, 1);
+    decode({2, 1}, 3, 9);
+    llama_memory_seq_rm(memory, 1, past[1] - 12, -1), past[1] -= 12;
+    decode({1, 2, 0}, 5, 2);
+    llama_memory_seq_rm(memory, 0, -1, -1), past[0] = 0;
+    decode({0, 2}, 4, 16);  // in the cells that others left
+  }
+  double worst = 0;
+  for (std::size_t i = 0; i < logits[0].size(); ++i) {
+    const double off = std::abs(double(logits[0][i]) - double(logits[1][i]));
+    worst = off <= worst ? worst : off;
+  }
+  std::printf("one history of cells, flash %s, %s: logits off by at most %.2e\n", of.at("flash").c_str(),
+              of.at("type").c_str(), worst);
+  return worst <= std::atof(of.at("most").c_str()) ? 0 : 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -323,6 +377,7 @@ int main(int argc, char** argv) {
   return command == "perplexity"  ? perplexity(model.get(), tokens, of)
          : command == "steps"     ? steps(model.get(), tokens, of)
          : command == "compare"   ? compare(model.get(), tokens, of)
+         : command == "cells"     ? cells(model.get(), tokens, of)
          : command == "sequences" ? sequences(model.get(), tokens, of)
                                   : (fail("no such command: " + command), 1);
 }
