@@ -19,8 +19,6 @@
 
 namespace {
 
-constexpr int bits_of_a_word = 32, words_of_a_cell = (LLAMA_MAX_SEQ + bits_of_a_word - 1) / bits_of_a_word;
-
 // What the cells of one cache hold, filled in for each batch, and the operators that read it: they live as long as the
 // graph does.
 class cells_input final : public llm_graph_input_i {
@@ -30,6 +28,7 @@ class cells_input final : public llm_graph_input_i {
       : windowed(windowed),
         cache_(cache),
         num_streams_(num_streams),
+        num_sequences_(static_cast<int>(graph.cparams.n_seq_max)),
         workspaces_(static_cast<std::size_t>(std::max({1, graph.cparams.n_threads, graph.cparams.n_threads_batch}))) {
     const std::int64_t cells = cache->get_n_kv();
     const auto numbers = [&](std::int64_t a, std::int64_t b, std::int64_t c) {
@@ -38,7 +37,7 @@ class cells_input final : public llm_graph_input_i {
       return t;
     };
     tensors = {numbers(graph.n_tokens, 1, 1), numbers(cells, num_streams, 1), numbers(graph.n_tokens, 1, 1),
-               numbers(words_of_a_cell, cells, num_streams)};
+               numbers((num_sequences_ + 31) / 32, cells, num_streams)};
   }
   ~cells_input() override { report(); }
 
@@ -46,7 +45,8 @@ class cells_input final : public llm_graph_input_i {
     report();
     const auto tokens = static_cast<std::int64_t>(ubatch->n_tokens), cells = tensors.cell_positions->ne[0];
     std::vector<std::int32_t> of(ubatch->n_tokens), positions(static_cast<std::size_t>(cells * num_streams_), -1);
-    std::vector<std::int32_t> sequences(positions.size() * words_of_a_cell);
+    const auto words = static_cast<std::size_t>(tensors.cell_sequences->ne[0]);
+    std::vector<std::int32_t> sequences(positions.size() * words);
     for (std::size_t i = 0; i < of.size(); ++i) of[i] = ubatch->seq_id[i][0];
     for (std::int64_t stream = 0; stream < num_streams_; ++stream) {
       const llama_kv_cells& held =
@@ -56,10 +56,9 @@ class cells_input final : public llm_graph_input_i {
         const auto at = static_cast<std::size_t>(stream * cells + cell);
         if (held.is_empty(i)) continue;
         positions[at] = held.pos_get(i);
-        for (int s = 0; s < LLAMA_MAX_SEQ; ++s)
+        for (int s = 0; s < num_sequences_; ++s)
           if (held.seq_has(i, s))
-            sequences[at * words_of_a_cell + static_cast<std::size_t>(s / bits_of_a_word)] |=
-                std::int32_t(1u << s % bits_of_a_word);
+            sequences[at * words + static_cast<std::size_t>(s / 32)] |= static_cast<std::int32_t>(1u << s % 32);
       }
     }
     const auto put = [](ggml_tensor* t, const std::int32_t* values) {
@@ -96,6 +95,7 @@ class cells_input final : public llm_graph_input_i {
 
   const llama_kv_cache_context* cache_;
   std::int64_t num_streams_;
+  int num_sequences_;
   std::vector<sinkcache::workspace> workspaces_;
   std::vector<std::unique_ptr<ggml_attention>> operators_;
 };
