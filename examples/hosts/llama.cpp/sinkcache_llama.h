@@ -22,6 +22,6 @@ ggml_tensor* sinkcache_attention(const llm_graph_context& graph, llm_graph_input
                                  ggml_tensor* kq_b, ggml_tensor* sinks, ggml_tensor* v_mla, float kq_scale, int il);
 
 // The same over llama.cpp's own cells, where SINKCACHE_CELLS is set; without what follows the product.
-ggml_tensor * sinkcache_cells_attention(
-        const llm_graph_context & graph, llm_graph_input_i * inp, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-        ggml_tensor * kq_b, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il);
+ggml_tensor* sinkcache_cells_attention(const llm_graph_context& graph, llm_graph_input_i* inp, ggml_tensor* q,
+                                       ggml_tensor* k, ggml_tensor* v, ggml_tensor* kq_b, ggml_tensor* sinks,
+                                       ggml_tensor* v_mla, float kq_scale, int il);
