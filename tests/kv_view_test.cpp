@@ -872,6 +872,13 @@ TEST_CASE("kv_view: bad configurations and layouts are refused in exact words") 
   CHECK(words(good, {layout.k, {.head = 8, .token = 16, .dim = 0}}) ==
         "sinkcache: layout.v.dim was 0, had to be at least 1");
   constexpr index_t huge = std::numeric_limits<index_t>::max();
+  CHECK(changed(&cache_config::num_sink_tokens, huge) ==
+        fmt::format("sinkcache: num_sink_tokens was {}, had to be below {}", huge, max_position));
+  cache_config most = good;
+  most.num_sink_tokens = max_position - 1;
+  kv_part memory[2];
+  part_list parts(memory, 2);
+  CHECK(kv_view<f32>(most, layout).plan(0, -1, -1, parts).queries == 1);
   CHECK(words(good, {{.head = huge, .token = 16}, layout.v}) ==
         fmt::format("sinkcache: bytes of a stride was {} * 4, had to fit 63 bits", huge));
 }

@@ -241,8 +241,7 @@ class any_kv_cache : public kv_source {
   // tokens has to have learned from all of them where it evicts.
   virtual void require_learned(status& /*found*/, index_t /*tokens*/) const noexcept {}
 
-  // Adds to `found` that this cache was moved from, if so.
-  void require_memory(status& found) const noexcept {
+  void require_memory(status& found) const noexcept override {
     found.require(nbytes() > 0, "the cache", "moved from", "one that holds memory");
   }
 

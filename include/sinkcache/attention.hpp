@@ -17,36 +17,11 @@
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-// What a call gives beside its output, where it is asked for: lse, natural, the sink included [tokens, num_qo_heads];
-// and the weights of the queries that a reader wants. Those go the way of decode, one by one.
-struct extra_outputs {
-  std::span<float> lse = {};
-  weight_reader* weights = nullptr;
-};
-
-// One sequence of a batch: q [num_qo_heads * head_dim] of its newest token, already stored, out [num_qo_heads *
-// v_head_dim], lse [num_qo_heads] or empty, and who wants the weights, or null. A cache that learns is its own reader:
-// cache.learner().
-struct decode_item {
-  std::span<const float> q;
-  const kv_source* keys = nullptr;
-  std::span<float> out;
-  std::span<float> lse = {};
-  weight_reader* weights = nullptr;
-};
-
-// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
-// of them if a count is 0. What is not given goes to the end. Parts that do not overlap may run at the same time, each
-// with its own workspace, and give the same bits as the whole.
-struct call_part {
-  static constexpr index_t rest = -1;
-
-  index_t first_kv_head = 0, num_kv_heads = rest, first_row = 0, num_rows = rest;
-};
-
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
 // with its arguments, and then has changed nothing; the others throw it.
+//
+// One that was moved from refuses every call, and can be assigned to.
 //
 // A cache that is not const learns from the queries it wants (any_kv_cache::learner); a const one is only read.
 class attention {
@@ -207,13 +182,34 @@ class attention {
     return found;
   }
 
-  // What a workspace needs for decode (tokens = 1), or attend or prefill of so many tokens, with an executor of that
-  // concurrency; with weights: where somebody wants those.
-  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
+  // What a workspace needs, to the byte, for decode (tokens = 1), attend or prefill of so many tokens with an executor
+  // of that concurrency and somebody who may want weights. Of a view as long as it reads what it does now.
+  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1,
+                          const weight_reader* weights = nullptr) const {
+    status found = detail::check_sizes(params_, &keys, tokens, concurrency);
+    const index_t bytes = found ? call_bytes(found, keys, tokens, concurrency, weights != nullptr) : 0;
+    const index_t again = found ? bytes_again(found, keys, concurrency, weights) : 0;
+    found.or_fail();
+    return std::max(bytes, again);
+  }
+  index_t workspace_bytes(any_kv_cache& cache, index_t tokens, index_t concurrency = 1,
+                          weight_reader* weights = nullptr) const {
+    const detail::learning both(cache, weights);
+    return workspace_bytes(std::as_const(cache), tokens, concurrency, both.reader());
+  }
+  // For decode of a batch, of which keys and weights are read.
+  index_t workspace_bytes(std::span<const decode_item> batch, index_t concurrency = 1) const {
     status found;
-    const index_t shared = shared_bytes(found, keys, weights ? most_kept(keys, tokens) : -1);
-    const index_t bytes =
-        detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);
+    for (const decode_item& item : batch)
+      if (found) found = detail::check_sizes(params_, item.keys, 1, concurrency);
+    if (batch.empty()) return 0;
+    found.or_fail();
+    const auto item = [&](index_t i) { return batch[static_cast<std::size_t>(i)]; };
+    const auto kept = [&](index_t i) { return item(i).weights != nullptr ? item(i).keys->capacity() : -1; };
+    const auto [of, shared] = batch_needs(found, static_cast<index_t>(batch.size()), item, kept);
+    index_t bytes = detail::schedule::bytes(found, concurrency, of, shared);
+    for (const decode_item& each : batch)
+      bytes = std::max(bytes, bytes_again(found, *each.keys, concurrency, each.weights));
     found.or_fail();
     return bytes;
   }
@@ -228,11 +224,11 @@ class attention {
   static bool wants_any(const weight_reader& reader, position_t query) noexcept {
     return reader.wants(query) || reader.wants_sums(query, query);
   }
-  // Rows of parts that so many neighbouring queries see, at most.
+  // Rows of parts that so many neighbours see, at most.
   static index_t most_kept(const kv_source& keys, index_t tokens) noexcept {
-    return keys.capacity() + keys.max_parts() * std::max<index_t>(0, std::min(tokens, sum_queries) - 1);
+    const auto seen = static_cast<index_t>(std::min<position_t>(keys.capacity(), max_position));
+    return seen + keys.max_parts() * std::max<index_t>(0, std::min(tokens, sum_queries) - 1);
   }
-
   static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
   // What workers share in a call over one source, with so many logits kept per query head; -1: none.
@@ -246,20 +242,41 @@ class attention {
     return found ? schedule.reserve(detail::schedule::shape_of(params_, keys, tokens), shared) : found;
   }
 
+  index_t call_bytes(status& found, const kv_source& keys, index_t tokens, index_t concurrency,
+                     bool weights) const noexcept {
+    const index_t shared = shared_bytes(found, keys, weights ? most_kept(keys, tokens) : -1);
+    return detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);
+  }
+
+  // Of what a reader attends with itself.
+  index_t bytes_again(status& found, const kv_source& keys, index_t concurrency,
+                      const weight_reader* weights) const noexcept {
+    const index_t queries = weights == nullptr ? 0 : weights->num_queries_again();
+    return queries == 0 ? 0 : call_bytes(found, keys, queries, concurrency, true);
+  }
+
+  // What decode over each item(i).keys needs: a worker's shape, and bytes that all share.
+  template <class Item, class Kept>
+  std::pair<detail::schedule::shape, index_t> batch_needs(status& found, index_t size, const Item& item,
+                                                          const Kept& kept) const noexcept {
+    index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
+    detail::schedule::shape of{0, 1, 1, 0};
+    for (index_t i = 0; i < size; ++i) {
+      const kv_source& keys = *item(i).keys;
+      shared = detail::checked_sum(found, "bytes of a batch", shared,
+                                   detail::schedule::decode_bytes(found, params_, keys, kept(i)));
+      of = of.with(detail::schedule::shape_of(params_, keys, 1));
+    }
+    return {of, shared};
+  }
+
   template <class Job>
   void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
       return one.weights != nullptr && wants_any(*one.weights, one.query) ? one.keys->capacity() : -1;
     };
-    index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
-    detail::schedule::shape of{16, 1, 1, 0};
-    for (index_t i = 0; i < size; ++i) {
-      const kv_source& keys = *job(i).keys;
-      shared = detail::checked_sum(found, "bytes of a batch", shared,
-                                   detail::schedule::decode_bytes(found, params_, keys, kept(i)));
-      of = of.with(detail::schedule::shape_of(params_, keys, 1));
-    }
+    const auto [of, shared] = batch_needs(found, size, job, kept);
     detail::schedule schedule(params_, workspace);
     if (found) found = schedule.reserve(of, shared);
     if (found) schedule.decode(size, job, kept, 0, call_part::rest);

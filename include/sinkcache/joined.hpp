@@ -38,15 +38,21 @@ class static_tokens final : public kv_source {
     detail::require_geometry(found, of);
     found.require(of.rope.has_value(), "rope", "absent", "given (rope::none() counts)");
     found.require(k.rows() >= 1, "k.rows()", k.rows(), "at least 1");
-    detail::require_shape(found, "k", k, k.rows(), of.num_kv_heads * of.head_dim);
-    detail::require_shape(found, "v", v, k.rows(), of.num_kv_heads * of.v_head_dim);
+    const auto floats = [&](index_t dim) {
+      return detail::checked_product(found, "floats of a token", of.num_kv_heads, dim);
+    };
+    detail::require_shape(found, "k", k, k.rows(), floats(of.head_dim));
+    detail::require_shape(found, "v", v, k.rows(), floats(of.v_head_dim));
     if (found) detail::storage<K, V>::required_bytes(found, of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim);
     return found;
   }
 
   std::size_t nbytes() const noexcept { return rows_.nbytes(); }
-  index_t capacity() const noexcept override { return num_tokens_; }
-  index_t num_visible(position_t) const noexcept override { return num_tokens_; }
+  void require_memory(status& found) const noexcept override {
+    found.require(nbytes() > 0, "static_tokens", "moved from", "tokens");
+  }
+  index_t capacity() const noexcept override { return nbytes() > 0 ? num_tokens_ : 0; }
+  index_t num_visible(position_t) const noexcept override { return capacity(); }
   position_t min_truncate() const noexcept override { return 0; }
   index_t max_parts() const noexcept override { return 1; }
 
@@ -136,6 +142,10 @@ class joined_source final : public kv_source {
   position_t seen() const noexcept override { return sources_.empty() ? 0 : before_ + sources_.back()->seen(); }
   bool ends_with(const kv_source& cache) const noexcept override {
     return this == &cache || (!sources_.empty() && sources_.back()->ends_with(cache));
+  }
+  void require_memory(status& found) const noexcept override {
+    found.require(!sources_.empty(), "a joined_source", "moved from", "one that has sources");
+    for (const kv_source* source : sources_) source->require_memory(found);
   }
   index_t capacity() const noexcept override {
     return sum([](const kv_source& s) { return s.capacity(); });

@@ -98,6 +98,7 @@ class kv_cache final : public any_kv_cache {
       const position_t oldest = std::max<position_t>(policy_.num_sink_tokens, seen_ + 1 - policy_.window);
       return static_cast<index_t>(std::max<position_t>(1, policy_.window + policy_.rollback + oldest - seen_));
     } else {
+      if (nbytes() == 0) return 1;  // the policy may be moved from, too
       constexpr index_t most = 64;
       span_list kept = policy_.visible(seen_ + 1);
       index_t n = 1;
@@ -194,8 +195,7 @@ class kv_cache final : public any_kv_cache {
   }
 
   index_t num_visible(position_t query) const noexcept override {
-    return nbytes() > 0 && query >= 0 ? policy_.visible(query + 1).num_tokens()
-                                      : 0;  // the policy may be moved from, too
+    return nbytes() > 0 && query >= 0 ? policy_.visible(query + 1).num_tokens() : 0;
   }
 
   // Pinned tokens, then the ring before and after the row where it wraps; a user-defined policy may have as many runs
