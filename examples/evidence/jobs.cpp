@@ -64,14 +64,9 @@ json rounded(const std::vector<double>& bits) {
 // What a result depends on.
 json inputs(const job& j, const setting& s) {
   const options& o = s.options;
-  json in = {{"run", j.name()},
-             {"model", s.subject.name},
-             {"model_bytes", std::filesystem::file_size(o.model)},
-             {"text", compare::shown_path(o.text)},
-             {"text_bytes", std::filesystem::file_size(o.text)},
-             {"first_token", s.subject.first_token ? json(*s.subject.first_token) : json(nullptr)},
-             {"policy", j.policy.name},
-             {"cache", j.cache}};
+  json in = inputs_of(j.name(), s);
+  in["policy"] = j.policy.name;
+  in["cache"] = j.cache;
   if (j.is == job::kind::check) in["tokens"] = o.check;
   if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = o.tokens;
   if (j.is == job::kind::recompute) in["targets"] = o.targets;
@@ -205,23 +200,40 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   return {{"ms_per_token", ms}, {"cache_bytes", session.cache_bytes()}};
 }
 
-json kept(const std::string& path, const job& j, const setting& s) {
+json inputs_of(const std::string& run, const setting& s) {
+  const options& o = s.options;
+  return {{"run", run},
+          {"model", s.subject.name},
+          {"model_bytes", std::filesystem::file_size(o.model)},
+          {"text", compare::shown_path(o.text)},
+          {"text_bytes", std::filesystem::file_size(o.text)},
+          {"first_token", s.subject.first_token ? json(*s.subject.first_token) : json(nullptr)}};
+}
+
+json kept(const std::string& path, const json& inputs) {
   if (!std::filesystem::exists(path)) return nullptr;
   json file = json::parse(compare::read_file(path), nullptr, false);
-  const json wanted = inputs(j, s);
-  if (!file.is_object() || !file.contains("inputs") || file["inputs"] != wanted)
+  if (!file.is_object() || !file.contains("inputs") || file["inputs"] != inputs)
     throw std::runtime_error(fmt::format(
         "{}: is of {}, had to be of {}: name another --folder, or remove it", path,
-        file.is_object() && file.contains("inputs") ? file["inputs"].dump() : "something else", wanted.dump()));
+        file.is_object() && file.contains("inputs") ? file["inputs"].dump() : "something else", inputs.dump()));
   return file;
 }
 
-void keep(const std::string& path, const job& j, const setting& s, json result) {
-  const json file = {{"inputs", inputs(j, s)},         {"date", today()},
-                     {"machine", compare::cpu_name()}, {"compiler", compare::compiler_name()},
-                     {"isa", sinkcache::isa()},        {"git_commit", compare::git_commit()},
+void keep(const std::string& path, const json& inputs, json result) {
+  const json file = {{"inputs", inputs},
+                     {"date", today()},
+                     {"machine", compare::cpu_name()},
+                     {"compiler", compare::compiler_name()},
+                     {"isa", sinkcache::isa()},
+                     {"git_commit", compare::git_commit()},
                      {"result", std::move(result)}};
   compare::write_atomically(path, file.dump(1) + "\n");
+}
+
+json kept(const std::string& path, const job& j, const setting& s) { return kept(path, inputs(j, s)); }
+void keep(const std::string& path, const job& j, const setting& s, json result) {
+  keep(path, inputs(j, s), std::move(result));
 }
 
 }  // namespace evidence

@@ -47,4 +47,9 @@ json kept(const std::string& path, const job&, const setting&);
 
 void keep(const std::string& path, const job&, const setting&, json result);
 
+// The same of anything that depends on `inputs`; with what any run of a setting depends on.
+json kept(const std::string& path, const json& inputs);
+void keep(const std::string& path, const json& inputs, json result);
+json inputs_of(const std::string& run, const setting&);
+
 }  // namespace evidence
