@@ -78,12 +78,15 @@ class front_chart {
         most_ = std::max(most_, std::log2(p.bytes));
         high_ = std::max(high_, p.loss);
       }
-    // What is far worse than all of the front would flatten it, and is told at the upper edge.
+    // The best policy in all its formats, and what is not much worse: the rest would flatten them, and is told at the
+    // upper edge.
     low_ = front_.back().loss;
-    high_ = std::min(high_, low_ + 1.5 * std::max(front_.front().loss - low_, 0.01 * low_));
-    const double room = 0.06 * std::max(high_ - low_, 1e-3);
-    low_ -= room;
-    high_ += room;
+    double own = low_;
+    for (const point& p : best().points) own = std::max(own, p.loss);
+    high_ = std::min(high_, low_ + std::max(1.5 * (own - low_), 0.02 * low_));
+    const double room = std::max(high_ - low_, 1e-3);
+    low_ -= 0.25 * room;  // for names
+    high_ += 0.06 * room;
     const double beside = std::max(0.05 * (most_ - least_), 0.1);
     least_ -= beside;
     most_ += beside;
@@ -92,6 +95,12 @@ class front_chart {
   std::string draw() const { return svg_head(width, height) + titles() + axes() + front() + lines() + "</svg>\n"; }
 
  private:
+  const series& best() const {
+    return *std::ranges::find_if(all_, [&](const series& s) {
+      return std::ranges::any_of(s.points, [&](const point& p) { return p.loss == front_.back().loss; });
+    });
+  }
+
   double x(double bytes) const { return left + (right - left) * (std::log2(bytes) - least_) / (most_ - least_); }
   double y(double loss) const { return bottom - (bottom - top) * (loss - low_) / (high_ - low_); }
 
@@ -115,8 +124,8 @@ class front_chart {
         20, bottom + 68, "fill=\"#555\" font-size=\"12\"",
         fmt::format("{} ({}) on {} of {}, {}.", s.name, describe(*s.model), amount(setting_), setting_.text, cache));
     return out + svg_text(20, bottom + 85, "fill=\"#555\" font-size=\"12\"",
-                          "Means after the first eviction. Grey: what no other beats in both. At the upper edge: far "
-                          "worse than these.");
+                          "Means after the first eviction. Grey: no other has fewer bits in as few bytes. At the upper "
+                          "edge: far worse than all this.");
   }
 
   std::string axes() const {
@@ -131,11 +140,12 @@ class front_chart {
       out += svg_text(left - 8, y(tick) + 4, "text-anchor=\"end\"", fmt::format("{:.{}f}", tick, decimals));
     }
     out += svg_line(left, bottom, right, bottom, "stroke=\"#222\"");
-    for (double tick = std::ceil(2 * least_) / 2; tick <= most_; tick += 0.5) {
-      const double bytes = std::exp2(tick);
-      out += svg_line(x(bytes), bottom, x(bytes), bottom + 5, "stroke=\"#222\"");
-      out += svg_text(x(bytes), bottom + 20, "text-anchor=\"middle\"", bytes_text(bytes));
-    }
+    for (double power = 1; power < std::exp2(most_); power *= 10)
+      for (const double bytes : {power, 2 * power, 5 * power}) {
+        if (std::log2(bytes) < least_ || std::log2(bytes) > most_) continue;
+        out += svg_line(x(bytes), bottom, x(bytes), bottom + 5, "stroke=\"#222\"");
+        out += svg_text(x(bytes), bottom + 20, "text-anchor=\"middle\"", bytes_text(bytes));
+      }
     return out + svg_text((left + right) / 2, bottom + 40, "text-anchor=\"middle\"",
                           "bytes of all layers' caches (log scale)");
   }
@@ -143,39 +153,67 @@ class front_chart {
   std::string front() const {
     std::string path;
     for (const point& p : front_)
-      path += path.empty() ? fmt::format("M{:.1f} {:.1f}", x(p.bytes), y(p.loss))
-                           : fmt::format("H{:.1f}V{:.1f}", x(p.bytes), y(p.loss));
+      if (p.loss <= high_)
+        path += path.empty() ? fmt::format("M{:.1f} {:.1f}", x(p.bytes), y(p.loss))
+                             : fmt::format("H{:.1f}V{:.1f}", x(p.bytes), y(p.loss));
     return fmt::format("<path d=\"{}\" fill=\"none\" stroke=\"#ccc\" stroke-width=\"7\" stroke-linejoin=\"round\"/>\n",
                        path);
   }
 
-  // Formats are named at the policy that loses least, others by their colour; a legend names the policies.
   std::string lines() const {
     std::string out;
     for (std::size_t i = 0; i < all_.size(); ++i) {
       const series& s = all_[i];
+      const std::string stroke = fmt::format("stroke=\"{}\" stroke-width=\"2\" stroke-dasharray=\"{}\"", s.style.color,
+                                             *s.style.dashes ? s.style.dashes : "none");
       std::string path;
       for (const point& p : s.points) {
-        const bool outside = p.loss > high_;
-        const double at = outside ? top : y(p.loss);
+        const double at = p.loss > high_ ? top : y(p.loss);
         path += fmt::format("{}{:.1f} {:.1f}", path.empty() ? "M" : "L", x(p.bytes), at);
-        out += outside ? fmt::format("<path d=\"M{:.1f} {:.1f}l5 9h-10z\" fill=\"{}\"/>\n", x(p.bytes), at - 7,
-                                     s.style.color)
-                       : fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"4.5\" fill=\"{}\"/>\n", x(p.bytes), at,
-                                     s.style.color);
+        out += p.loss > high_ ? fmt::format("<path d=\"M{:.1f} {:.1f}l5 9h-10z\" fill=\"{}\"/>\n", x(p.bytes), top - 7,
+                                            s.style.color)
+                              : fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"4.5\" fill=\"{}\"/>\n", x(p.bytes),
+                                            at, s.style.color);
+      }
+      out += fmt::format("<path d=\"{}\" fill=\"none\" {}/>\n", path, stroke);
+      std::string name = s.name;
+      if (std::ranges::all_of(s.points, [&](const point& p) { return p.loss > high_; })) {
+        const auto [least, most] = std::ranges::minmax_element(s.points, {}, &point::loss);
+        name += fmt::format(": {:.3f} to {:.3f}", least->loss, most->loss);
+      }
+      const double at = top + 24 + label_height * static_cast<double>(i);
+      out += svg_line(right - 210, at, right - 184, at, stroke);
+      out += svg_text(right - 178, at + 4, fmt::format("fill=\"{}\" font-weight=\"bold\"", s.style.color), name);
+    }
+    return out + names();
+  }
+
+  // Of the best policy's formats, and of what no other beats: below their points, none over another.
+  std::string names() const {
+    struct name {
+      double x, y;
+      const char* color;
+      std::string text;
+    };
+    std::vector<name> all;
+    for (const series& s : all_)
+      for (const point& p : s.points) {
         const bool in_front = std::ranges::any_of(
             front_, [&](const point& f) { return f.bytes == p.bytes && f.loss == p.loss && f.format == p.format; });
-        if (in_front)
-          out += svg_text(x(p.bytes), at + 20, fmt::format("text-anchor=\"middle\" fill=\"{}\"", s.style.color),
-                          fmt::format("{} {:.3f}", p.format, p.loss));
+        if (p.loss <= high_ && (in_front || &s == &best()))
+          all.push_back({x(p.bytes), y(p.loss), s.style.color, fmt::format("{} {:.3f}", p.format, p.loss)});
       }
-      out += fmt::format("<path d=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2\" stroke-dasharray=\"{}\"/>\n",
-                         path, s.style.color, *s.style.dashes ? s.style.dashes : "none");
-      const double at = top + 12 + label_height * static_cast<double>(i);
-      out += svg_line(right - 150, at, right - 124, at,
-                      fmt::format("stroke=\"{}\" stroke-width=\"2\" stroke-dasharray=\"{}\"", s.style.color,
-                                  *s.style.dashes ? s.style.dashes : "none"));
-      out += svg_text(right - 118, at + 4, fmt::format("fill=\"{}\" font-weight=\"bold\"", s.style.color), s.name);
+    std::ranges::sort(all, {}, &name::x);
+    std::string out;
+    std::vector<double> ends;  // of each level of names
+    for (const name& n : all) {
+      const double half = 3.9 * static_cast<double>(n.text.size());
+      std::size_t level = 0;
+      while (level < ends.size() && ends[level] > n.x - half) ++level;
+      if (level == ends.size()) ends.push_back(0);
+      ends[level] = n.x + half;
+      out += svg_text(n.x, std::min(n.y + 20 + 16 * static_cast<double>(level), bottom - 5),
+                      fmt::format("text-anchor=\"middle\" fill=\"{}\"", n.color), n.text);
     }
     return out;
   }

@@ -199,12 +199,13 @@ class formats_page {
       rule += "---|";
     }
     out += "\n" + rule + "\n";
+    const std::vector<cell> mains = main_cells();
     bool any = false;
     for (const char* name : few_bits) {
       out += fmt::format("| {} |", name);
       for (const auto& [pinned, recent] : places) {
         const auto found = measured_.side(cache, {&formats_named(name), pinned, recent});
-        any |= found.has_value();
+        any |= found && !std::ranges::count(mains, cell{&formats_named(name), pinned, recent});
         out += found ? fmt::format(" {}, {}% |", shown_nats(mean(*found, &kept_blocks::nats).estimate),
                                    shown_percent(more_perplexity(*found).estimate))
                      : " |";
@@ -226,10 +227,11 @@ class formats_page {
     }
     for (const cell& c : unlike_cells())
       if (!std::ranges::count(cells, c)) cells.push_back(c);
+    const std::vector<cell> mains = main_cells();
     bool any = false;
     for (const cell& c : cells) {
       const auto found = measured_.side(cache, c);
-      any |= found.has_value();
+      any |= found && !std::ranges::count(mains, c);
       out += fmt::format("| {} | {} | {} |{}\n", c.formats->name, c.recent, c.formats->bits(head_dim()),
                          found ? row(*found) : " | | |");
     }
@@ -258,9 +260,9 @@ class formats_page {
         "- *bits*: of an element, scales counted, keys and values alike; what is spared is not counted. *MB*: of all "
         "layers'\n"
         "  caches, what is spared included.\n"
-        "- Loss is evaluated by prefill in chunks, which gives what decoding would: a row is rounded when it leaves "
-        "the\n"
-        "  newest, whatever the chunk.\n",
+        "- Loss is evaluated by prefill in chunks, which rounds each row when decoding would, as it leaves the newest. "
+        "Codes\n"
+        "  that the last bit of an activation tips over are not those of decoding.\n",
         compare::tokens_text(side->tokens));
   }
 

@@ -38,8 +38,8 @@ std::vector<series> all_series() {
   for (const char* name : few_bits) unrotated.push_back({&formats_named(std::string("unrotated ") + name), 1, 64});
   return {
       {"the newest 64 spared", {"#0072b2", ""}, rotated(64)},
-      {"32", {"#009e73", ""}, rotated(32)},
-      {"none", {"#d55e00", ""}, rotated(0)},
+      {"the newest 32", {"#009e73", ""}, rotated(32)},
+      {"none of them", {"#d55e00", ""}, rotated(0)},
       {"64, without rotation", {"#777777", "5 4"}, unrotated},
       {"64, as ggml rounds", {"#cc79a7", "2 4"}, {{&formats_named("q8_0"), 1, 64}, {&formats_named("q4_0"), 1, 64}}}};
 }
@@ -104,7 +104,7 @@ std::string formats_svg(const std::vector<setting>& texts, const std::vector<for
     caches.push_back(cache);
     points.push_back(std::move(of_cache));
   }
-  const double width = left + static_cast<double>(std::max<std::size_t>(1, caches.size())) * (panel + gap) + 160;
+  const double width = 90 + left + static_cast<double>(std::max<std::size_t>(1, caches.size())) * (panel + gap) + 160;
   std::string out = compare::svg_head(width, bottom + 60);
   out += svg_text(20, 32, "font-size=\"19\" font-weight=\"bold\"",
                   fmt::format("{}: what few bits change in its predictions", texts.front().subject.name));
