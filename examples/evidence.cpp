@@ -64,6 +64,15 @@ void run_missing(const std::vector<job>& jobs, const setting& s) {
   run_all(alone, s, 1, bar);
 }
 
+// By how long a pass over some tokens takes here.
+std::string estimate(const setting& s, index_t tokens) {
+  engine::session session(*s.subject.model, compare::sink_window(1, 255));
+  const double ms = compare::ms_per_pass(session, 256, s.stream.ids, 2, [](index_t) {}) / 256;
+  return fmt::format("{} to go, {} at a time and {:.1f} ms each: about {:.0f} minutes", compare::tokens_text(tokens),
+                     s.options.threads, ms,
+                     ms * static_cast<double>(tokens) / static_cast<double>(s.options.threads) / 60e3);
+}
+
 compare::token_stream read(const compare::subject& subject, const options& o) {
   compare::token_stream stream = compare::read_by(subject, compare::read_file(o.text));
   const auto tokens = static_cast<index_t>(stream.ids.size());
@@ -155,6 +164,10 @@ void rank(options o, const std::string& command) {
     all.emplace_back([&of_text](const job& j) { return of_text(j); });
   }
   if (!o.report_only) {
+    index_t left = 0;
+    for (std::size_t i = 0; i < texts.size(); ++i)
+      for (const job& j : ranking_plan(texts[i].options, i == 0)) left += all[i](j) ? 0 : work(j, texts[i].options);
+    if (left > 0) fmt::print(stderr, "{}\n", estimate(texts.front(), left));
     for (int now = 0; now < stages; ++now)
       for (std::size_t i = 0; i < texts.size(); ++i) {
         std::vector<job> jobs = ranking_plan(texts[i].options, i == 0);
@@ -162,18 +175,12 @@ void rank(options o, const std::string& command) {
         run_missing(jobs, texts[i]);
       }
     for (const index_t cache : o.caches) {
-      const std::vector<contender> changed = with_budgets(texts, cache, all);
-      for (const setting& s : texts) run_missing(budget_plan(s, cache, changed), s);
+      const std::vector<contender> changed = variants(texts, cache, all);
+      for (const setting& s : texts) run_missing(variants_plan(s, cache, changed), s);
     }
   }
   print_page(o, ranking_report(texts, command, all), "ranking " + texts.front().subject.name);
   if (!o.svg.empty()) compare::write_atomically(o.svg, ranking_svg(texts, all));
-}
-
-// How long a token takes here, by a pass over some of them.
-double ms_per_token(const setting& s) {
-  engine::session session(*s.subject.model, compare::sink_window(1, 255));
-  return compare::ms_per_pass(session, 256, s.stream.ids, 2, [](index_t) {}) / 256;
 }
 
 void cost_formats(const options& o, const std::string& command) {
@@ -194,10 +201,7 @@ void cost_formats(const options& o, const std::string& command) {
       }
     if (!missing.empty()) {
       compare::progress_bar bar(left);
-      const double ms = ms_per_token(at_hand.all.front());
-      bar.say(fmt::format("{} runs to go, {} at {:.1f} ms each and {} at a time: about {:.0f} minutes", missing.size(),
-                          compare::tokens_text(left), ms, o.threads,
-                          ms * static_cast<double>(left) / static_cast<double>(o.threads) / 60e3));
+      bar.say(estimate(at_hand.all.front(), left));
       compare::for_each_index(missing.size(), static_cast<std::size_t>(o.threads), [&](std::size_t i) {
         const auto& [s, j] = missing[i];
         keep(path_of(j, *s), inputs(j, *s), measure(j, *s, [&](index_t tokens) {

@@ -40,6 +40,8 @@ const char* kind_name(job::kind kind) {
   return "decode";
 }
 
+index_t tokens_of(const job& j, const options& o) { return j.tokens > 0 ? j.tokens : o.tokens; }
+
 recall_setting recall_of(const options& o, index_t cache) {
   if (o.ranking) return {{cache, 4 * cache, 16 * cache}, o.facts};
   return {{32, 128, 512, 2048}, o.facts};
@@ -68,7 +70,7 @@ json inputs(const job& j, const setting& s) {
   in["policy"] = j.policy.name;
   in["cache"] = j.cache;
   if (j.is == job::kind::check) in["tokens"] = o.check;
-  if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = o.tokens;
+  if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = tokens_of(j, o);
   if (j.is == job::kind::recompute) in["targets"] = o.targets;
   if (j.is == job::kind::recall) in["facts"] = o.facts;
   if (j.is == job::kind::recall && o.ranking) in["distances"] = recall_of(o, j.cache).distances;
@@ -105,6 +107,8 @@ std::string job::name() const {
         of, [](char c) { return c == ':' || c == ','; }, '_');
   std::erase(of, ':');
   std::erase(of, '=');
+  std::ranges::replace_if(
+      of, [](char c) { return c == ' ' || c == '/'; }, '_');
   if (is == kind::recompute) return fmt::format("{}-{}", of, cache);
   return fmt::format("{}-{}-{}", kind_name(is), of, cache);
 }
@@ -135,7 +139,7 @@ index_t work(const job& j, const options& o) {
   const recall_setting recall = recall_of(o, j.cache);
   switch (j.is) {
     case job::kind::loss:
-      return o.tokens;
+      return tokens_of(j, o);
     case job::kind::recompute:
       return o.targets * j.cache;
     case job::kind::recall:
@@ -155,7 +159,7 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   const engine::model& model = *s.subject.model;
   const options& o = s.options;
   const std::span<const int> all = s.stream.ids;
-  const auto predicted = static_cast<std::size_t>(o.tokens);
+  const auto predicted = static_cast<std::size_t>(tokens_of(j, o));
   const auto ids = all.first(predicted + 1);
   const progress on_decoded = [&](index_t tokens) { on_tokens(decode_work * tokens); };
   switch (j.is) {

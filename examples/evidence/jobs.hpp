@@ -29,6 +29,7 @@ struct job {
   kind is;
   compare::policy policy;
   index_t cache;
+  index_t tokens = 0;  // of loss, where not all of options::tokens
 
   std::string name() const;  // loss-sinks4-256
 };
