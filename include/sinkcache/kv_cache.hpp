@@ -132,16 +132,18 @@ class kv_cache final : public any_kv_cache {
 
   status try_truncate(position_t seen) noexcept override {
     status found;
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    require_truncate(found, seen);
     if (!found) return found;
-    const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
-    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_)) {
-      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest);
-      return found;
-    }
     seen_ = seen;
     if (size() == seen) high_ = seen;  // all there ever was is still here, so what came after no longer matters
     return found;
+  }
+  void require_truncate(status& found, position_t seen) const noexcept override {
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (!found) return;
+    const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
+    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_))
+      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest);
   }
 
   position_t min_truncate() const noexcept override { return detail::min_truncate(policy_, seen_, high_); }
@@ -163,6 +165,9 @@ class kv_cache final : public any_kv_cache {
     std::optional<kv_cache> copy = make(config(), Policy(policy_), found, rows_.resource());
     if (copy) copy->copy_tokens(*this);
     return copy;
+  }
+  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
+    return detail::on_heap(try_clone(found), found);
   }
 
   index_t capacity() const noexcept override { return nbytes() > 0 ? detail::max_visible(policy_) : 0; }
@@ -214,16 +219,9 @@ class kv_cache final : public any_kv_cache {
       }
       return end;
     } else {
-      // A plan holds as long as only the newest span grows.
-      span_list spans = policy_.visible(first + 1);
-      index_t queries = 1;
-      for (; first + queries <= last; ++queries) {
-        const span_list grown = policy_.visible(first + queries + 1);
-        if (!detail::only_grew(spans, grown)) break;
-        spans = grown;
-      }
-      for (const position_span& span : spans) push_runs(kv_head, span, kv_part::always, parts);
-      end.queries = queries;
+      end.queries = detail::planned_queries(policy_, first, last);
+      for (const position_span& span : policy_.visible(first + end.queries))
+        push_runs(kv_head, span, kv_part::always, parts);
       return end;
     }
   }
@@ -298,18 +296,11 @@ class kv_cache final : public any_kv_cache {
 
   // A part for each run of neighbouring slots.
   void push_runs(index_t kv_head, position_span span, position_t seen_until, part_list& parts) const noexcept {
-    for (position_t p = span.first, end; p < span.last; p = end) {
-      const placed at = policy_.place(p);
-      end = std::min<position_t>(span.last, p + at.following + 1);
-      kv_part& part = parts.emplace_back();
-      part.k = rows_.k_rows(kv_head);
-      part.v = rows_.v_rows(kv_head);
-      part.row = at.slot;
-      part.rows = static_cast<index_t>(end - p);
-      part.first = p;
-      part.seen_until = seen_until;
-      part.pinned = static_cast<index_t>(std::clamp<position_t>(detail::num_pinned(policy_) - p, 0, end - p));
-    }
+    kv_part part;
+    part.k = rows_.k_rows(kv_head);
+    part.v = rows_.v_rows(kv_head);
+    part.seen_until = seen_until;
+    detail::push_runs(part, span, detail::num_pinned(policy_), parts, [&](position_t p) { return policy_.place(p); });
   }
 
   position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
