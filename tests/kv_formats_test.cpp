@@ -53,7 +53,7 @@ TEST_CASE("each policy is run with each format, and is called after both") {
   for (const policy& p : crossed("window,sinks:4", "f32,q8/q4,q4/q4")) names.push_back(p.name);
   CHECK(names == std::vector<std::string>{"window f32", "window q8/q4", "window q4", "sinks:4 f32", "sinks:4 q8/q4",
                                           "sinks:4 q4"});
-  CHECK(crossed("h2o,full", "bf16").front().name == "h2o bf16");
+  CHECK(crossed("h2o,full", "q8/q4").front().name == "h2o q8/q4");
   CHECK_THAT(refused("window", "q5"),
              Catch::StartsWith("--kv-format: 'q5' had to be one of: f32, f16, bf16, q8, q8/q6"));
   CHECK_THAT(refused("window", "q4/q8"), Catch::Contains("'q4/q8' had to be one of"));
@@ -69,7 +69,7 @@ TEST_CASE("each policy is run with each format, and is called after both") {
 
 TEST_CASE("a policy's caches are of its formats, and their bytes are counted so") {
   const std::set<std::string> few = {"q8", "q6", "q4", "q2"};
-  for (const policy& p : crossed("full,window,sinks:4", "f32,bf16,q8,q8/q4,q4/q2")) {
+  for (const policy& p : crossed("full,window,sinks:4,h2o,knorm:sinks=0,lagkv", "f32,bf16,q8,q8/q4,q4/q2")) {
     INFO(p.name);
     const engine::session session(nano(), caches_of(p, 96, 0));
     CHECK(session.cache_bytes() == cache_bytes(p, nano(), 96));
@@ -123,6 +123,20 @@ TEST_CASE("what formats cost is said of the best policy, and of policies in the 
     CHECK(picture.find(part) != std::string::npos);
   }
   CHECK(picture.find("\"nan") == std::string::npos);
+}
+
+TEST_CASE("policies by score cost in few bits by prefill what they cost by decoding") {
+  const subject s{&nano(), "nano"};
+  const token_stream text = read_by(s, read_file(source_dir + "/examples/data/sotu-heldout.txt").substr(0, 1000));
+  for (const policy& p : crossed("h2o,tova,lagkv", "q8,q8/q4", 16)) {
+    INFO(p.name);
+    const auto none = [](index_t) {};
+    const std::vector<double> prefilled = evaluator(s, caches_of(p, 64), text.ids).by_prefill(400, none),
+                              decoded = evaluator(s, caches_of(p, 64), text.ids).by_decode(400, none);
+    double difference = 0, bits = 0;
+    for (std::size_t i = 0; i < 400; ++i) difference += prefilled[i] - decoded[i], bits += decoded[i];
+    CHECK(std::abs(difference) < 1e-3 * bits);
+  }
 }
 
 // By decoding, with sums of doubles as they are written in books. Both agree but for codes that a last bit of an

@@ -173,8 +173,8 @@ TEST_CASE("policies stand by their loss after the first eviction, against 4 pinn
   const std::vector<results> kept = {read};
   std::vector<std::string> changed;
   for (const contender& c : variants(texts, 64, kept)) changed.push_back(c.shown());
-  CHECK(changed ==
-        std::vector<std::string>{"h2o:layers=pyramid", "h2o:heads=ada", "tova:layers=pyramid", "knorm:layers=pyramid"});
+  CHECK(changed == std::vector<std::string>{"h2o:layers=pyramid", "h2o:heads=ada", "h2o q8/q4", "tova:layers=pyramid",
+                                            "tova q8/q4", "knorm:layers=pyramid", "knorm q8/q4"});
   for (const job& j : variants_plan(s, 64, variants(texts, 64, kept))) CHECK(j.policy.scored->interval == 16);
 
   const std::string page = ranking_report(texts, "the command", kept);

@@ -42,11 +42,11 @@ struct scored_layer {
   std::shared_ptr<const sinkcache::token_scorer> scorer;
 };
 
-scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, index_t cache) {
+scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, index_t cache, index_t rollback) {
   const scored_policy& p = *of.scored;
   scored_layer made{layer.cache, {}, p.scorer(layer.layer)};
   made.config.num_sink_tokens = p.sinks;
-  made.config.rollback = 0;
+  made.config.rollback = formats_of(of).few_bits ? rollback : 0;  // others prefill as fast without
   made.config.recent = of.kv_recent;
   made.rules = {.budget = p.budget(cache),
                 .recent = p.recent,
@@ -62,7 +62,7 @@ scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, 
 engine::cache_factory scored(const policy& p, index_t cache, index_t rollback) {
   return [=](const engine::layer_info& layer) {
     if (layer.cache.window > 0) return window_of(p, p.scored->sinks, layer.cache.window, rollback)(layer);
-    scored_layer made = scored_layer_of(p, layer, cache);
+    scored_layer made = scored_layer_of(p, layer, cache, rollback);
     return formats_of(p).make_scored(made.config, made.rules, std::move(made.scorer));
   };
 }
@@ -84,7 +84,7 @@ std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cac
   for (index_t i = 0; i < model.config().num_hidden_layers; ++i) {
     const engine::layer_info layer = model.info(i);
     if (p.is == policy::kind::scored) {
-      const scored_layer made = scored_layer_of(p, layer, cache);
+      const scored_layer made = scored_layer_of(p, layer, cache, 0);
       bytes += formats_of(p).scored_bytes(made.config, made.rules, *made.scorer);
     } else {
       const index_t pinned = pinned_by(p);

@@ -144,8 +144,11 @@ std::optional<std::string> comparison::format_finding() const {
   const std::string loss = std::abs(costs(found)) < nothing ? "as many bits as"
                                                             : fmt::format("{} {} bits than", percent(costs(found)),
                                                                           costs(found) > 0 ? "more" : "fewer");
-  return fmt::format("{} needs {} {}, in {} of its bytes", runs_[found].policy.name, loss, runs_[whole].policy.name,
-                     percent(bytes));
+  const index_t tokens = runs_[found].policy.cache;  // at equal bytes
+  return fmt::format("{} needs {} {}, in {}", runs_[found].policy.name, loss, runs_[whole].policy.name,
+                     tokens > 0 ? fmt::format("as many bytes: {} instead of {}", tokens_text(tokens),
+                                              grouped(runs_[whole].policy.cache))
+                                : percent(bytes) + " of its bytes");
 }
 
 bool comparison::is_same_policy(std::size_t i, std::size_t j) const {

@@ -10,8 +10,8 @@ namespace {
 
 template <class K, class... V>
 void add(std::vector<kv_formats>& all) {
-  all.push_back(kv_formats_of<K, K>(K::name.data()));
-  (all.push_back(kv_formats_of<K, V>(fmt::format("{}/{}", K::name, V::name))), ...);
+  all.push_back(scored_kv_formats_of<K, K>(K::name.data()));
+  (all.push_back(scored_kv_formats_of<K, V>(fmt::format("{}/{}", K::name, V::name))), ...);
 }
 
 }  // namespace

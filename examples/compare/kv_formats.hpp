@@ -24,7 +24,7 @@ struct kv_formats {
   // Of a row of so many elements.
   index_t (*k_bytes)(index_t);
   index_t (*v_bytes)(index_t);
-  // As make and bytes for policies by score; null where these cannot have such rows.
+  // The same for policies by score; null where that was not asked for.
   std::unique_ptr<sinkcache::any_kv_cache> (*make_scored)(const sinkcache::cache_config&, const sinkcache::eviction&,
                                                           std::shared_ptr<const sinkcache::token_scorer>) = nullptr;
   std::size_t (*scored_bytes)(const sinkcache::cache_config&, const sinkcache::eviction&,
@@ -39,26 +39,29 @@ struct kv_formats {
 template <sinkcache::kv_format K, sinkcache::kv_format V>
 kv_formats kv_formats_of(std::string name) {
   using sinkcache::cache_config, sinkcache::any_kv_cache;
-  constexpr bool few_bits = sinkcache::tiered_format<K> || sinkcache::tiered_format<V>;
-  kv_formats all{std::move(name),
-                 few_bits,
-                 [](const cache_config& config) -> std::unique_ptr<any_kv_cache> {
-                   return std::make_unique<sinkcache::kv_cache<K, V>>(config);
-                 },
-                 [](const cache_config& config) { return sinkcache::kv_cache<K, V>::required_bytes(config); },
-                 &K::block_bytes,
-                 &V::block_bytes};
-  // The place where scored caches of few bits are let in.
-  if constexpr (!few_bits) {
-    all.make_scored = [](const cache_config& config, const sinkcache::eviction& rules,
-                         std::shared_ptr<const sinkcache::token_scorer> scorer) -> std::unique_ptr<any_kv_cache> {
-      return std::make_unique<sinkcache::scored_kv_cache<K, V>>(config, rules, std::move(scorer));
-    };
-    all.scored_bytes = [](const cache_config& config, const sinkcache::eviction& rules,
-                          const sinkcache::token_scorer& scorer) {
-      return sinkcache::scored_kv_cache<K, V>::required_bytes(config, rules, scorer);
-    };
-  }
+  return {std::move(name),
+          sinkcache::tiered_format<K> || sinkcache::tiered_format<V>,
+          [](const cache_config& config) -> std::unique_ptr<any_kv_cache> {
+            return std::make_unique<sinkcache::kv_cache<K, V>>(config);
+          },
+          [](const cache_config& config) { return sinkcache::kv_cache<K, V>::required_bytes(config); },
+          &K::block_bytes,
+          &V::block_bytes};
+}
+
+// For policies by score too.
+template <sinkcache::kv_format K, sinkcache::kv_format V>
+kv_formats scored_kv_formats_of(std::string name) {
+  using sinkcache::cache_config, sinkcache::any_kv_cache;
+  kv_formats all = kv_formats_of<K, V>(std::move(name));
+  all.make_scored = [](const cache_config& config, const sinkcache::eviction& rules,
+                       std::shared_ptr<const sinkcache::token_scorer> scorer) -> std::unique_ptr<any_kv_cache> {
+    return std::make_unique<sinkcache::scored_kv_cache<K, V>>(config, rules, std::move(scorer));
+  };
+  all.scored_bytes = [](const cache_config& config, const sinkcache::eviction& rules,
+                        const sinkcache::token_scorer& scorer) {
+    return sinkcache::scored_kv_cache<K, V>::required_bytes(config, rules, scorer);
+  };
   return all;
 }
 

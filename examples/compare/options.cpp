@@ -129,10 +129,6 @@ std::vector<policy> with_kv_formats(const std::vector<policy>& policies, const s
   }
   for (const policy& p : policies)
     for (const kv_formats* const formats : chosen) {
-      if (p.scored && !formats->make_scored)
-        throw usage_error(
-            fmt::format("--kv-format: {} cannot store {}: had to be f32, f16 or bf16 under policies by score", p.name,
-                        formats->name));
       all.push_back(p);
       all.back().name += " " + formats->name;
       all.back().formats = formats;

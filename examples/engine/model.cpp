@@ -332,10 +332,10 @@ std::size_t session::cache_bytes() const {
 }
 
 double loss_bits(std::span<const float> logits, int target) {
-  const double max = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(logit - max);
-  return (std::log(sum) + max - logits[static_cast<std::size_t>(target)]) / std::log(2.0);
+  const Eigen::ArrayXd all =
+      Eigen::Map<const Eigen::ArrayXf>(logits.data(), static_cast<index_t>(logits.size())).cast<double>();
+  const double max = all.maxCoeff();
+  return (std::log((all - max).exp().sum()) + max - all[target]) / std::log(2.0);
 }
 
 }  // namespace engine

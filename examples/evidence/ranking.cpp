@@ -11,7 +11,6 @@
 #include <stdexcept>
 
 #include "../compare/caches.hpp"
-#include "../compare/kv_formats.hpp"
 #include "../compare/scored_policies.hpp"
 
 namespace evidence {
@@ -102,12 +101,6 @@ std::string contender::shown() const {
 }
 
 bool fits(const contender& c, index_t cache, index_t sinks) { return compare::least_cache(c.policy(sinks)) <= cache; }
-
-bool can_store(const contender& c) {
-  for (const compare::kv_formats& each : compare::all_kv_formats())
-    if (each.name == c.kv_format) return each.make_scored != nullptr;
-  return false;
-}
 
 std::vector<contender> contenders(const options& o, index_t cache) {
   std::vector<std::pair<index_t, index_t>> places;  // recent and interval
@@ -200,7 +193,6 @@ std::vector<contender> variants(const std::vector<setting>& texts, index_t cache
     if (c.policy(4).scored->scorer(0)->needs().compares_heads) with("heads=ada");
     changed.push_back(c);
     changed.back().kv_format = few_bits_window.kv_format;
-    if (!can_store(changed.back())) changed.pop_back();
   }
   return changed;
 }

@@ -29,9 +29,8 @@ struct contender {
   bool is_variant() const;
 };
 
-// Sinks and window in few bits, as the best three are stored too where scored caches can be.
+// Sinks and window in few bits, as the best three are stored too.
 inline const contender few_bits_window{"window", "", 0, 0, "q8/q4"};
-bool can_store(const contender&);
 
 // Those of options::only, or all, at the intervals that a cache has room for: 16 and 64, with 32 recent tokens, and
 // smaller ones where neither fits.
