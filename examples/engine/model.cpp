@@ -332,10 +332,11 @@ std::size_t session::cache_bytes() const {
 }
 
 double loss_bits(std::span<const float> logits, int target) {
-  const Eigen::ArrayXd all =
-      Eigen::Map<const Eigen::ArrayXf>(logits.data(), static_cast<index_t>(logits.size())).cast<double>();
-  const double max = all.maxCoeff();
-  return (std::log((all - max).exp().sum()) + max - all[target]) / std::log(2.0);
+  const Eigen::Map<const Eigen::ArrayXf> all(logits.data(), static_cast<index_t>(logits.size()));
+  const float max = all.maxCoeff();
+  const Eigen::ArrayXf shares = (all - max).exp();
+  return (std::log(shares.cast<double>().sum()) + static_cast<double>(max) - static_cast<double>(all[target])) /
+         std::log(2.0);
 }
 
 }  // namespace engine

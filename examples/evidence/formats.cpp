@@ -66,11 +66,11 @@ struct block {
 class predictions {
  public:
   explicit predictions(std::span<const float> logits) : logits_(view(logits)) {
-    const double most = logits_.maxCoeff(&likeliest_);
-    const Eigen::ArrayXd p = (logits_.cast<double>() - most).exp();
-    const double sum = p.sum();
-    p_ = (p / sum).cast<float>();
-    log_sum_ = most + std::log(sum);
+    const float most = logits_.maxCoeff(&likeliest_);
+    p_ = (logits_ - most).exp();
+    const double sum = p_.cast<double>().sum();
+    p_ /= static_cast<float>(sum);
+    log_sum_ = static_cast<double>(most) + std::log(sum);
   }
 
   double bits(int target) const { return (log_sum_ - static_cast<double>(logits_[target])) / std::log(2.0); }
@@ -81,7 +81,9 @@ class predictions {
     index_t likeliest;
     q.maxCoeff(&likeliest);
     const Eigen::ArrayXd p = p_.cast<double>(), more = q.cast<double>() - logits_.cast<double>();
-    const double mean = (p * more).sum(), nats = std::log((p * (more - mean).exp()).sum());
+    const double all = p.sum(), mean = (p * more).sum() / all;  // all: 1, but for rounding
+    const Eigen::ArrayXf ratios = (more - mean).cast<float>().exp();
+    const double nats = std::log((p * ratios.cast<double>()).sum() / all);
     to.bits += (log_sum_ + mean + nats - static_cast<double>(q[target])) / std::log(2.0);
     to.nats += nats;
     to.same += likeliest == likeliest_;

@@ -65,7 +65,7 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   count("--tokens", 32, 1 << 30, o.tokens, "tokens to predict (default: 65536)");
   count("--side-tokens", 1, 1 << 30, o.side_tokens,
         "of the ranking, tokens after the first eviction of runs with fewer pinned tokens, an interval of 64,\n"
-        "other budgets or few bits (default: 4096)");
+        "other budgets or few bits (default: 3072)");
   count("--targets", 1, 1 << 20, o.targets, "of them, how many to recompute (default: 128)");
   count("--facts", 1, 1 << 20, o.facts, "facts to plant for each distance (default: 64)");
   count("--check", 0, 1 << 30, o.check,

@@ -19,7 +19,7 @@ struct options {
   std::vector<std::string> texts;  // of these two, one after the other; `text` is the one at hand
   std::vector<std::string> only;   // of the ranking: these scorers; empty: all
   std::vector<index_t> caches;     // empty: 1/4, 1/8 and 1/16 of what the model was trained on
-  index_t side_tokens = 4096;      // of the ranking: after the first eviction, of what is only compared with sinks:4
+  index_t side_tokens = 3072;      // of the ranking: after the first eviction, of what is only compared with sinks:4
   index_t tokens = 65536, targets = 128, facts = 64, check = 4096;
   index_t threads;
   std::string folder, markdown, svg;
