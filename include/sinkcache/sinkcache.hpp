@@ -15,6 +15,7 @@
 //   softmax.hpp           the mathematics: partial states, how they merge, where the sink enters
 //   rope.hpp              rotary positions, exact at any distance from the start
 //   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
+//   with_formats.hpp      formats chosen at run time, by their names
 //   quantized.hpp         rows of few bits, q8, q6, q4, q2, and the Hadamard transform that goes with them
 //   ggml_formats.hpp      rows as ggml lays them out, q8_0 and q4_0, for a kv_view
 //   workspace.hpp         scratch memory, and the hook for your threads
@@ -31,7 +32,9 @@
 //   scored_kv_cache.hpp   a cache that evicts by score; eviction.hpp has its rules, scorer.hpp what a scorer is
 //   policies.hpp, key_policies.hpp, redundancy_policies.hpp   scorers: H2O, TOVA, SnapKV, KeyDiff, LagKV, R-KV ...
 //   named_policies.hpp    all of them by name
+//   thread_pool.hpp       an executor with threads of its own
 //   named_caches.hpp      any cache by the names of its policy and formats
+//   sinkcache.h           the interface for C; sinkcache.cpp, which a host compiles, is what is behind it
 //   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
 #include "any_kv_cache.hpp"
@@ -55,4 +58,5 @@
 #include "tiered_kv_cache.hpp"
 #include "tiered_storage.hpp"
 #include "version.hpp"
+#include "with_formats.hpp"
 #include "workspace.hpp"

@@ -78,18 +78,21 @@ inline void require_resource(status& found, const std::pmr::memory_resource* res
   found.require(resource != nullptr, "resource", "null", "a memory resource");
 }
 inline void refuse_memory(status& found, std::size_t bytes) noexcept {
-  found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+  found.refuse_memory("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
 }
 
 // What is read element by element is read sixteen at a time, in lines of its own.
-template <kv_format F>
-index_t checked_block_bytes(status& found, index_t dim) noexcept {
-  const index_t bytes = F::block_bytes(dim);
-  if constexpr (elementwise_format<F>)
+inline index_t checked_block_bytes(status& found, const kv_reader& of, index_t dim) noexcept {
+  const index_t bytes = of.block_bytes(dim);
+  if (of.element_bytes > 0)
     found.require(bytes > 0 && bytes % 64 == 0, "a format's block_bytes(dim)", bytes, "a positive multiple of 64");
   else
     found.require(bytes > 0, "a format's block_bytes(dim)", bytes, "at least 1");
   return bytes;
+}
+template <kv_format F>
+index_t checked_block_bytes(status& found, index_t dim) noexcept {
+  return checked_block_bytes(found, reader_of<F>, dim);
 }
 
 // [num_kv_heads, rows] blocks of keys, then as many of values; a head's rows lie together (HND).

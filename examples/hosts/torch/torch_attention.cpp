@@ -92,36 +92,37 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   thread_local std::optional<sinkcache::workspace> workspace;
   if (!workspace || workspace->concurrency() < threads.concurrency()) workspace.emplace(threads);
 
-  require(sinkcache::try_with_formats(format_name(k), format_name(v), [&]<class K, class V>(K, V) -> status {
-    using view = sinkcache::kv_view<K, V>;
-    std::vector<view> views;
-    views.reserve(static_cast<std::size_t>(batch));
-    const auto at = [](const at::Tensor& t, int64_t i) {
-      return static_cast<const std::byte*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
-    };
-    status view_found;
-    for (int64_t i = 0; i < batch; ++i) {
-      std::optional<view> one = view::try_create(
-          config, {strides(k), strides(v)}, sinkcache::kv_piece{0, kv_len, at(k, i), at(v, i)}, kv_len, view_found);
-      if (!one) return view_found;
-      views.push_back(std::move(*one));
-    }
-    const auto q_of = [&](int64_t i) { return rows.data_ptr<float>() + i * rows.stride(0); };
-    const auto out_of = [&](int64_t i) { return out.data_ptr<float>() + i * out.stride(0); };
-    if (q_len == 1) {  // all sequences at once
-      std::vector<sinkcache::decode_item> items;
-      const auto floats = [](auto* row, int64_t n) { return std::span(row, static_cast<std::size_t>(n)); };
-      for (int64_t i = 0; i < batch; ++i)
-        items.push_back({.q = floats(static_cast<const float*>(q_of(i)), heads * dim),
-                         .keys = &views[static_cast<std::size_t>(i)],
-                         .out = floats(out_of(i), heads * v.size(3))});
-      return attention.try_decode(items, *workspace);
-    }
-    for (int64_t i = 0; i < batch && view_found; ++i)
-      view_found = attention.try_attend({q_of(i), q_len, heads * dim}, views[static_cast<std::size_t>(i)],
-                                        {out_of(i), q_len, heads * v.size(3)}, *workspace);
-    return view_found;
-  }));
+  require(sinkcache::try_with_formats(
+      format_name(k), format_name(v), [&]<sinkcache::viewed_format K, sinkcache::viewed_format V>(K, V) -> status {
+        using view = sinkcache::kv_view<K, V>;
+        std::vector<view> views;
+        views.reserve(static_cast<std::size_t>(batch));
+        const auto at = [](const at::Tensor& t, int64_t i) {
+          return static_cast<const std::byte*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
+        };
+        status view_found;
+        for (int64_t i = 0; i < batch; ++i) {
+          std::optional<view> one = view::try_create(
+              config, {strides(k), strides(v)}, sinkcache::kv_piece{0, kv_len, at(k, i), at(v, i)}, kv_len, view_found);
+          if (!one) return view_found;
+          views.push_back(std::move(*one));
+        }
+        const auto q_of = [&](int64_t i) { return rows.data_ptr<float>() + i * rows.stride(0); };
+        const auto out_of = [&](int64_t i) { return out.data_ptr<float>() + i * out.stride(0); };
+        if (q_len == 1) {  // all sequences at once
+          std::vector<sinkcache::decode_item> items;
+          const auto floats = [](auto* row, int64_t n) { return std::span(row, static_cast<std::size_t>(n)); };
+          for (int64_t i = 0; i < batch; ++i)
+            items.push_back({.q = floats(static_cast<const float*>(q_of(i)), heads * dim),
+                             .keys = &views[static_cast<std::size_t>(i)],
+                             .out = floats(out_of(i), heads * v.size(3))});
+          return attention.try_decode(items, *workspace);
+        }
+        for (int64_t i = 0; i < batch && view_found; ++i)
+          view_found = attention.try_attend({q_of(i), q_len, heads * dim}, views[static_cast<std::size_t>(i)],
+                                            {out_of(i), q_len, heads * v.size(3)}, *workspace);
+        return view_found;
+      }));
   return out.to(q.scalar_type());
 }
 
