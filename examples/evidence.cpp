@@ -1,5 +1,6 @@
-// What sinks and windows do to a real language model over a long text, as a page in Markdown. It takes up to 80 minutes
-// of two cores, and can be interrupted: each run is a file in a folder, and what is there is not run again.
+// What sinks and windows do to a real language model over a long text, as a page in Markdown; or a ranking of policies
+// by score, or what formats of few bits cost. It takes an hour of two cores or more, and can be interrupted: each run
+// is a file in a folder, and what is there is not run again.
 
 #include <fmt/format.h>
 
@@ -12,11 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "compare/caches.hpp"
 #include "compare/comparison.hpp"
 #include "compare/files.hpp"
 #include "compare/loaded_model.hpp"
 #include "compare/parallel.hpp"
 #include "compare/progress.hpp"
+#include "evidence/formats.hpp"
 #include "evidence/jobs.hpp"
 #include "evidence/ranking.hpp"
 #include "evidence/report.hpp"
@@ -59,6 +62,15 @@ void run_missing(const std::vector<job>& jobs, const setting& s) {
                       compare::shown_path(s.options.folder)));
   run_all(together, s, static_cast<std::size_t>(s.options.threads), bar);
   run_all(alone, s, 1, bar);
+}
+
+// By how long a pass over some tokens takes here.
+std::string estimate(const setting& s, index_t tokens) {
+  engine::session session(*s.subject.model, compare::sink_window(1, 255));
+  const double ms = compare::ms_per_pass(session, 256, s.stream.ids, 2, [](index_t) {}) / 256;
+  return fmt::format("{} to go, {} at a time and {:.1f} ms each: about {:.0f} minutes", compare::tokens_text(tokens),
+                     s.options.threads, ms,
+                     ms * static_cast<double>(tokens) / static_cast<double>(s.options.threads) / 60e3);
 }
 
 compare::token_stream read(const compare::subject& subject, const options& o) {
@@ -111,6 +123,29 @@ class kept_results {
   std::map<std::string, json> files_;
 };
 
+// Several texts, each with a folder of its own.
+struct texts_at_hand {
+  std::list<options> of_texts;
+  std::vector<setting> all;
+
+  texts_at_hand(const options& o, const compare::subject& subject, index_t tokens) {
+    for (const std::string& text : o.texts) {
+      options& own = of_texts.emplace_back(o);
+      own.text = text;
+      own.folder += "/" + subject.name + "/" + std::filesystem::path(text).stem().string();
+      std::filesystem::create_directories(own.folder);
+      all.push_back({own, subject, {}});
+      all.back().stream = compare::read_by(subject, compare::read_file(text));
+      const auto has = static_cast<index_t>(all.back().stream.ids.size());
+      if (has <= tokens)
+        throw compare::usage_error(
+            fmt::format("{} has {}, had to have {}", text, compare::tokens_text(has), tokens + 1));
+    }
+    for (const std::string& path : {o.markdown, o.svg})
+      if (!path.empty()) compare::check_writable(path);
+  }
+};
+
 void rank(options o, const std::string& command) {
   const compare::loaded_model model(o.model);
   if (o.caches.empty()) {
@@ -118,18 +153,9 @@ void rank(options o, const std::string& command) {
     if (!trained) throw compare::usage_error("--caches is missing, and the model does not say what it was trained on");
     for (const index_t part : {4, 8, 16}) o.caches.push_back(*trained / part);
   }
-  std::list<options> of_texts;
-  std::vector<setting> texts;
-  for (const std::string& text : o.texts) {
-    options& own = of_texts.emplace_back(o);
-    own.text = text;
-    own.folder += "/" + model.subject(o.bos).name + "/" + std::filesystem::path(text).stem().string();
-    std::filesystem::create_directories(own.folder);
-    texts.push_back({own, model.subject(o.bos), {}});
-    texts.back().stream = read(texts.back().subject, own);
-  }
-  for (const std::string& path : {o.markdown, o.svg})
-    if (!path.empty()) compare::check_writable(path);
+  const index_t largest = *std::max_element(o.caches.begin(), o.caches.end());
+  const texts_at_hand at_hand(o, model.subject(o.bos), std::max(o.tokens, largest + decoded_tokens));
+  const std::vector<setting>& texts = at_hand.all;
 
   std::list<kept_results> files;
   std::vector<results> all;
@@ -138,6 +164,10 @@ void rank(options o, const std::string& command) {
     all.emplace_back([&of_text](const job& j) { return of_text(j); });
   }
   if (!o.report_only) {
+    index_t left = 0;
+    for (std::size_t i = 0; i < texts.size(); ++i)
+      for (const job& j : ranking_plan(texts[i].options, i == 0)) left += all[i](j) ? 0 : work(j, texts[i].options);
+    if (left > 0) fmt::print(stderr, "{}\n", estimate(texts.front(), left));
     for (int now = 0; now < stages; ++now)
       for (std::size_t i = 0; i < texts.size(); ++i) {
         std::vector<job> jobs = ranking_plan(texts[i].options, i == 0);
@@ -145,12 +175,55 @@ void rank(options o, const std::string& command) {
         run_missing(jobs, texts[i]);
       }
     for (const index_t cache : o.caches) {
-      const std::vector<contender> changed = with_budgets(texts, cache, all);
-      for (const setting& s : texts) run_missing(budget_plan(s, cache, changed), s);
+      const std::vector<contender> changed = variants(texts, cache, all);
+      for (const setting& s : texts) run_missing(variants_plan(s, cache, changed), s);
     }
   }
   print_page(o, ranking_report(texts, command, all), "ranking " + texts.front().subject.name);
   if (!o.svg.empty()) compare::write_atomically(o.svg, ranking_svg(texts, all));
+}
+
+void cost_formats(const options& o, const std::string& command) {
+  const compare::loaded_model model(o.model);
+  const texts_at_hand at_hand(o, model.subject(o.bos), o.tokens + *std::max_element(o.caches.begin(), o.caches.end()));
+  const auto path_of = [](const formats_job& j, const setting& s) {
+    return s.options.folder + "/" + j.name() + ".json";
+  };
+  if (!o.report_only) {
+    std::vector<std::pair<const setting*, formats_job>> missing;
+    index_t left = 0;
+    for (std::size_t i = 0; i < formats_plan(o).size(); ++i)
+      for (const setting& s : at_hand.all) {
+        const formats_job j = formats_plan(o)[i];
+        if (!kept(path_of(j, s), inputs(j, s)).is_null()) continue;
+        missing.emplace_back(&s, j);
+        left += work(j);
+      }
+    if (!missing.empty()) {
+      compare::progress_bar bar(left);
+      bar.say(estimate(at_hand.all.front(), left));
+      compare::for_each_index(missing.size(), static_cast<std::size_t>(o.threads), [&](std::size_t i) {
+        const auto& [s, j] = missing[i];
+        keep(path_of(j, *s), inputs(j, *s), measure(j, *s, [&](index_t tokens) {
+               if (end_asked) throw interrupted();
+               bar.step(tokens);
+             }));
+        bar.say(fmt::format("{} of {}", j.name(), compare::shown_path(s->options.text)));
+      });
+    }
+  }
+  std::list<std::map<std::string, json>> files;
+  std::vector<formats_results> all;
+  for (const setting& s : at_hand.all) {
+    std::map<std::string, json>& of_text = files.emplace_back();
+    for (const formats_job& j : formats_plan(s.options)) of_text[j.name()] = kept(path_of(j, s), inputs(j, s));
+    all.emplace_back([&of_text](const formats_job& j) {
+      const json& file = of_text.at(j.name());
+      return file.is_null() ? nullptr : &file;
+    });
+  }
+  print_page(o, formats_report(at_hand.all, command, all), "formats " + at_hand.all.front().subject.name);
+  if (!o.svg.empty()) compare::write_atomically(o.svg, formats_svg(at_hand.all, all));
 }
 
 }  // namespace
@@ -162,7 +235,9 @@ int main(int argc, char** argv) {
     std::string command;
     for (int i = 0; i < argc; ++i) command += fmt::format("{}{}", i ? " " : "", argv[i]);
     if (const auto options = parse_options(argc, argv))
-      options->ranking ? rank(*options, command) : gather(*options, command);
+      options->ranking   ? rank(*options, command)
+      : options->formats ? cost_formats(*options, command)
+                         : gather(*options, command);
     if (std::fflush(stdout) != 0) throw std::runtime_error("the output cannot be written");
   } catch (const interrupted&) {
     fmt::print(stderr, "evidence: interrupted; the same command goes on from here\n");

@@ -98,6 +98,31 @@ TEST_CASE("a ranking runs each thing once, what matters most first, and times la
   for (const job& j : ranking_plan(o, false)) CHECK(j.is == job::kind::loss);
 }
 
+TEST_CASE("what is only compared with sinks:4 is measured on fewer tokens, and compared over those") {
+  options o = small_options();
+  o.side_tokens = 600;  // no whole number of blocks
+  const setting s = setting_of(o);
+  const contender h2o{"h2o", "", 32, 16}, rare{"h2o", "", 32, 64}, pyramid{"h2o", "layers=pyramid", 32, 16};
+  CHECK(loss_job(o, h2o, 4, 64).tokens == 0);
+  for (const job& j : {loss_job(o, h2o, 1, 64), loss_job(o, rare, 4, 64), loss_job(o, pyramid, 4, 64),
+                       loss_job(o, few_bits_window, 4, 64)}) {
+    INFO(j.name());
+    CHECK(j.tokens == 664);
+    CHECK(work(j, o) == 664);
+  }
+  CHECK(loss_job(o, few_bits_window, 4, 64).name() == "loss-sinks4_q8_q4-64");
+  CHECK(measure(loss_job(o, few_bits_window, 4, 64), s, [](index_t) {}).at("loss_bits").size() == 664);
+
+  made_up all;
+  all.lose("sinks:4", 64, 2.0, 1200);
+  json& reference = all.files.begin()->second["result"]["loss_bits"];
+  for (std::size_t i = 664; i < 1200; ++i) reference[i] = 9.0;  // nobody else is asked about these
+  all.lose("h2o:sinks=1", 64, 1.5, 664);
+  const std::vector<standing> found = standings(s, 64, all.read(), {h2o});
+  REQUIRE(found.size() == 1);
+  CHECK((found[0].sinks == 1 && found[0].more.estimate == Approx(-0.5) && found[0].bits.estimate == Approx(1.5)));
+}
+
 TEST_CASE("what a ranking measures is what its jobs say") {
   const options o = small_options();
   const setting s = setting_of(o);
@@ -147,10 +172,10 @@ TEST_CASE("policies stand by their loss after the first eviction, against 4 pinn
   const std::vector<setting> texts = {s};
   const std::vector<results> kept = {read};
   std::vector<std::string> changed;
-  for (const contender& c : with_budgets(texts, 64, kept)) changed.push_back(c.shown());
-  CHECK(changed ==
-        std::vector<std::string>{"h2o:layers=pyramid", "h2o:heads=ada", "tova:layers=pyramid", "knorm:layers=pyramid"});
-  for (const job& j : budget_plan(s, 64, with_budgets(texts, 64, kept))) CHECK(j.policy.scored->interval == 16);
+  for (const contender& c : variants(texts, 64, kept)) changed.push_back(c.shown());
+  CHECK(changed == std::vector<std::string>{"h2o:layers=pyramid", "h2o:heads=ada", "h2o q8/q4", "tova:layers=pyramid",
+                                            "tova q8/q4", "knorm:layers=pyramid", "knorm q8/q4"});
+  for (const job& j : variants_plan(s, 64, variants(texts, 64, kept))) CHECK(j.policy.scored->interval == 16);
 
   const std::string page = ranking_report(texts, "the command", kept);
   CHECK_THAT(page, Catch::Contains("| h2o | 32, 16 | 1.500 | -0.500 (-0.500 to -0.500) |"));

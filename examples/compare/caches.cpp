@@ -5,23 +5,31 @@
 
 #include <memory>
 #include <sinkcache/eviction.hpp>
-#include <sinkcache/scored_kv_cache.hpp>
 
+#include "kv_formats.hpp"
 #include "scored_policies.hpp"
 
 namespace compare {
 namespace {
 
-using window_cache = sinkcache::kv_cache<sinkcache::f32>;
-using scored_cache = sinkcache::scored_kv_cache<sinkcache::f32>;
-
 sinkcache::cache_config window_config(const engine::layer_info& layer, index_t num_sink_tokens, index_t window,
-                                      index_t rollback) {
+                                      index_t rollback, index_t kv_recent) {
   sinkcache::cache_config config = layer.cache;
   config.num_sink_tokens = num_sink_tokens;
   config.window = window;
   config.rollback = rollback;
+  config.recent = kv_recent;
   return config;
+}
+
+const kv_formats& formats_of(const policy& p) { return p.formats ? *p.formats : all_kv_formats().front(); }
+
+// Whatever the policy: of a layer that the model has windowed.
+engine::cache_factory window_of(const policy& p, index_t num_sink_tokens, index_t window, index_t rollback) {
+  return [make = formats_of(p).make, kv_recent = p.kv_recent, num_sink_tokens, window,
+          rollback](const engine::layer_info& layer) {
+    return make(window_config(layer, num_sink_tokens, window, rollback, kv_recent));
+  };
 }
 
 // Of a policy that is a window.
@@ -34,10 +42,12 @@ struct scored_layer {
   std::shared_ptr<const sinkcache::token_scorer> scorer;
 };
 
-scored_layer scored_layer_of(const scored_policy& p, const engine::layer_info& layer, index_t cache) {
+scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, index_t cache, index_t rollback) {
+  const scored_policy& p = *of.scored;
   scored_layer made{layer.cache, {}, p.scorer(layer.layer)};
   made.config.num_sink_tokens = p.sinks;
-  made.config.rollback = 0;
+  made.config.rollback = formats_of(of).few_bits ? rollback : 0;  // others prefill as fast without
+  made.config.recent = of.kv_recent;
   made.rules = {.budget = p.budget(cache),
                 .recent = p.recent,
                 .interval = p.interval,
@@ -49,26 +59,24 @@ scored_layer scored_layer_of(const scored_policy& p, const engine::layer_info& l
   return made;
 }
 
-engine::cache_factory scored(std::shared_ptr<const scored_policy> p, index_t cache, index_t rollback) {
-  return [=](const engine::layer_info& layer) -> std::unique_ptr<sinkcache::any_kv_cache> {
-    if (layer.cache.window > 0) return sink_window(p->sinks, layer.cache.window, rollback)(layer);
-    scored_layer made = scored_layer_of(*p, layer, cache);
-    return std::make_unique<scored_cache>(made.config, made.rules, std::move(made.scorer));
+engine::cache_factory scored(const policy& p, index_t cache, index_t rollback) {
+  return [=](const engine::layer_info& layer) {
+    if (layer.cache.window > 0) return window_of(p, p.scored->sinks, layer.cache.window, rollback)(layer);
+    scored_layer made = scored_layer_of(p, layer, cache, rollback);
+    return formats_of(p).make_scored(made.config, made.rules, std::move(made.scorer));
   };
 }
 
 }  // namespace
 
 engine::cache_factory sink_window(index_t num_sink_tokens, index_t window, index_t rollback) {
-  return [=](const engine::layer_info& layer) {
-    return std::make_unique<window_cache>(window_config(layer, num_sink_tokens, window, rollback));
-  };
+  return window_of({policy::kind::sinks, num_sink_tokens, ""}, num_sink_tokens, window, rollback);
 }
 
 engine::cache_factory caches_of(const policy& p, index_t cache, index_t rollback) {
-  if (p.is == policy::kind::scored) return scored(p.scored, cache, rollback);
+  if (p.is == policy::kind::scored) return scored(p, cache, rollback);
   const index_t pinned = pinned_by(p);
-  return sink_window(pinned, cache - pinned, rollback);
+  return window_of(p, pinned, cache - pinned, rollback);
 }
 
 std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cache) {
@@ -76,11 +84,11 @@ std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cac
   for (index_t i = 0; i < model.config().num_hidden_layers; ++i) {
     const engine::layer_info layer = model.info(i);
     if (p.is == policy::kind::scored) {
-      const scored_layer made = scored_layer_of(*p.scored, layer, cache);
-      bytes += scored_cache::required_bytes(made.config, made.rules, *made.scorer);
+      const scored_layer made = scored_layer_of(p, layer, cache, 0);
+      bytes += formats_of(p).scored_bytes(made.config, made.rules, *made.scorer);
     } else {
       const index_t pinned = pinned_by(p);
-      bytes += window_cache::required_bytes(window_config(layer, pinned, cache - pinned, 0));
+      bytes += formats_of(p).bytes(window_config(layer, pinned, cache - pinned, 0, p.kv_recent));
     }
   }
   return bytes;

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <limits>
 
+#include "scored_policies.hpp"
+
 namespace compare {
 namespace {
 
@@ -54,7 +56,8 @@ comparison::comparison(std::span<const run> runs, index_t cache)
 }
 
 std::size_t comparison::find(policy::kind kind) const {
-  const auto it = std::find_if(runs_.begin(), runs_.end(), [=](const run& r) { return r.policy.is == kind; });
+  const auto it =
+      std::find_if(runs_.begin(), runs_.end(), [&](const run& r) { return usual(r) && r.policy.is == kind; });
   return it == runs_.end() ? none : static_cast<std::size_t>(it - runs_.begin());
 }
 
@@ -62,9 +65,10 @@ std::size_t comparison::best_pinned() const {
   double least = std::numeric_limits<double>::infinity();
   std::size_t found = none;
   for (std::size_t i = 0; i < runs_.size(); ++i)
-    if (runs_[i].policy.is == policy::kind::sinks) least = std::min(least, summaries_[i].after);
+    if (usual(runs_[i]) && runs_[i].policy.is == policy::kind::sinks) least = std::min(least, summaries_[i].after);
   for (std::size_t i = 0; i < runs_.size(); ++i) {
-    if (runs_[i].policy.is != policy::kind::sinks || !(summaries_[i].after <= 1.005 * least)) continue;
+    if (!usual(runs_[i]) || runs_[i].policy.is != policy::kind::sinks || !(summaries_[i].after <= 1.005 * least))
+      continue;
     if (found == none || runs_[i].policy.num_sink_tokens < runs_[found].policy.num_sink_tokens) found = i;
   }
   return found;
@@ -87,7 +91,8 @@ std::vector<std::string> comparison::findings() const {
     clauses = {fmt::format("nothing was evicted: {} fit a cache of {}, so the policies cannot differ",
                            tokens_text(tokens_), grouped(cache_))};
   } else {
-    for (const auto& finding : {window_finding(), scored_finding(), recompute_finding(), full_finding()})
+    for (const auto& finding :
+         {format_finding(), window_finding(), scored_finding(), recompute_finding(), full_finding()})
       if (finding) clauses.push_back(*finding);
   }
   if (clauses.empty()) {
@@ -115,14 +120,44 @@ std::optional<std::string> comparison::window_finding() const {
 std::size_t comparison::best_of(const std::function<bool(const policy&)>& is_one) const {
   std::size_t found = none;
   for (std::size_t i = 0; i < runs_.size(); ++i)
-    if (is_one(runs_[i].policy) && (found == none || summaries_[i].after < summaries_[found].after)) found = i;
+    if (usual(runs_[i]) && is_one(runs_[i].policy) && (found == none || summaries_[i].after < summaries_[found].after))
+      found = i;
   return found;
 }
 
+std::optional<std::string> comparison::format_finding() const {
+  constexpr double little = 0.01;  // more bits
+  const std::size_t whole = best_of([](const policy& p) { return p.is != policy::kind::recompute; });
+  if (whole == none) return {};
+  // Of the other formats the one of fewest bytes that costs little, or else the one that costs least.
+  std::size_t found = none;
+  const auto costs = [&](std::size_t i) { return summaries_[i].after / summaries_[whole].after - 1; };
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    if (usual(runs_[i]) || !is_same_policy(i, whole)) continue;
+    const bool cheaper =
+        found == none || (costs(i) < little && costs(found) < little ? runs_[i].cache_bytes < runs_[found].cache_bytes
+                                                                     : costs(i) < costs(found));
+    if (cheaper) found = i;
+  }
+  if (found == none) return {};
+  const double bytes = static_cast<double>(runs_[found].cache_bytes) / static_cast<double>(runs_[whole].cache_bytes);
+  const std::string loss = std::abs(costs(found)) < nothing ? "as many bits as"
+                                                            : fmt::format("{} {} bits than", percent(costs(found)),
+                                                                          costs(found) > 0 ? "more" : "fewer");
+  const index_t tokens = runs_[found].policy.cache;  // at equal bytes
+  return fmt::format("{} needs {} {}, in {}", runs_[found].policy.name, loss, runs_[whole].policy.name,
+                     tokens > 0 ? fmt::format("as many bytes: {} instead of {}", tokens_text(tokens),
+                                              grouped(runs_[whole].policy.cache))
+                                : percent(bytes) + " of its bytes");
+}
+
+bool comparison::is_same_policy(std::size_t i, std::size_t j) const {
+  const policy &a = runs_[i].policy, &b = runs_[j].policy;
+  return a.is == b.is && a.num_sink_tokens == b.num_sink_tokens && a.scored == b.scored;
+}
+
 std::optional<std::string> comparison::scored_finding() const {
-  const auto is_random = [](const policy& p) {
-    return p.is == policy::kind::scored && (p.name == "random" || p.name.starts_with("random:"));
-  };
+  const auto is_random = [](const policy& p) { return p.scored && p.scored->name == "random"; };
   const std::size_t scored = best_of([&](const policy&p) { return p.is == policy::kind::scored && !is_random(p); }),
                     chance = best_of(is_random), rolling = best_of([](const policy&p) {
                                                    return p.is == policy::kind::window || p.is == policy::kind::sinks;

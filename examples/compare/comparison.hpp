@@ -41,7 +41,12 @@ class comparison {
   std::vector<std::string> findings() const;
 
  private:
+  // With the formats of the first run: findings about policies are of these.
+  bool usual(const run& r) const { return r.policy.formats == runs_.front().policy.formats; }
+  bool is_same_policy(std::size_t i, std::size_t j) const;  // whatever it stores its rows in
+
   // Each nothing where the policies that it speaks of were not run.
+  std::optional<std::string> format_finding() const;
   std::optional<std::string> window_finding() const;
   std::optional<std::string> scored_finding() const;
   std::optional<std::string> recompute_finding() const;

@@ -8,6 +8,7 @@
 
 #include "command_line.hpp"
 #include "known_models.hpp"
+#include "kv_formats.hpp"
 #include "scored_policies.hpp"
 
 namespace compare {
@@ -66,7 +67,8 @@ std::string default_policies() {
 
 const char* const usage =
     "usage: compare_policies [--model FILE | --models LIST] [--text FILE] [--bos] [--cache N | --bytes N]\n"
-    "                        [--policies LIST] [--tokens N] [--threads N] [--json FILE] [--svg FILE]\n"
+    "                        [--policies LIST] [--kv-format LIST] [--kv-recent N] [--tokens N] [--threads N]\n"
+    "                        [--json FILE] [--svg FILE]\n"
     "       compare_policies --list-policies\n"
     "       compare_policies --help\n";
 
@@ -107,6 +109,34 @@ std::vector<policy> parse_policies(const std::string& list, index_t cache) {
   return policies;
 }
 
+std::vector<policy> with_kv_formats(const std::vector<policy>& policies, const std::string& list, index_t kv_recent) {
+  std::vector<policy> all;
+  std::vector<const kv_formats*> chosen;
+  for (const std::string& entry : split("--kv-format", list)) {
+    const std::size_t slash = std::min(entry.find('/'), entry.size());
+    const bool twice = entry.substr(0, slash) == entry.substr(std::min(slash + 1, entry.size()));
+    const std::string name = twice ? entry.substr(0, slash) : entry;
+    std::string known;
+    const kv_formats* found = nullptr;
+    for (const kv_formats& each : all_kv_formats()) {
+      known += (known.empty() ? "" : ", ") + each.name;
+      if (each.name == name) found = &each;
+    }
+    if (!found) throw usage_error(fmt::format("--kv-format: '{}' had to be one of: {}", entry, known));
+    if (std::find(chosen.begin(), chosen.end(), found) != chosen.end())
+      throw usage_error(fmt::format("--kv-format has {} twice", name));
+    chosen.push_back(found);
+  }
+  for (const policy& p : policies)
+    for (const kv_formats* const formats : chosen) {
+      all.push_back(p);
+      all.back().name += " " + formats->name;
+      all.back().formats = formats;
+      all.back().kv_recent = kv_recent;
+    }
+  return all;
+}
+
 std::optional<options> parse_options(int argc, const char* const* argv) {
   options o;
   std::string policies = default_policies(), models;
@@ -143,6 +173,16 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                    "full, window, sinks:N, recompute, and policies by score with their parameters,\n"
                    "as in window,h2o:sinks=4,recent=32,tova: --list-policies explains them",
                    policies));
+  std::string kv_formats;
+  index_t kv_recent = 64;
+  CLI::Option* formats = text("--kv-format", kv_formats, "LIST",
+                              "store keys and values so, each policy each way, comma separated (default: f32):\n"
+                              "f32, f16, bf16, q8, q6, q4, q2, or keys/values, as in f32,q8,q8/q4,q4/q2;\n"
+                              "without --policies these are window and sinks:1 then");
+  add_count<index_t>(app, "--kv-recent", 0, most_tokens,
+                     "newest tokens that q8, q6, q4 and q2 leave in bf16, as they do pinned ones (default: 64)",
+                     [&kv_recent](index_t n) { kv_recent = n; });
+  app.get_option("--kv-recent")->needs(formats);
   bool list = false;
   app.add_flag("--list-policies", list, "explain the policies, a line each, and their parameters");
   add_count<index_t>(app, "--tokens", 2, index_t{1} << 30,
@@ -153,7 +193,8 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
                      "times per token are undisturbed with 1 only: runs share memory bandwidth",
                      [&o](index_t n) { o.threads = static_cast<std::size_t>(n); });
   text("--json", o.json, "FILE", "write all results there");
-  CLI::Option* svg = text("--svg", o.svg, "FILE", "draw the loss along the stream there");
+  CLI::Option* svg =
+      text("--svg", o.svg, "FILE", "draw the loss along the stream there; with --kv-format the loss against bytes");
   several->excludes(one)->excludes(svg)->excludes(app.get_option("--bytes"));
 
   if (!parse(app, argc, argv)) return {};
@@ -171,6 +212,12 @@ std::optional<options> parse_options(int argc, const char* const* argv) {
   }
   if (o.text.empty()) o.text = SINKCACHE_SOURCE_DIR "/examples/data/sotu-heldout.txt";
   if (!o.json.empty() && o.json == o.svg) throw usage_error("--json and --svg are the same file");
+  if (formats->count() > 0) {
+    if (app.count("--policies") == 0) policies = "window,sinks:1";
+    o.policies = with_kv_formats(parse_policies(policies, o.bytes ? most_tokens : o.cache), kv_formats, kv_recent);
+    o.crosses_formats = true;
+    return o;
+  }
   if (app.count("--policies") > 0 || o.bytes) {
     o.policies = parse_policies(policies, o.bytes ? most_tokens : o.cache);
     return o;

@@ -102,7 +102,7 @@ void compare_all(options o) {
   fmt::print("{}\n", o.remedies ? models_sentence(comparisons) : sentence(comparisons.front().findings()));
 
   if (!o.json.empty()) write_atomically(o.json, to_json(s, comparisons));
-  if (!o.svg.empty()) write_atomically(o.svg, to_svg(s, comparisons.front()));
+  if (!o.svg.empty()) write_atomically(o.svg, (o.crosses_formats ? to_front_svg : to_svg)(s, comparisons.front()));
 }
 
 }  // namespace

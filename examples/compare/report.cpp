@@ -10,6 +10,7 @@
 #include <sinkcache/version.hpp>
 
 #include "../loaders/json.hpp"
+#include "kv_formats.hpp"
 #include "machine.hpp"
 #include "scored_policies.hpp"
 
@@ -84,10 +85,12 @@ std::string header(const setting& s, std::span<const subject> subjects) {
 
 std::string table(const comparison& c) {
   const bool sampled = c.sampled();
+  const bool own_rows = std::ranges::any_of(c.runs(), [](const run& r) { return r.policy.cache > 0; });
   const std::size_t width = name_width(c);
   std::string out = fmt::format("{:{}}  {:>{}}\n", "", width, "bits per byte", sampled ? 23 : 19);
   out += fmt::format("{:{}}  {:>7}  {:>7}  {:>7}", "policy", width, "all", "before", "after");
   if (sampled) out += fmt::format("  {:>7}", "sampled");
+  if (own_rows) out += fmt::format("  {:>7}", "tokens");
   out += fmt::format("  {:>7}  {:>8}  {:>9}\n", "cost", "cache", "us/token");
   for (std::size_t i = 0; i < c.runs().size(); ++i) {
     const run& r = c.runs()[i];
@@ -96,6 +99,7 @@ std::string table(const comparison& c) {
     out += fmt::format("{:{}}  {:>7}  {:>7}  {:>7}", r.policy.name, width, partly ? "" : bits(l.all), bits(l.before),
                        partly ? "" : bits(l.after));
     if (sampled) out += fmt::format("  {:>7}", bits(l.after_sampled));
+    if (own_rows) out += fmt::format("  {:>7}", r.policy.cache > 0 ? grouped(r.policy.cache) : "all");
     out += fmt::format("  {:>7}  {:>8}  {:>9.1f}\n", cost_text(c, i), bytes(r.cache_bytes), r.us_per_token);
   }
   if (!c.evicted()) return out;
@@ -200,6 +204,8 @@ std::string to_json(const setting& s, std::span<const comparison> comparisons) {
                       {"window", r.window},
                       {"rows", r.window + r.policy.num_sink_tokens},
                       {"interval", r.policy.scored ? json(r.policy.scored->interval) : json(nullptr)},
+                      {"kv_format", r.policy.formats ? r.policy.formats->name : "f32"},
+                      {"kv_recent", r.policy.kv_recent},
                       {"recent", r.policy.scored ? json(r.policy.scored->recent) : json(nullptr)},
                       {"loss_bits",
                        {{"all", l.all},

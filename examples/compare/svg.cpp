@@ -10,53 +10,20 @@
 #include <utility>
 #include <vector>
 
+#include "svg_parts.hpp"
+
 namespace compare {
 namespace {
 
 constexpr double least_width = 960, height = 600, left = 60, right = 755, top = 136, bottom = 484;
-constexpr double label_height = 18;
-
 constexpr index_t enough_samples = 8;  // of recompute, to draw a segment
-
-// Okabe and Ito's colours, which most colour-blind readers tell apart; dashes for those that lie on one another.
-struct style {
-  const char *color, *dashes;
-};
-
-constexpr style sinks_styles[] = {{"#0072b2", ""}, {"#009e73", "8 8"}, {"#cc79a7", "4 6"}, {"#e69f00", "2 5"}};
-// Tol's muted colours and one of his vibrant ones, for those that go by scores: as many as a picture can hold.
-constexpr style scored_styles[] = {{"#882255", ""},    {"#999933", ""},    {"#332288", ""},    {"#44aa99", ""},
-                                   {"#aa4499", "8 6"}, {"#117733", "8 6"}, {"#661100", "8 6"}, {"#6699cc", "8 6"},
-                                   {"#ee7733", "3 5"}, {"#000000", "3 5"}, {"#cc6677", "3 5"}, {"#0077bb", "3 5"}};
 
 struct curve {
   std::string name, label;
-  compare::style style;
+  line_style style;
   std::vector<segment_loss> segments;
   bool sets_scale;
 };
-
-std::string escaped(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    if (c == '<')
-      out += "&lt;";
-    else if (c == '&')
-      out += "&amp;";
-    else
-      out += c;
-  }
-  return out;
-}
-
-std::string text(double x, double y, const std::string& attributes, const std::string& content) {
-  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, attributes, escaped(content));
-}
-
-std::string line(double x1, double y1, double x2, double y2, const std::string& attributes) {
-  return fmt::format("<line x1=\"{:.1f}\" y1=\"{:.1f}\" x2=\"{:.1f}\" y2=\"{:.1f}\" {}/>\n", x1, y1, x2, y2,
-                     attributes);
-}
 
 // recompute scored too few tokens of a segment to compare with the other lines, which scored all: the text alone makes
 // more difference. So it is drawn at its distance from the best policy over the same tokens.
@@ -78,22 +45,22 @@ std::vector<curve> curves_of(const comparison& c) {
   std::size_t sinks = 0, scored = 0;
   for (std::size_t i = 0; i < c.runs().size(); ++i) {
     const run& r = c.runs()[i];
-    style line_style{};
+    line_style style{};
     switch (r.policy.is) {
       case policy::kind::full:
-        line_style = {"#777777", ""};
+        style = {"#777777", ""};
         break;
       case policy::kind::window:
-        line_style = {"#d55e00", ""};
+        style = {"#d55e00", ""};
         break;
       case policy::kind::sinks:
-        line_style = sinks_styles[sinks++ % std::size(sinks_styles)];
+        style = sinks_styles[sinks++ % std::size(sinks_styles)];
         break;
       case policy::kind::scored:
-        line_style = scored_styles[scored++ % std::size(scored_styles)];
+        style = scored_styles[scored++ % std::size(scored_styles)];
         break;
       case policy::kind::recompute:
-        line_style = {"#000000", "1 7"};
+        style = {"#000000", "1 7"};
         break;
     }
     const bool sampled = &r == c.recompute() && c.sampled() && c.best() != comparison::none;
@@ -102,38 +69,10 @@ std::vector<curve> curves_of(const comparison& c) {
     if (!sampled) label += fmt::format(" {:.3f}", loss);
     if (c.evicted() && c.best() != comparison::none)
       label += i == c.best() ? " (best)" : fmt::format(" ({})", signed_percent(c.cost(i)));
-    curves.push_back({r.policy.name, label, line_style,
-                      sampled ? recompute_segments(c, r) : loss_by_segment(r, c.cache()),
+    curves.push_back({r.policy.name, label, style, sampled ? recompute_segments(c, r) : loss_by_segment(r, c.cache()),
                       r.policy.is != policy::kind::full});
   }
   return curves;
-}
-
-// Positions of labels that want to be at `wanted`, none over another, in the order of `wanted`.
-std::vector<double> spread(const std::vector<double>& wanted) {
-  std::vector<std::size_t> order(wanted.size());
-  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return wanted[a] < wanted[b]; });
-  std::vector<double> at = wanted;
-  // Down from the top, then up from the bottom as far as that went too far.
-  for (std::size_t i = 1; i < order.size(); ++i) at[order[i]] = std::max(at[order[i]], at[order[i - 1]] + label_height);
-  double limit = bottom;
-  for (std::size_t i = order.size(); i-- > 0; limit = at[order[i]] - label_height)
-    at[order[i]] = std::min(at[order[i]], limit);
-  return at;
-}
-
-// Lines of at most `columns` characters.
-std::vector<std::string> wrapped(const std::string& words, std::size_t columns) {
-  std::vector<std::string> lines = {""};
-  for (std::size_t first = 0; first < words.size();) {
-    const std::size_t last = std::min(words.find(' ', first), words.size());
-    if (!lines.back().empty() && lines.back().size() + 1 + last - first > columns) lines.emplace_back();
-    if (!lines.back().empty()) lines.back() += ' ';
-    lines.back().append(words, first, last - first);
-    first = last + 1;
-  }
-  return lines;
 }
 
 class chart {
@@ -163,13 +102,10 @@ class chart {
   }
 
   std::string draw() const {
-    std::string out = fmt::format(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {0} {1}\" width=\"{0}\" height=\"{1}\" "
-        "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n"
-        "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
-        "<clipPath id=\"plot\"><rect x=\"{2}\" y=\"{3}\" width=\"{4}\" height=\"{5}\"/></clipPath>\n",
-        width(), height, left, top, right - left, bottom - top);
-    return out + titles() + axes() + marks() + lines() + "</svg>\n";
+    return svg_head(width(), height) +
+           fmt::format("<clipPath id=\"plot\"><rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\"/></clipPath>\n", left,
+                       top, right - left, bottom - top) +
+           titles() + axes() + marks() + lines() + "</svg>\n";
   }
 
  private:
@@ -189,12 +125,12 @@ class chart {
     std::vector<std::string> findings = comparison_.findings();
     const std::string title = findings.front();
     findings.erase(findings.begin());
-    std::string out = text(20, 32, "font-size=\"19\" font-weight=\"bold\"", title);
+    std::string out = svg_text(20, 32, "font-size=\"19\" font-weight=\"bold\"", title);
     if (!findings.empty()) {
       findings.front()[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(findings.front()[0])));
       double at = 54;
       for (const std::string& each : wrapped(sentence(findings), 140)) {
-        out += text(20, at, "fill=\"#555\"", each);
+        out += svg_text(20, at, "fill=\"#555\"", each);
         at += 17;
       }
     }
@@ -208,36 +144,38 @@ class chart {
     if (const std::string seeded = seeded_note(std::span(&s, 1)); !seeded.empty()) notes.push_back(seeded);
     double at = bottom + 68;
     for (const std::string& note : notes) {
-      out += text(20, at, "fill=\"#555\" font-size=\"12\"", note);
+      out += svg_text(20, at, "fill=\"#555\" font-size=\"12\"", note);
       at += 17;
     }
     return out;
   }
 
   std::string axes() const {
-    std::string out = text(20, top - 42, "", "bits per byte");
+    std::string out = svg_text(20, top - 42, "", "bits per byte");
     double step = 0.1;
     for (const double larger : {0.2, 0.5, 1.0, 2.0, 5.0})
       if ((high_ - low_) / step > 8) step = larger;
     for (double tick = std::ceil(low_ / step) * step; tick <= high_; tick += step) {
-      out += line(left, y(tick), right, y(tick), "stroke=\"#e6e6e6\"");
-      out += text(left - 8, y(tick) + 4, "text-anchor=\"end\"", fmt::format("{:.1f}", tick));
+      out += svg_line(left, y(tick), right, y(tick), "stroke=\"#e6e6e6\"");
+      out += svg_text(left - 8, y(tick) + 4, "text-anchor=\"end\"", fmt::format("{:.1f}", tick));
     }
-    out += line(left, bottom, right, bottom, "stroke=\"#222\"");
+    out += svg_line(left, bottom, right, bottom, "stroke=\"#222\"");
     index_t tick = 1;
     while (tick < first_) tick *= 2;
     for (; tick <= setting_.tokens; tick *= 2) {
-      out += line(x(tick), bottom, x(tick), bottom + 5, "stroke=\"#222\"");
-      out += text(x(tick), bottom + 20, "text-anchor=\"middle\"", grouped(tick));
+      out += svg_line(x(tick), bottom, x(tick), bottom + 5, "stroke=\"#222\"");
+      out += svg_text(x(tick), bottom + 20, "text-anchor=\"middle\"", grouped(tick));
     }
-    return out + text((left + right) / 2, bottom + 38, "text-anchor=\"middle\"", "tokens into the stream (log scale)");
+    return out +
+           svg_text((left + right) / 2, bottom + 38, "text-anchor=\"middle\"", "tokens into the stream (log scale)");
   }
 
   std::string marks() const {
     std::string out;
     const auto mark = [&](index_t token, double at, const char* color, const std::string& what) {
-      out += line(x(token), at - 10, x(token), bottom, fmt::format("stroke=\"{}\" stroke-dasharray=\"3 4\"", color));
-      out += text(x(token) + 5, at, fmt::format("fill=\"{}\" font-size=\"12\"", color), what);
+      out +=
+          svg_line(x(token), at - 10, x(token), bottom, fmt::format("stroke=\"{}\" stroke-dasharray=\"3 4\"", color));
+      out += svg_text(x(token) + 5, at, fmt::format("fill=\"{}\" font-size=\"12\"", color), what);
     };
     if (comparison_.evicted()) mark(setting_.cache, top - 8, "#222", "first eviction");
     const auto trained = comparison_.subject().model->config().max_position_embeddings;
@@ -270,11 +208,11 @@ class chart {
       labelled.push_back(&each);
       ends.push_back(y(each.segments.back().loss_bits));
     }
-    const std::vector<double> at = spread(ends);
+    const std::vector<double> at = spread(ends, bottom);
     for (std::size_t i = 0; i < labelled.size(); ++i) {
-      out += line(right + 2, ends[i], right + 12, at[i], fmt::format("stroke=\"{}\"", labelled[i]->style.color));
-      out += text(right + 15, at[i] + 4, fmt::format("fill=\"{}\" font-weight=\"bold\"", labelled[i]->style.color),
-                  labelled[i]->label);
+      out += svg_line(right + 2, ends[i], right + 12, at[i], fmt::format("stroke=\"{}\"", labelled[i]->style.color));
+      out += svg_text(right + 15, at[i] + 4, fmt::format("fill=\"{}\" font-weight=\"bold\"", labelled[i]->style.color),
+                      labelled[i]->label);
     }
     return out;
   }
@@ -283,8 +221,8 @@ class chart {
   std::string leaving_label(const curve& c) const {
     std::size_t last = c.segments.size() - 1;
     while (last > 0 && c.segments[last - 1].loss_bits > high_) --last;
-    return text(std::min(x(c.segments[last].first_token) + 7, right - 150), top + 11,
-                fmt::format("fill=\"{}\" font-weight=\"bold\"", c.style.color), c.label);
+    return svg_text(std::min(x(c.segments[last].first_token) + 7, right - 150), top + 11,
+                    fmt::format("fill=\"{}\" font-weight=\"bold\"", c.style.color), c.label);
   }
 
   const setting& setting_;

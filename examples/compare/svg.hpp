@@ -11,4 +11,7 @@ namespace compare {
 // The loss along the stream, a line a policy.
 std::string to_svg(const setting&, const comparison&);
 
+// The loss of each policy against the bytes of its caches, one point a format.
+std::string to_front_svg(const setting&, const comparison&);
+
 }  // namespace compare

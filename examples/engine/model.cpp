@@ -332,10 +332,11 @@ std::size_t session::cache_bytes() const {
 }
 
 double loss_bits(std::span<const float> logits, int target) {
-  const double max = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(logit - max);
-  return (std::log(sum) + max - logits[static_cast<std::size_t>(target)]) / std::log(2.0);
+  const Eigen::Map<const Eigen::ArrayXf> all(logits.data(), static_cast<index_t>(logits.size()));
+  const float max = all.maxCoeff();
+  const Eigen::ArrayXf shares = (all - max).exp();
+  return (std::log(shares.cast<double>().sum()) + static_cast<double>(max) - static_cast<double>(all[target])) /
+         std::log(2.0);
 }
 
 }  // namespace engine

@@ -40,6 +40,8 @@ const char* kind_name(job::kind kind) {
   return "decode";
 }
 
+index_t tokens_of(const job& j, const options& o) { return j.tokens > 0 ? j.tokens : o.tokens; }
+
 recall_setting recall_of(const options& o, index_t cache) {
   if (o.ranking) return {{cache, 4 * cache, 16 * cache}, o.facts};
   return {{32, 128, 512, 2048}, o.facts};
@@ -64,16 +66,11 @@ json rounded(const std::vector<double>& bits) {
 // What a result depends on.
 json inputs(const job& j, const setting& s) {
   const options& o = s.options;
-  json in = {{"run", j.name()},
-             {"model", s.subject.name},
-             {"model_bytes", std::filesystem::file_size(o.model)},
-             {"text", compare::shown_path(o.text)},
-             {"text_bytes", std::filesystem::file_size(o.text)},
-             {"first_token", s.subject.first_token ? json(*s.subject.first_token) : json(nullptr)},
-             {"policy", j.policy.name},
-             {"cache", j.cache}};
+  json in = inputs_of(j.name(), s);
+  in["policy"] = j.policy.name;
+  in["cache"] = j.cache;
   if (j.is == job::kind::check) in["tokens"] = o.check;
-  if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = o.tokens;
+  if (j.is == job::kind::loss || j.is == job::kind::recompute) in["tokens"] = tokens_of(j, o);
   if (j.is == job::kind::recompute) in["targets"] = o.targets;
   if (j.is == job::kind::recall) in["facts"] = o.facts;
   if (j.is == job::kind::recall && o.ranking) in["distances"] = recall_of(o, j.cache).distances;
@@ -110,6 +107,8 @@ std::string job::name() const {
         of, [](char c) { return c == ':' || c == ','; }, '_');
   std::erase(of, ':');
   std::erase(of, '=');
+  std::ranges::replace_if(
+      of, [](char c) { return c == ' ' || c == '/'; }, '_');
   if (is == kind::recompute) return fmt::format("{}-{}", of, cache);
   return fmt::format("{}-{}-{}", kind_name(is), of, cache);
 }
@@ -140,7 +139,7 @@ index_t work(const job& j, const options& o) {
   const recall_setting recall = recall_of(o, j.cache);
   switch (j.is) {
     case job::kind::loss:
-      return o.tokens;
+      return tokens_of(j, o);
     case job::kind::recompute:
       return o.targets * j.cache;
     case job::kind::recall:
@@ -160,7 +159,7 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   const engine::model& model = *s.subject.model;
   const options& o = s.options;
   const std::span<const int> all = s.stream.ids;
-  const auto predicted = static_cast<std::size_t>(o.tokens);
+  const auto predicted = static_cast<std::size_t>(tokens_of(j, o));
   const auto ids = all.first(predicted + 1);
   const progress on_decoded = [&](index_t tokens) { on_tokens(decode_work * tokens); };
   switch (j.is) {
@@ -205,23 +204,40 @@ json measure(const job& j, const setting& s, const progress& on_tokens) {
   return {{"ms_per_token", ms}, {"cache_bytes", session.cache_bytes()}};
 }
 
-json kept(const std::string& path, const job& j, const setting& s) {
+json inputs_of(const std::string& run, const setting& s) {
+  const options& o = s.options;
+  return {{"run", run},
+          {"model", s.subject.name},
+          {"model_bytes", std::filesystem::file_size(o.model)},
+          {"text", compare::shown_path(o.text)},
+          {"text_bytes", std::filesystem::file_size(o.text)},
+          {"first_token", s.subject.first_token ? json(*s.subject.first_token) : json(nullptr)}};
+}
+
+json kept(const std::string& path, const json& inputs) {
   if (!std::filesystem::exists(path)) return nullptr;
   json file = json::parse(compare::read_file(path), nullptr, false);
-  const json wanted = inputs(j, s);
-  if (!file.is_object() || !file.contains("inputs") || file["inputs"] != wanted)
+  if (!file.is_object() || !file.contains("inputs") || file["inputs"] != inputs)
     throw std::runtime_error(fmt::format(
         "{}: is of {}, had to be of {}: name another --folder, or remove it", path,
-        file.is_object() && file.contains("inputs") ? file["inputs"].dump() : "something else", wanted.dump()));
+        file.is_object() && file.contains("inputs") ? file["inputs"].dump() : "something else", inputs.dump()));
   return file;
 }
 
-void keep(const std::string& path, const job& j, const setting& s, json result) {
-  const json file = {{"inputs", inputs(j, s)},         {"date", today()},
-                     {"machine", compare::cpu_name()}, {"compiler", compare::compiler_name()},
-                     {"isa", sinkcache::isa()},        {"git_commit", compare::git_commit()},
+void keep(const std::string& path, const json& inputs, json result) {
+  const json file = {{"inputs", inputs},
+                     {"date", today()},
+                     {"machine", compare::cpu_name()},
+                     {"compiler", compare::compiler_name()},
+                     {"isa", sinkcache::isa()},
+                     {"git_commit", compare::git_commit()},
                      {"result", std::move(result)}};
   compare::write_atomically(path, file.dump(1) + "\n");
+}
+
+json kept(const std::string& path, const job& j, const setting& s) { return kept(path, inputs(j, s)); }
+void keep(const std::string& path, const job& j, const setting& s, json result) {
+  keep(path, inputs(j, s), std::move(result));
 }
 
 }  // namespace evidence

@@ -29,6 +29,7 @@ struct job {
   kind is;
   compare::policy policy;
   index_t cache;
+  index_t tokens = 0;  // of loss, where not all of options::tokens
 
   std::string name() const;  // loss-sinks4-256
 };
@@ -46,5 +47,10 @@ json measure(const job&, const setting&, const progress&);
 json kept(const std::string& path, const job&, const setting&);
 
 void keep(const std::string& path, const job&, const setting&, json result);
+
+// The same of anything that depends on `inputs`; with what any run of a setting depends on.
+json kept(const std::string& path, const json& inputs);
+void keep(const std::string& path, const json& inputs, json result);
+json inputs_of(const std::string& run, const setting&);
 
 }  // namespace evidence

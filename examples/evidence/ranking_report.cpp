@@ -18,10 +18,6 @@ namespace {
 
 constexpr double nothing = 0.01;  // bits per byte: differences below it are called none
 
-compare::policy policy_of(const std::string& entry) {
-  return compare::parse_policies(entry, compare::most_tokens).front();
-}
-
 std::string text_name(const setting& s) { return std::filesystem::path(s.options.text).stem().string(); }
 
 std::string shown(const interval& more) {
@@ -31,8 +27,9 @@ std::string shown(const interval& more) {
 // Among the usual ones, those with budgets by layer and head, and the window.
 std::vector<contender> all_of(const std::vector<setting>& texts, index_t cache, const std::vector<results>& kept) {
   std::vector<contender> all = contenders(texts.front().options, cache);
-  for (const contender& c : with_budgets(texts, cache, kept)) all.push_back(c);
+  for (const contender& c : variants(texts, cache, kept)) all.push_back(c);
   all.push_back({"window", "", 0, 0});
+  all.push_back(few_bits_window);
   return all;
 }
 
@@ -55,7 +52,7 @@ class ranking_page {
       for (const index_t cache : first().options.caches)
         for (const contender& c : all_of(texts_, cache, kept_))
           if (fits(c, cache, 4))
-            if (const json* const file = kept_[i]({job::kind::loss, policy_of(c.entry(4)), cache})) {
+            if (const json* const file = kept_[i](loss_job(texts_[i].options, c, 4, cache))) {
               commits.insert(file->at("git_commit").get<std::string>());
               dates.insert(file->at("date").get<std::string>());
               machines.insert(file->at("machine").get<std::string>());
@@ -78,7 +75,7 @@ class ranking_page {
     for (const contender& c : all) order.push_back(&c);
     const auto loss = [&](const contender* c) {
       const standing* const s = find(found.front(), *c, 4);
-      return s ? s->bits.estimate : HUGE_VAL;
+      return s ? s->more.estimate : HUGE_VAL;
     };
     std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return loss(a) < loss(b); });
     std::string out = fmt::format("\n### A cache of {}\n\n| policy | recent, interval |", compare::tokens_text(cache)),
@@ -101,18 +98,20 @@ class ranking_page {
   }
 
   std::string row(const contender& c, index_t cache, const std::vector<std::vector<standing>>& found) const {
-    const bool rolls = c.name == "window";
-    std::string out =
-        rolls ? "| **sinks + window** | |" : fmt::format("| {} | {}, {} |", c.shown(), c.recent, c.interval);
+    std::string out = c.rolls()
+                          ? fmt::format("| **sinks + window**{} | |", c.kv_format.empty() ? "" : " " + c.kv_format)
+                          : fmt::format("| {} | {}, {} |", c.shown(), c.recent, c.interval);
+    const bool is_reference = c.rolls() && c.kv_format.empty();
     for (const std::vector<standing>& of_text : found) {
       const standing* const pinned = find(of_text, c, 4);
-      out += pinned ? fmt::format(" {:.3f} | {} |", pinned->bits.estimate, rolls ? "" : shown(pinned->more)) : " | |";
+      const std::string bits = pinned && !c.is_variant() ? fmt::format("{:.3f}", pinned->bits.estimate) : "";
+      out += pinned ? fmt::format(" {} | {} |", bits, is_reference ? "" : shown(pinned->more)) : " | |";
       for (const index_t sinks : {1, 0}) {
         const standing* const s = find(of_text, c, sinks);
         out += s ? fmt::format(" {:+.3f} |", s->more.estimate) : " |";
       }
     }
-    const compare::policy p = policy_of(c.entry(4));
+    const compare::policy p = c.policy(4);
     out += recall(p, cache);
     const json* const timed = kept_.front()({job::kind::decode, p, cache});
     out += fmt::format(" {:.0f} |", static_cast<double>(compare::cache_bytes(p, *first().subject.model, cache)) / 1e3);
@@ -153,6 +152,10 @@ class ranking_page {
         "the\n"
         "  95% interval of a bootstrap of blocks of 512 tokens; the columns behind it: the same with 1 and no pinned\n"
         "  tokens. Below {} bits we call it none. `random` is the mean of three seeds.\n"
+        "- What is compared with sinks:4 alone is so over the first {} tokens: fewer pinned tokens, an interval of "
+        "64,\n"
+        "  budgets by layer and head, few bits. It is one seed of chance there, and has no bits of its own in the "
+        "table.\n"
         "- *recalled*: the share of digits of {} planted numbers that were likeliest of the ten, so many caches "
         "later;\n"
         "  guessing gives 0.10. Of the first text, with 4 pinned.\n"
@@ -160,8 +163,9 @@ class ranking_page {
         "by\n"
         "  one with a full cache, {} thread{}.\n"
         "- Prompts are evicted from while they are read, so this does not repeat results of papers that evict after\n"
-        "  the whole prompt. Policies that quantise, merge or offload are not compared: nothing here does that.\n",
-        nothing, first().options.facts, first().options.threads, first().options.threads == 1 ? "" : "s");
+        "  the whole prompt. Policies that merge or offload are not compared: nothing here does that.\n",
+        nothing, compare::grouped(first().options.side_tokens), first().options.facts, first().options.threads,
+        first().options.threads == 1 ? "" : "s");
   }
 
   const std::vector<setting>& texts_;

@@ -52,7 +52,7 @@ std::vector<series> series_of(const std::vector<setting>& texts, const std::vect
       if (c.name != "window")
         here.recent = contenders(o, cache).front().recent, here.interval = contenders(o, cache).front().interval;
       if (!fits(here, cache, 4)) continue;
-      const compare::policy p = compare::parse_policies(here.entry(4), cache).front();
+      const compare::policy p = here.policy(4);
       const auto bytes = static_cast<double>(compare::cache_bytes(p, *texts.front().subject.model, cache));
       for (std::size_t i = 0; i < texts.size(); ++i)
         for (const standing& found : standings(texts[i], cache, kept[i], {here}))
