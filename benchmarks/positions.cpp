@@ -1,5 +1,5 @@
-// What do StreamingLLM's positions cost, when the query is turned, when the keys are turned on in place, and when the
-// cache is copied and turned anew as its authors' program does? Method and reading: README.md.
+// What do StreamingLLM's positions cost, when the query is rotated, when the keys are rotated on in place, and when the
+// cache is copied and rotated anew as its authors' program does? Method and reading: README.md.
 
 #include <cstring>
 
@@ -25,7 +25,7 @@ class rows {
 
   std::byte* key(index_t head, index_t i) { return k_.data() + offset(head, i); }
 
-  // Turned as they are; attention then has nothing to turn.
+  // Rotated as they are; attention then has nothing to turn.
   sinkcache::kv_view<F> view() const {
     const index_t token = F::block_bytes(of_.head_dim) / F::element_bytes;
     const sinkcache::kv_strides strides{.head = visible_ * token, .token = token};
@@ -50,14 +50,14 @@ class rows {
       }
   }
 
-  // Keys from `first` on, turned into `to`.
+  // Keys from `first` on, rotated into `to`.
   template <class Angles>
-  void turn(const rope& rope, const Angles& angles_at, index_t first, rows& to) {
+  void rotate(const rope& rope, const Angles& angles_at, index_t first, rows& to) {
     std::vector<float> floats(static_cast<std::size_t>(of_.head_dim));
     for (index_t i = first; i < visible_; ++i)
       for (index_t head = 0; head < of_.num_kv_heads; ++head) {
         F::decode(key(head, i), 0, of_.head_dim, floats.data());
-        rope.turn(angles_at(i), floats.data(), of_.head_dim, floats.data());
+        rope.rotate(angles_at(i), floats.data(), of_.head_dim, floats.data());
         F::encode(floats.data(), of_.head_dim, to.key(head, i));
       }
   }
@@ -71,7 +71,7 @@ class rows {
   std::vector<std::byte> k_, v_;
 };
 
-enum class against { absolute, turning_keys, copying };
+enum class against { absolute, rotating_keys, copying };
 
 template <class F>
 void positions(benchmark::State& state, const effort& effort, const shape& of, against other) {
@@ -91,27 +91,27 @@ void positions(benchmark::State& state, const effort& effort, const shape& of, a
   rope.angles_at(-1, false, one_less);
   std::vector<rope::angles> table(static_cast<std::size_t>(visible));  // made once, as the reference does
   for (index_t i = 0; i < visible; ++i) rope.angles_at(i, true, table[static_cast<std::size_t>(i)]);
-  rows<F> keys(of, visible), copy(of, visible), turned(of, visible);
-  const auto turning_keys = [&](std::size_t) {
-    keys.turn(
+  rows<F> keys(of, visible), copy(of, visible), rotated(of, visible);
+  const auto rotating_keys = [&](std::size_t) {
+    keys.rotate(
         rope, [&](index_t) -> auto& { return one_less; }, num_sink_tokens, keys);
     attention.decode(q, keys.view(), other_out, workspace);
   };
-  // Two copies a token, one to evict and one to append, then all keys are turned to their places.
+  // Two copies a token, one to evict and one to append, then all keys are rotated to their places.
   const auto copying = [&](std::size_t) {
     copy.copy_and_evict(keys);
     keys.copy_and_evict(copy);
-    keys.turn(
-        rope, [&](index_t i) -> auto& { return table[static_cast<std::size_t>(i)]; }, 0, turned);
-    attention.decode(q, turned.view(), other_out, workspace);
+    keys.rotate(
+        rope, [&](index_t i) -> auto& { return table[static_cast<std::size_t>(i)]; }, 0, rotated);
+    attention.decode(q, rotated.view(), other_out, workspace);
   };
   const auto absolutely = [&](std::size_t) { attention.decode(q, absolute.cache(0), other_out, workspace); };
   const rounds rounds({
                           [&](std::size_t) { multiply_add(flops); },
                           [&](std::size_t round) { ours.read(round); },
-                          other == against::absolute       ? rounds::contender(absolutely)
-                          : other == against::turning_keys ? rounds::contender(turning_keys)
-                                                           : rounds::contender(copying),
+                          other == against::absolute        ? rounds::contender(absolutely)
+                          : other == against::rotating_keys ? rounds::contender(rotating_keys)
+                                                            : rounds::contender(copying),
                           [&](std::size_t) { attention.decode(q, ours.cache(0), out, workspace); },
                       },
                       effort);
@@ -129,7 +129,7 @@ int main(int argc, char** argv) {
     using F = decltype(format);
     for (const shape& of : {shapes[0], shapes[1], shapes[2]})
       for (const auto& [other, against_what] :
-           {std::pair(against::absolute, "absolute"), std::pair(against::turning_keys, "turning_keys"),
+           {std::pair(against::absolute, "absolute"), std::pair(against::rotating_keys, "rotating_keys"),
             std::pair(against::copying, "copying")})
         program.add("positions/" + name + "/" + of.name + "/" + against_what,
                     [of, other = other](auto& state, const effort& effort) { positions<F>(state, effort, of, other); });

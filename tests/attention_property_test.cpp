@@ -276,7 +276,7 @@ TEST_CASE("attention: what lies in unused rows and scratch is never read") {
 TEST_CASE("attention: any split of the visible tokens over caches, merged in any order, is decode") {
   for_property_cases(60, [](property_case& p) {
     random_case& c = p.c;
-    // Caches of arbitrary tokens know no positions: the engine has turned the rows, or nothing turns them.
+    // Caches of arbitrary tokens know no positions: the engine has rotated the rows, or nothing turns them.
     c.layer.alibi_slopes.clear();
     c.layer.sink_bias.clear();
     p.no_rope();

@@ -256,14 +256,14 @@ TEST_CASE("attention: in_cache turns the query, not the keys") {
 }
 
 TEST_CASE("attention: queries meet keys at their places, wherever the stream starts, with YaRN's factor on both") {
-  // What a query sees is said by the oracle on rows that nobody has turned: it knows neither first_position nor gaps.
+  // What a query sees is said by the oracle on rows that nobody has rotated: it knows neither first_position nor gaps.
   constexpr index_t tokens = 30, dim = 7;
   oracle::layer layer;
   layer.num_qo_heads = 4;
   layer.num_kv_heads = 2;
   layer.head_dim = layer.v_head_dim = dim;
   layer.inv_freq = {0.9f, 0.2f, 0.01f};
-  layer.k_turned = false;
+  layer.k_rotated = false;
   layer.sm_scale = 1 / std::sqrt(static_cast<double>(dim));
   for (const positions kept : {positions::in_cache, positions::absolute})
     for (const inputs given : {inputs::raw, inputs::rotated})
@@ -291,7 +291,7 @@ TEST_CASE("attention: queries meet keys at their places, wherever the stream sta
                 for (index_t first = 0; first < rows->cols(); first += dim) {
                   std::vector<double> row(rows->row(i).data() + first, rows->row(i).data() + first + dim);
                   for (std::size_t d = 0; d < 6; ++d) row[d] *= static_cast<double>(factor);
-                  oracle::turn(layer, first_position + i, row.data());
+                  oracle::rotate(layer, first_position + i, row.data());
                   for (index_t d = 0; d < dim; ++d)
                     (*rows)(i, first + d) = static_cast<float>(row[static_cast<std::size_t>(d)]);
                 }

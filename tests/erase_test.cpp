@@ -76,7 +76,7 @@ struct session {
     layer.head_dim = as_size(config.head_dim);
     layer.v_head_dim = as_size(config.v_head_dim);
     layer.in_cache = config.positions == positions::in_cache;
-    layer.q_turned = config.inputs == inputs::rotated;
+    layer.q_rotated = config.inputs == inputs::rotated;
     layer.first_position = config.first_position;
     layer.sm_scale = 1 / std::sqrt(static_cast<double>(config.head_dim));
     layer.sink_bias = params.sink_bias;
@@ -93,7 +93,7 @@ struct session {
       config.rope->angles_at(config.first_position + static_cast<position_t>(there.size()), true, at);
       for (index_t head = 0; head < config.num_kv_heads; ++head) {
         std::vector<float> key(k.row(i).data() + head * dim, k.row(i).data() + (head + 1) * dim);
-        if (config.inputs == inputs::raw) config.rope->turn(at, key.data(), dim, key.data());
+        if (config.inputs == inputs::raw) config.rope->rotate(at, key.data(), dim, key.data());
         keys.insert(keys.end(), key.begin(), key.end());
       }
       values.insert(values.end(), v.row(i).data(), v.row(i).data() + v.cols());

@@ -23,7 +23,7 @@ doubles slice(const doubles& row, std::size_t head, std::size_t size) {
 }
 
 // The angles of `by` positions for each pair, applied to one row of a head.
-doubles turned(const eviction_setup& setup, doubles row, double by, double factor) {
+doubles rotated(const eviction_setup& setup, doubles row, double by, double factor) {
   const std::size_t pairs = setup.inv_freq.size();
   for (std::size_t i = 0; i < pairs; ++i) {
     double& x = row[setup.interleaved ? 2 * i : i];
@@ -201,13 +201,13 @@ double eviction_oracle::place(const held_rows& rows, stream_position at) const {
 
 // Of the rows that the query sees: those not younger than it.
 doubles eviction_oracle::logits(std::size_t qo_head, stream_position query, const held_rows& rows) const {
-  const doubles q = turned(setup_, slice(queries_[static_cast<std::size_t>(query)], qo_head, setup_.d),
-                           place(rows, query), setup_.attention_factor);
+  const doubles q = rotated(setup_, slice(queries_[static_cast<std::size_t>(query)], qo_head, setup_.d),
+                            place(rows, query), setup_.attention_factor);
   doubles result;
   for (const held_row& row : rows) {
     if (row.at > query) break;
     const double from = static_cast<double>(setup_.first_position + row.at);
-    double logit = setup_.sm_scale * dot(q, turned(setup_, row.key, place(rows, row.at) - from, 1));
+    double logit = setup_.sm_scale * dot(q, rotated(setup_, row.key, place(rows, row.at) - from, 1));
     if (setup_.soft_cap > 0) logit = setup_.soft_cap * std::tanh(logit / setup_.soft_cap);
     result.push_back(logit);
   }
@@ -233,7 +233,7 @@ eviction_answer eviction_oracle::attend(std::size_t qo_head, const held_rows& ro
   eviction_answer answer;
   answer.weights = weights(qo_head, seen_ - 1, rows, &answer.lse);
   answer.out.assign(setup_.dv, 0);
-  const doubles q = turned(setup_, slice(queries_.back(), qo_head, setup_.d), 0, setup_.attention_factor);
+  const doubles q = rotated(setup_, slice(queries_.back(), qo_head, setup_.d), 0, setup_.attention_factor);
   for (std::size_t j = 0; j < rows.size(); ++j) {
     answer.out = add(answer.out, rows[j].value, answer.weights[j]);
     answer.a = std::max(answer.a, std::abs(setup_.sm_scale) * norm(q) * norm(rows[j].key));
@@ -247,7 +247,7 @@ std::vector<eviction_answer> eviction_oracle::feed(const doubles& q, const doubl
   for (std::size_t head = 0; head < setup_.kv_heads; ++head) {
     held_row row{.at = seen_, .key_given = slice(k, head, setup_.d), .key = {}, .value = slice(v, head, setup_.dv)};
     row.key =
-        turned(setup_, row.key_given, static_cast<double>(setup_.first_position + seen_), setup_.attention_factor);
+        rotated(setup_, row.key_given, static_cast<double>(setup_.first_position + seen_), setup_.attention_factor);
     if (setup_.stored_key) row.key = setup_.stored_key(row.key, head, seen_);
     if (setup_.stored_value) row.value = setup_.stored_value(row.value, head, seen_);
     heads_[head].push_back(row);
@@ -445,7 +445,7 @@ eviction_oracle::head_scores eviction_oracle::expected_attention(std::size_t hea
       doubles unit(d);
       unit[c] = 1;
       mean_rotation[c] =
-          add(mean_rotation[c], turned(setup_, unit, next + static_cast<double>(t), setup_.attention_factor),
+          add(mean_rotation[c], rotated(setup_, unit, next + static_cast<double>(t), setup_.attention_factor),
               1 / static_cast<double>(horizon));
     }
 
@@ -463,7 +463,7 @@ eviction_oracle::head_scores eviction_oracle::expected_attention(std::size_t hea
     doubles z;
     for (std::size_t j : unpinned) {
       const double turn = place(rows, rows[j].at) - static_cast<double>(setup_.first_position + rows[j].at);
-      const doubles key = turned(setup_, rows[j].key, turn, 1);
+      const doubles key = rotated(setup_, rows[j].key, turn, 1);
       doubles back;  // R^T k: k.(R x) = (R^T k).x
       for (std::size_t c = 0; c < d; ++c) back.push_back(dot(mean_rotation[c], key));
       double squares = 0;  // k R Sigma R^T k

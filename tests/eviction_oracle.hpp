@@ -32,8 +32,8 @@
 //  26  A remainder that ties goes to the lower layer. A short head (Duo) protects nothing but pinned tokens.
 //  30  The largest finite |score| is over all scored rows, pinned and recent ones included.
 //
-// The formulas. A head has rows j = 0 .. n-1, oldest first; key k_j as stored, turned to its true position; a logit is
-// l_qj = cap(sm_scale q k_j), both turned to where the mode has them; G query heads share the head.
+// The formulas. A head has rows j = 0 .. n-1, oldest first; key k_j as stored, rotated to its true position; a logit is
+// l_qj = cap(sm_scale q k_j), both rotated to where the mode has them; G query heads share the head.
 //
 //   lagkv: u_0 .. u_m-1 are the unpinned rows; P = floor(m / lag) partitions of `lag` rows from u_0 on. For row x of
 //     partition p < P - 1, and lo, hi of partition p + 1: z_c = (x_c - lo_c) / (hi_c - lo_c), 0 where hi = lo;
@@ -107,7 +107,7 @@ struct eviction_setup {
                        stream_position at)>
       hash = {};  // of random
 
-  // How a row reads back once stored: given a key turned to its true position, or a value. None: as it is.
+  // How a row reads back once stored: given a key rotated to its true position, or a value. None: as it is.
   std::function<doubles(const doubles&row, std::size_t kv_head, stream_position at)> stored_key = {}, stored_value = {};
 };
 
@@ -152,7 +152,7 @@ class eviction_oracle {
  private:
   struct held_row {
     stream_position at;
-    doubles key_given, key, value;   // key: turned to its true position, and stored
+    doubles key_given, key, value;   // key: rotated to its true position, and stored
     double sum = 0;                  // H2O's
     std::optional<double> old = {};  // G-KV's
     bool judged = false;             // LagKV's fifo

@@ -353,15 +353,15 @@ TEST_CASE("oracle: Expected Attention's moments and its mean rotation") {
   require_near(last_scores(later), {inf, 2 / (1 + std::exp(3.)), 3 / (1 + std::exp(-3.))});
 
   for (bool in_cache : {true, false}) {
-    eviction_setup turning = two_dimensions({"expected_attention", {{"T", 4.}, {"vnorm", 0.}}}, 2, 3);
-    turning.inv_freq = {std::numbers::pi / 2};
-    turning.in_cache = in_cache;
-    eviction_oracle all_round(turning);  // a whole turn has mean 0
+    eviction_setup rotating = two_dimensions({"expected_attention", {{"T", 4.}, {"vnorm", 0.}}}, 2, 3);
+    rotating.inv_freq = {std::numbers::pi / 2};
+    rotating.in_cache = in_cache;
+    eviction_oracle all_round(rotating);  // a whole turn has mean 0
     for (int i = 0; i < 3; ++i) all_round.feed({1, 0}, {1, 0}, {1});
     require_near(last_scores(all_round), {1. / 3, 1. / 3, 1. / 3});
-    turning.policy.given["T"] = 1.;
-    turning.sm_scale = std::log(2.);
-    eviction_oracle one_step(turning);
+    rotating.policy.given["T"] = 1.;
+    rotating.sm_scale = std::log(2.);
+    eviction_oracle one_step(rotating);
     for (const doubles& key : std::vector<doubles>{{1, 0}, {2, 0}, {1, 0}}) one_step.feed({1, 0}, key, {1});
     // The next query at distances 3, 2, 1: logits 0, -2, 0.
     require_near(last_scores(one_step), {4. / 9, 1. / 9, 4. / 9});

@@ -66,7 +66,7 @@ struct eviction_case {
   index_t tokens = 0;
   double q_scale = 1;
   matrix q, k, v;                                       // as they go in
-  matrix raw_q, raw_k;                                  // and before they were turned
+  matrix raw_q, raw_k;                                  // and before they were rotated
   std::vector<std::pair<position_t, position_t>> pins;  // after so many tokens, which
 
   std::string name() const {
@@ -167,7 +167,7 @@ void draw_shape(eviction_case& c, effort::dice& dice) {
   c.config.window = 0;
   c.config.positions = s.in_cache ? positions::in_cache : positions::absolute;
   c.config.inputs = dice.one_in(4) ? inputs::rotated : inputs::raw;
-  // Of a turned key as given the factor is a part.
+  // Of a rotated key as given the factor is a part.
   if (c.config.inputs == inputs::rotated && s.policy.name == "knorm") s.attention_factor = 1;
   c.config.first_position = s.first_position;
   c.config.rope.emplace(inv_freq, s.interleaved ? rope_pairing::interleaved : rope_pairing::half_split,
@@ -217,20 +217,20 @@ void draw_rules(eviction_case& c, effort::dice& dice) {
   std::sort(c.pins.begin(), c.pins.end());
 }
 
-// One head's row, turned to its true position.
-doubles turned_to(const eviction_setup& setup, position_t token, doubles row) {
+// One head's row, rotated to its true position.
+doubles rotated_to(const eviction_setup& setup, position_t token, doubles row) {
   oracle::layer layer;
   layer.inv_freq.assign(setup.inv_freq.begin(), setup.inv_freq.end());
   layer.interleaved = setup.interleaved;
   for (std::size_t i = 0; i < 2 * layer.inv_freq.size(); ++i) row[i] *= setup.attention_factor;
-  oracle::turn(layer, setup.first_position + token, row.data());
+  oracle::rotate(layer, setup.first_position + token, row.data());
   return row;
 }
 
 // All heads of a token, as an engine turns them.
-void turn_row(const eviction_setup& setup, index_t token, matrix& m) {
+void rotate_row(const eviction_setup& setup, index_t token, matrix& m) {
   for (float* head = m.row(token).data(); head < m.row(token).data() + m.cols(); head += setup.d) {
-    const doubles row = turned_to(setup, token, {head, head + setup.d});
+    const doubles row = rotated_to(setup, token, {head, head + setup.d});
     std::transform(row.begin(), row.end(), head, [](double x) { return static_cast<float>(x); });
   }
 }
@@ -260,14 +260,14 @@ eviction_case draw_eviction(std::uint64_t seed, const eviction_policy& policy) {
   c.k = c.raw_k;
   if (c.config.inputs == inputs::rotated)
     for (matrix* m : {&c.q, &c.k})
-      for (index_t i = 0; i < c.tokens; ++i) turn_row(c.setup, i, *m);
+      for (index_t i = 0; i < c.tokens; ++i) rotate_row(c.setup, i, *m);
   return c;
 }
 
 doubles row_of(const matrix& m, index_t i) { return {m.row(i).data(), m.row(i).data() + m.cols()}; }
 
-// What the oracle makes of a case. Rows read back as a plain cache of the same format stores them: turned to their true
-// positions, but as they are given where places change at every event.
+// What the oracle makes of a case. Rows read back as a plain cache of the same format stores them: rotated to their
+// true positions, but as they are given where places change at every event.
 struct expected {
   explicit expected(const eviction_case& c) {
     const bool unrotated = c.setup.in_cache && c.config.inputs == inputs::raw;
@@ -283,7 +283,7 @@ struct expected {
       std::vector<float> row(given.size());
       beside->key(static_cast<index_t>(head), at, row.data());
       const doubles stored(row.begin(), row.end());
-      return unrotated ? turned_to(c.setup, at, stored) : stored;
+      return unrotated ? rotated_to(c.setup, at, stored) : stored;
     };
     setup.stored_value = [&](const doubles& given, std::size_t head, stream_position at) {
       std::vector<float> row(given.size());

@@ -111,7 +111,7 @@ void check_view() {
   layer.num_kv_heads = heads;
   layer.head_dim = layer.v_head_dim = dim;
   layer.in_cache = false;
-  layer.q_turned = true;
+  layer.q_rotated = true;
   layer.sm_scale = 1 / std::sqrt(static_cast<double>(dim));
   const auto expected =
       oracle::attend(layer, q.data(), tokens - 1, plain_sink_window(3, 40).visible(tokens), keys.data(), values.data());

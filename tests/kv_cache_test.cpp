@@ -283,7 +283,7 @@ std::string not_stored(const std::byte* row, const std::vector<double>& numbers,
   return "";
 }
 
-TEMPLATE_TEST_CASE("kv_cache: stores keys turned to their position and values as they are, in the format", "",
+TEMPLATE_TEST_CASE("kv_cache: stores keys rotated to their position and values as they are, in the format", "",
                    (std::pair<f32, f32>), (std::pair<bf16, f16>), (std::pair<f16, f32>)) {
   using K = typename TestType::first_type;
   using V = typename TestType::second_type;
@@ -308,7 +308,7 @@ TEMPLATE_TEST_CASE("kv_cache: stores keys turned to their position and values as
             std::vector<double> key(rows.k.row(p).data() + head * 21, rows.k.row(p).data() + (head + 1) * 21);
             const std::vector<double> value(rows.v.row(p).data() + head * 37, rows.v.row(p).data() + (head + 1) * 37);
             if (raw) std::for_each(key.begin(), key.begin() + 20, [](double& x) { x *= 1.25; });
-            if (raw) oracle::turn(layer, first_position + p, key.data());
+            if (raw) oracle::rotate(layer, first_position + p, key.data());
             const auto [k_row, v_row] = row_of(cache, head, p);
             // A sine, a cosine and their products, of numbers below 1.25.
             REQUIRE(not_stored<K>(k_row, key, raw ? 10 * 0x1p-24 : 0) == "");

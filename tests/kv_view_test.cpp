@@ -60,7 +60,7 @@ float stored(float x) {
   return static_cast<float>(plain::rounded<F>(x));
 }
 
-// A layer and its stream, as an engine would have it: keys and values as they are stored, keys turned.
+// A layer and its stream, as an engine would have it: keys and values as they are stored, keys rotated.
 template <class K, class V = K>
 struct host {
   cache_config config;
@@ -83,7 +83,7 @@ struct host {
     layer.head_dim = as_size(config.head_dim);
     layer.v_head_dim = as_size(config.v_head_dim);
     layer.in_cache = config.positions == positions::in_cache;
-    layer.q_turned = config.inputs == inputs::rotated;
+    layer.q_rotated = config.inputs == inputs::rotated;
     layer.first_position = config.first_position;
     layer.sm_scale =
         static_cast<double>(params.sm_scale.value_or(1.f / std::sqrt(static_cast<float>(config.head_dim))));
@@ -95,7 +95,7 @@ struct host {
   }
 
   // With the rope that both sides have to know.
-  void turn_with(const std::vector<float>& inv_freq, rope_pairing pairing = rope_pairing::half_split) {
+  void rotate_with(const std::vector<float>& inv_freq, rope_pairing pairing = rope_pairing::half_split) {
     config.rope = rope(inv_freq, pairing);
     layer.inv_freq = inv_freq;
     layer.interleaved = pairing == rope_pairing::interleaved;
@@ -174,7 +174,7 @@ struct host {
   }
 };
 
-// Keys in the engine's memory, queries turned by it too.
+// Keys in the engine's memory, queries rotated by it too.
 cache_config engine_rotated(index_t num_kv_heads, index_t head_dim, index_t v_head_dim = 0) {
   return {.num_kv_heads = num_kv_heads,
           .head_dim = head_dim,
@@ -235,7 +235,7 @@ TEST_CASE(
   config.positions = positions::in_cache;
   config.num_sink_tokens = kept;
   host<f16> llama(config, {.num_qo_heads = 2}, tokens);
-  llama.turn_with(frequencies(dim));
+  llama.rotate_with(frequencies(dim));
   for (index_t t = kept; t < kept + discarded; ++t) llama.held[as_size(t)] = false;
   // Freed cells are taken again: the newest tokens lie where the discarded ones did.
   constexpr index_t cells = 50;
@@ -258,7 +258,7 @@ TEST_CASE("kv_view: llama2.c, f32 [layer][seq_len][kv_dim], pairs side by side, 
   cache_config config = engine_rotated(heads, dim);
   config.inputs = inputs::raw;
   host<f32> llama2(config, {.num_qo_heads = 6}, tokens);
-  llama2.turn_with(frequencies(dim), rope_pairing::interleaved);
+  llama2.rotate_with(frequencies(dim), rope_pairing::interleaved);
   buffer<f32> k(layers * seq_len * heads * dim), v(layers * seq_len * heads * dim);
   const auto at = [](index_t t, index_t h, index_t d) { return ((layer * seq_len + t) * heads + h) * dim + d; };
   llama2.put_keys(k, at);
@@ -280,7 +280,7 @@ TEST_CASE("kv_view: gemma.cpp, f32 rows of a token with every layer's heads, K b
   config.inputs = inputs::raw;
   config.window = window;
   host<f32> gemma(config, {.num_qo_heads = 4, .sm_scale = 0.1f, .logits_soft_cap = 50}, tokens);
-  gemma.turn_with(frequencies(dim));
+  gemma.rotate_with(frequencies(dim));
   for (index_t t = 0; t < tokens - seq_len; ++t) gemma.held[as_size(t)] = false;
   buffer<f32> cache(seq_len * row);
   const auto at = [](index_t t, index_t h, index_t d) { return t % seq_len * row + (layer * heads + h) * 2 * dim + d; };
@@ -466,7 +466,7 @@ TEST_CASE("kv_view: mlx RotatingKVCache, kept tokens and a ring in one [head][ma
       config.inputs = in;
       config.num_sink_tokens = keep;
       host<bf16, f16> mlx(config, {.num_qo_heads = 4, .sink_bias = {0.f, 1.f, -1.f, 0.5f}}, tokens);
-      mlx.turn_with(frequencies(dim));
+      mlx.rotate_with(frequencies(dim));
       for (index_t t = keep; t < tokens - ring; ++t) mlx.held[as_size(t)] = false;
       buffer<bf16> k(heads * max_size * dim);
       buffer<f16> v(heads * max_size * dim);
@@ -559,9 +559,9 @@ TEST_CASE("kv_view: a view of a cache's own layout gives the cache's bits") {
                             .num_sink_tokens = sinks,
                             .window = window,
                             .rope = rope::plain(dim, 10000)};
-  cache_config unturned = config;
-  unturned.rope = rope::none();
-  kv_cache<f16> cache(unturned);
+  cache_config unrotated = config;
+  unrotated.rope = rope::none();
+  kv_cache<f16> cache(unrotated);
   effort::dice dice(3);
   matrix k(tokens, heads * dim), v(tokens, heads * dim), q(1, 4 * dim), out(1, 4 * dim), same(1, 4 * dim);
   for (index_t i = 0; i < k.size(); ++i) k.data()[i] = dice.signed_unit(), v.data()[i] = dice.signed_unit();
@@ -570,18 +570,18 @@ TEST_CASE("kv_view: a view of a cache's own layout gives the cache's bits") {
   buffer<f16> keys(tokens * heads * dim), values(tokens * heads * dim);
   for (index_t i = 0; i < k.size(); ++i) keys.put(i, k.data()[i]), values.put(i, v.data()[i]);
   const kv_strides strides{.head = dim, .token = heads * dim};
-  const kv_view<f16> view(unturned, {strides, strides}, kv_piece{0, tokens, keys.at(0), values.at(0)}, tokens);
+  const kv_view<f16> view(unrotated, {strides, strides}, kv_piece{0, tokens, keys.at(0), values.at(0)}, tokens);
   workspace scratch;
   attention layer({.num_qo_heads = 4});
   layer.decode(q, cache, out, scratch);
   layer.decode(q, view, same, scratch);
   CHECK(view.size() == cache.size());
   CHECK(view.capacity() == sinks + window);
-  // A ring that has turned cuts a segment in two, and its tiles with it; sums then round apart.
+  // A ring that has rotated cuts a segment in two, and its tiles with it; sums then round apart.
   CHECK((out - same).cwiseAbs().maxCoeff() <= 16 * 0x1p-24f * 8);
   kv_cache<f16> full(cache_config{.num_kv_heads = heads, .head_dim = dim, .window = tokens, .rope = rope::none()});
   full.append(k, v);
-  cache_config all = unturned;
+  cache_config all = unrotated;
   all.window = all.num_sink_tokens = 0;
   layer.decode(q, full, out, scratch);
   layer.decode(q, kv_view<f16>(all, {strides, strides}, kv_piece{0, tokens, keys.at(0), values.at(0)}, tokens), same,
@@ -615,8 +615,8 @@ TEST_CASE("kv_view: random layouts, pieces, windows, formats") {
     if (dice.one_in(4)) params.logits_soft_cap = 5;
     host<K, V> engine(config, params, tokens, seed);
     if (dice.one_in(2))
-      engine.turn_with(frequencies(2 * dice.from_to(0, dim / 2)),
-                       dice.one_in(2) ? rope_pairing::half_split : rope_pairing::interleaved);
+      engine.rotate_with(frequencies(2 * dice.from_to(0, dim / 2)),
+                         dice.one_in(2) ? rope_pairing::half_split : rope_pairing::interleaved);
     else
       engine.config.rope = rope::none();
     const index_t gaps = dice.one_in(3) ? 0 : dice.from_to(0, 6);
@@ -826,7 +826,7 @@ TEST_CASE("kv_view: a prefix that sequences share, and each one's own tokens, me
   config.inputs = inputs::raw;
   config.window = 50;
   host<f32> engine(config, {.num_qo_heads = 4, .alibi_slopes = {0.1f, 0.2f, 0.3f, 0.4f}}, tokens);
-  engine.turn_with(frequencies(dim));
+  engine.rotate_with(frequencies(dim));
   buffer<f32> k(tokens * heads * dim), v(tokens * heads * dim);
   const auto at = [](index_t t, index_t h, index_t d) { return (t * heads + h) * dim + d; };
   engine.put_keys(k, at);

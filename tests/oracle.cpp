@@ -42,7 +42,7 @@ double angle(position by, float inv_freq, std::uint64_t turns) {
   return static_cast<double>(phase) * (two_pi / 0x1p64);
 }
 
-void turn_pairs(const layer& layer, const std::vector<double>& cos, const std::vector<double>& sin, double* row) {
+void rotate_pairs(const layer& layer, const std::vector<double>& cos, const std::vector<double>& sin, double* row) {
   const std::size_t pairs = layer.inv_freq.size();
   for (std::size_t i = 0; i < pairs; ++i) {
     double& x = row[layer.interleaved ? 2 * i : i];
@@ -53,15 +53,15 @@ void turn_pairs(const layer& layer, const std::vector<double>& cos, const std::v
   }
 }
 
-// Rows of `heads` heads as doubles, turned by so many positions, times `factor` where they turn.
-std::vector<double> turned(const layer& layer, const std::vector<std::uint64_t>& turns, const float* row,
-                           std::size_t heads, position by, double factor) {
+// Rows of `heads` heads as doubles, rotated by so many positions, times `factor` where they turn.
+std::vector<double> rotated(const layer& layer, const std::vector<std::uint64_t>& turns, const float* row,
+                            std::size_t heads, position by, double factor) {
   std::vector<double> cos, sin, result(row, row + heads * layer.head_dim);
   for (std::size_t i = 0; i < turns.size(); ++i) {
     cos.push_back(factor * std::cos(angle(by, layer.inv_freq[i], turns[i])));
     sin.push_back(factor * std::sin(angle(by, layer.inv_freq[i], turns[i])));
   }
-  for (std::size_t head = 0; head < heads; ++head) turn_pairs(layer, cos, sin, result.data() + head * layer.head_dim);
+  for (std::size_t head = 0; head < heads; ++head) rotate_pairs(layer, cos, sin, result.data() + head * layer.head_dim);
   return result;
 }
 
@@ -76,25 +76,25 @@ position place(const layer& layer, position position_in_stream, std::size_t inde
   return layer.in_cache ? static_cast<position>(index_in_cache) : position_in_stream;
 }
 
-struct turned_rows {
+struct rotated_rows {
   std::vector<double> q;               // [num_qo_heads * head_dim]
   std::vector<std::vector<double>> k;  // one row [num_kv_heads * head_dim] for each visible token
 };
 
-turned_rows turn_all(const layer& layer, const float* q, position query, const std::vector<position>& visible,
-                     const float* keys) {
-  const auto by = [&](position at, std::size_t index, bool turned_before) {
-    return place(layer, at, index) - (turned_before ? layer.first_position + at : 0);
+rotated_rows rotate_all(const layer& layer, const float* q, position query, const std::vector<position>& visible,
+                        const float* keys) {
+  const auto by = [&](position at, std::size_t index, bool rotated_before) {
+    return place(layer, at, index) - (rotated_before ? layer.first_position + at : 0);
   };
   const double factor = static_cast<double>(layer.attention_factor);
   const std::vector<std::uint64_t> turns = turns_of_pairs(layer);
-  turned_rows rows;
-  rows.q = turned(layer, turns, q, layer.num_qo_heads,
-                  by(query, visible.empty() ? 0 : visible.size() - 1, layer.q_turned), layer.q_turned ? 1 : factor);
+  rotated_rows rows;
+  rows.q = rotated(layer, turns, q, layer.num_qo_heads,
+                   by(query, visible.empty() ? 0 : visible.size() - 1, layer.q_rotated), layer.q_rotated ? 1 : factor);
   for (std::size_t i = 0; i < visible.size(); ++i) {
     const float* const key = keys + static_cast<std::size_t>(visible[i]) * layer.num_kv_heads * layer.head_dim;
-    rows.k.push_back(
-        turned(layer, turns, key, layer.num_kv_heads, by(visible[i], i, layer.k_turned), layer.k_turned ? 1 : factor));
+    rows.k.push_back(rotated(layer, turns, key, layer.num_kv_heads, by(visible[i], i, layer.k_rotated),
+                             layer.k_rotated ? 1 : factor));
   }
   return rows;
 }
@@ -119,20 +119,20 @@ std::uint64_t turns_per_position(float inv_freq) {
   return turns;
 }
 
-void turn(const layer& layer, position by, double* row) {
+void rotate(const layer& layer, position by, double* row) {
   const std::vector<std::uint64_t> turns = turns_of_pairs(layer);
   std::vector<double> cos, sin;
   for (std::size_t i = 0; i < turns.size(); ++i) {
     cos.push_back(std::cos(angle(by, layer.inv_freq[i], turns[i])));
     sin.push_back(std::sin(angle(by, layer.inv_freq[i], turns[i])));
   }
-  turn_pairs(layer, cos, sin, row);
+  rotate_pairs(layer, cos, sin, row);
 }
 
 std::vector<answer> attend(const layer& layer, const float* q, position query, const std::vector<position>& visible,
                            const float* keys, const float* values) {
   const std::size_t n = visible.size(), dim = layer.head_dim, v_dim = layer.v_head_dim;
-  const turned_rows rows = turn_all(layer, q, query, visible, keys);
+  const rotated_rows rows = rotate_all(layer, q, query, visible, keys);
   std::vector<answer> answers(layer.num_qo_heads);
   for (std::size_t head = 0; head < layer.num_qo_heads; ++head) {
     answer& to = answers[head];
@@ -177,7 +177,7 @@ std::vector<answer> attend(const layer& layer, const float* q, position query, c
 std::vector<answer> attend_naively(const layer& layer, const float* q, position query,
                                    const std::vector<position>& visible, const float* keys, const float* values) {
   const std::size_t n = visible.size(), dim = layer.head_dim, v_dim = layer.v_head_dim;
-  const turned_rows rows = turn_all(layer, q, query, visible, keys);
+  const rotated_rows rows = rotate_all(layer, q, query, visible, keys);
   const float scale = static_cast<float>(layer.sm_scale);
   std::vector<answer> answers(layer.num_qo_heads);
   for (std::size_t head = 0; head < layer.num_qo_heads; ++head) {

@@ -15,10 +15,10 @@ struct layer {
 
   std::vector<float> inv_freq;  // none: nothing turns
   bool interleaved = false;
-  float attention_factor = 1;   // on the turned dimensions of raw queries and keys
+  float attention_factor = 1;   // on the rotated dimensions of raw queries and keys
   bool in_cache = true;         // tokens count their places among the visible tokens; false: true positions
-  bool q_turned = false;        // queries come turned at their true positions
-  bool k_turned = true;         // keys do: as a cache stores them
+  bool q_rotated = false;       // queries come rotated at their true positions
+  bool k_rotated = true;        // keys do: as a cache stores them
   position first_position = 0;  // the stream's first token, among true positions
 
   double sm_scale = 1, soft_cap = 0;                        // soft_cap 0: none
@@ -39,7 +39,7 @@ struct answer {
 std::uint64_t turns_per_position(float inv_freq);
 
 // Turns `dim` doubles by so many positions.
-void turn(const layer& layer, position by, double* row);
+void rotate(const layer& layer, position by, double* row);
 
 // One query token at `query` (counted from the stream's start), all heads: q [num_qo_heads * head_dim]; keys and values
 // of the whole stream, [tokens, num_kv_heads * head_dim] and [tokens, num_kv_heads * v_head_dim].

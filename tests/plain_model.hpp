@@ -135,8 +135,8 @@ inline plain_model random_model(const sizes& s, std::uint64_t seed) {
 
 using doubles = std::vector<double>;
 
-// The same model in double and plain loops, a token at a time. Keys are stored unturned, gathered from what the cache
-// keeps, and turned to their place in the cache, as StreamingLLM does it.
+// The same model in double and plain loops, a token at a time. Keys are stored unrotated, gathered from what the cache
+// keeps, and rotated to their place in the cache, as StreamingLLM does it.
 class plain_session {
  public:
   plain_session(const plain_model& m, index_t num_sink_tokens, index_t window)
@@ -187,8 +187,8 @@ class plain_session {
     return y;
   }
 
-  // One head of `row`, turned to `position`.
-  doubles turned(const doubles& row, index_t head, index_t position) const {
+  // One head of `row`, rotated to `position`.
+  doubles rotated(const doubles& row, index_t head, index_t position) const {
     const std::size_t dim = at(m_.head_dim());
     const double* const in = row.data() + at(head) * dim;
     doubles inv_freq = m_.inv_freq, out(in, in + dim);
@@ -219,10 +219,10 @@ class plain_session {
     const std::string& attention = m_.metadata.at("attention");
     doubles out(at(heads) * dim);
     for (index_t head = 0; head < heads; ++head) {
-      const doubles query = turned(q, head, static_cast<index_t>(kept.size()) - 1);
+      const doubles query = rotated(q, head, static_cast<index_t>(kept.size()) - 1);
       doubles weights(kept.size());
       for (std::size_t i = 0; i < kept.size(); ++i) {
-        const doubles key = turned(state.keys[kept[i]], head / group, static_cast<index_t>(i));
+        const doubles key = rotated(state.keys[kept[i]], head / group, static_cast<index_t>(i));
         double score = 0;
         for (std::size_t d = 0; d < dim; ++d) score += query[d] * key[d];
         weights[i] = std::exp(score / std::sqrt(static_cast<double>(dim)));

@@ -14,8 +14,8 @@
   linkage template void sinkcache::detail::group_add<sinkcache::F>(                                              \
       const float*, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t, sinkcache::index_t,            \
       sinkcache::index_t, const sinkcache::detail::running_states&, sinkcache::tile_rows) noexcept;              \
-  linkage template void sinkcache::detail::turned_group_dots<sinkcache::F>(                                      \
-      const float*, sinkcache::index_t, sinkcache::index_t, const sinkcache::detail::key_turns&,                 \
+  linkage template void sinkcache::detail::rotated_group_dots<sinkcache::F>(                                     \
+      const float*, sinkcache::index_t, sinkcache::index_t, const sinkcache::detail::key_rotations&,             \
       sinkcache::position_t, sinkcache::tile_rows, sinkcache::index_t, sinkcache::tile_rows, sinkcache::index_t, \
       float*) noexcept;
 #define SINKCACHE_TEST_KERNELS(linkage) \

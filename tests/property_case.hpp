@@ -141,7 +141,7 @@ void for_property_cases(int usual, const Check& check) {
 // Every `step`-th token of both, within twice the bound of each other; keys are stored in whatever format.
 inline std::string far_apart(const property_case& p, const outputs& one, const outputs& other, index_t step) {
   oracle::layer layer = p.c.layer;
-  layer.k_turned = layer.q_turned;
+  layer.k_rotated = layer.q_rotated;
   const plain_policy policy = plain_sink_window(p.c.config.num_sink_tokens, p.c.config.window);
   const index_t heads = p.c.params.num_qo_heads, v_dim = p.c.config.v_head_dim;
   for (index_t i = p.c.tokens - 1; i >= 0; i -= step) {
@@ -173,7 +173,7 @@ struct normal_layer {
         layer.c.layer.inv_freq.push_back(
             static_cast<float>(std::pow(10000., -2 * static_cast<double>(i) / static_cast<double>(dim))));
       layer.c.config.rope.emplace(layer.c.layer.inv_freq);
-      layer.c.layer.k_turned = false;
+      layer.c.layer.k_rotated = false;
     }
     for (index_t i = 0; i < n; ++i) visible.push_back(i);
   }

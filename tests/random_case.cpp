@@ -84,7 +84,7 @@ std::string random_case::name() const {
       seed, layer.num_qo_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim, config.num_sink_tokens,
       config.window, config.rollback, config.first_position, layer.inv_freq.size(),
       layer.interleaved ? " interleaved" : "", layer.in_cache ? "in_cache" : "absolute",
-      layer.q_turned ? "rotated" : "raw", formats[k_format], formats[v_format], logit_scale, layer.soft_cap,
+      layer.q_rotated ? "rotated" : "raw", formats[k_format], formats[v_format], logit_scale, layer.soft_cap,
       layer.alibi_slopes.size(), layer.sink_bias.size(), layer.sink_logits.size(), tokens,
       constant_values ? ", constant values" : "", rewinds ? ", with rewinds" : "");
 }
@@ -114,7 +114,7 @@ random_case draw_case(std::uint64_t seed, const limits& limits) {
   layer.head_dim = as_size(config.head_dim);
   layer.v_head_dim = as_size(config.v_head_dim);
   layer.in_cache = config.positions == positions::in_cache;
-  layer.q_turned = config.inputs == inputs::rotated;
+  layer.q_rotated = config.inputs == inputs::rotated;
   layer.first_position = config.first_position;
   layer.num_sink_tokens = config.num_sink_tokens;
   layer.sm_scale = 1 / std::sqrt(static_cast<double>(config.head_dim));
@@ -156,7 +156,7 @@ tokens draw_tokens(const random_case& c, effort::dice& dice, position_t first, i
            matrix(count, heads * dim), matrix(count, kv_heads * dim)};
   // sm_scale * q . k of random vectors is of scale logit_scale.
   const double spread = std::sqrt(c.logit_scale / (layer.sm_scale * std::sqrt(static_cast<double>(dim))));
-  // Keys that tie: turned to the next query at a multiple of tie_period, they equal it but for a factor near 1.
+  // Keys that tie: rotated to the next query at a multiple of tie_period, they equal it but for a factor near 1.
   effort::dice anchors(c.seed + 1);
   std::vector<double> anchor(as_size(kv_heads * dim));
   for (double& x : anchor) x = spread * normal(anchors);
@@ -165,7 +165,7 @@ tokens draw_tokens(const random_case& c, effort::dice& dice, position_t first, i
     const double factor = 1 - one_of(dice, {0., 1e-7, 1e-5, 1e-3});
     for (std::size_t i = 0; i < row.size(); ++i)
       row[i] = tied ? factor * anchor[as_size(head * dim) + i] : spread * normal(dice);
-    if (tied) oracle::turn(layer, by, row.data());
+    if (tied) oracle::rotate(layer, by, row.data());
     std::transform(row.begin(), row.end(), to, [](double x) { return static_cast<float>(x); });
   };
   for (index_t i = 0; i < count; ++i) {
@@ -180,14 +180,14 @@ tokens draw_tokens(const random_case& c, effort::dice& dice, position_t first, i
   }
   t.q = t.raw_q;
   t.k = t.raw_k;
-  if (layer.q_turned)
+  if (layer.q_rotated)
     for (index_t i = 0; i < count; ++i) {
       const auto turn = [&](float* row) {
-        std::vector<double> turned(row, row + dim);
+        std::vector<double> rotated(row, row + dim);
         for (std::size_t d = 0; d < 2 * layer.inv_freq.size(); ++d)
-          turned[d] *= static_cast<double>(layer.attention_factor);
-        oracle::turn(layer, layer.first_position + first + i, turned.data());
-        std::transform(turned.begin(), turned.end(), row, [](double x) { return static_cast<float>(x); });
+          rotated[d] *= static_cast<double>(layer.attention_factor);
+        oracle::rotate(layer, layer.first_position + first + i, rotated.data());
+        std::transform(rotated.begin(), rotated.end(), row, [](double x) { return static_cast<float>(x); });
       };
       for (index_t head = 0; head < heads; ++head) turn(t.q.row(i).data() + head * dim);
       for (index_t head = 0; head < kv_heads; ++head) turn(t.k.row(i).data() + head * dim);

@@ -136,7 +136,7 @@ struct storage_error {
 struct random_case {
   std::uint64_t seed = 0;
   cache_config config;
-  oracle::layer layer;  // the same layer in the oracle's words: what is stored are turned keys
+  oracle::layer layer;  // the same layer in the oracle's words: what is stored are rotated keys
   attention_params params;
   int k_format = 0, v_format = 0;
   double logit_scale = 1;
@@ -156,7 +156,7 @@ random_case draw_case(std::uint64_t seed, const limits& = {});
 // Fills in params from layer.
 void set_params(random_case&);
 
-// Tokens of a case's stream, as they go into the library and before they were turned.
+// Tokens of a case's stream, as they go into the library and before they were rotated.
 struct tokens {
   matrix q, k, v, raw_q, raw_k;
 };

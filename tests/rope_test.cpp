@@ -1,5 +1,5 @@
 // Rotary positions against exact integer arithmetic: phases from a longer constant than the library's, sines and
-// cosines in long double. Scalings against what PyTorch computes; attention over rows that an engine turned itself.
+// cosines in long double. Scalings against what PyTorch computes; attention over rows that an engine rotated itself.
 
 #include <fmt/format.h>
 
@@ -223,7 +223,7 @@ TEST_CASE("rope: the angle is position * inv_freq, in radians") {
   }
 }
 
-// Turning rows.
+// Rotating rows.
 
 std::vector<float> random_row(effort::dice& dice, index_t dim) {
   std::vector<float> row(static_cast<std::size_t>(dim));
@@ -231,9 +231,9 @@ std::vector<float> random_row(effort::dice& dice, index_t dim) {
   return row;
 }
 
-std::vector<float> turned(const rope& rope, const std::vector<float>& row, position_t position, bool scaled = true) {
+std::vector<float> rotated(const rope& rope, const std::vector<float>& row, position_t position, bool scaled = true) {
   std::vector<float> out(row.size());
-  rope.turn(angles_at(rope, position, scaled), row.data(), static_cast<index_t>(row.size()), out.data());
+  rope.rotate(angles_at(rope, position, scaled), row.data(), static_cast<index_t>(row.size()), out.data());
   return out;
 }
 
@@ -259,8 +259,8 @@ TEST_CASE("rope: a row turns as the paper says, in both pairings") {
     std::vector<float> paired(row);  // the same pairs, laid out for interleaved
     const auto n = static_cast<std::size_t>(pairs);
     for (std::size_t i = 0; i < n; ++i) paired[2 * i] = row[i], paired[2 * i + 1] = row[i + n];
-    const std::vector<float> out = turned(half_split, row, position),
-                             out_paired = turned(interleaved, paired, position);
+    const std::vector<float> out = rotated(half_split, row, position),
+                             out_paired = rotated(interleaved, paired, position);
 
     for (std::size_t i = 0; i < n; ++i) {
       const direction by = exact_direction(static_cast<std::uint64_t>(position) * exact_turns(inv_freq[i]));
@@ -276,8 +276,8 @@ TEST_CASE("rope: a row turns as the paper says, in both pairings") {
     // In place.
     for (const rope* in : {&half_split, &interleaved}) {
       std::vector<float> copy(row);
-      in->turn(angles_at(*in, position), copy.data(), dim, copy.data());
-      REQUIRE(copy == turned(*in, row, position));
+      in->rotate(angles_at(*in, position), copy.data(), dim, copy.data());
+      REQUIRE(copy == rotated(*in, row, position));
     }
   }
 }
@@ -290,11 +290,11 @@ TEST_CASE("rope: what a query sees of a key depends on their distance alone") {
     const std::vector<float> k = random_row(dice, dim), q = random_row(dice, dim);
     const position_t distance = dice.from_to(0, 1 << 20);
     const double size = std::sqrt(dot(k, k) * dot(q, q));
-    const double at_start = dot(turned(rope, q, distance), turned(rope, k, 0));
+    const double at_start = dot(rotated(rope, q, distance), rotated(rope, k, 0));
     for (position_t p : {position_t{1}, position_t{1} << 24, position_t{1} << 40, (position_t{1} << 62) - distance,
                          random_position(dice) / 2, -distance, random_position(dice) / -2}) {
       CAPTURE(p, distance, dim);
-      REQUIRE(std::abs(dot(turned(rope, q, p + distance), turned(rope, k, p)) - at_start) <= 6 * bound * size);
+      REQUIRE(std::abs(dot(rotated(rope, q, p + distance), rotated(rope, k, p)) - at_start) <= 6 * bound * size);
     }
   }
 }
@@ -315,18 +315,18 @@ TEST_CASE("rope: at position 0 nothing turns, to the bit") {
   effort::dice dice(6);
   const rope rope(rope::plain(64, 10000.0));
   const std::vector<float> row = random_row(dice, 64);
-  CHECK(turned(rope, row, 0) == row);
+  CHECK(rotated(rope, row, 0) == row);
 }
 
 TEST_CASE("rope: attention factor") {
   effort::dice dice(7);
   const std::vector<float> inv_freq = {1.f, 0.1f, 0.01f}, row = random_row(dice, 7);
   const rope plain(inv_freq), scaled(inv_freq, rope_pairing::half_split, 1.25f);
-  const std::vector<float> without = turned(plain, row, 1000), with = turned(scaled, row, 1000);
+  const std::vector<float> without = rotated(plain, row, 1000), with = rotated(scaled, row, 1000);
   for (std::size_t i = 0; i < 7; ++i) CHECK(std::abs(with[i] - without[i] * (i < 6 ? 1.25f : 1.f)) < 1e-6f);
-  CHECK(turned(scaled, row, 1000, false) == without);
-  CHECK(turned(plain, row, 1000, false) == without);
-  for (std::size_t i = 0; i < 6; ++i) CHECK(turned(scaled, row, 0)[i] == row[i] * 1.25f);
+  CHECK(rotated(scaled, row, 1000, false) == without);
+  CHECK(rotated(plain, row, 1000, false) == without);
+  for (std::size_t i = 0; i < 6; ++i) CHECK(rotated(scaled, row, 0)[i] == row[i] * 1.25f);
 }
 
 TEST_CASE("rope: none") {
@@ -334,7 +334,7 @@ TEST_CASE("rope: none") {
   CHECK(rope::none().width() == 0);
   CHECK(rope(std::span<const float>()).width() == 0);
   const std::vector<float> row = random_row(dice, 33);
-  for (position_t p : {position_t{0}, position_t{1}, position_t{1} << 62}) CHECK(turned(rope::none(), row, p) == row);
+  for (position_t p : {position_t{0}, position_t{1}, position_t{1} << 62}) CHECK(rotated(rope::none(), row, p) == row);
 }
 
 TEST_CASE("rope: plain is theta^(-2i / head_dim), in double, rounded once") {
@@ -348,7 +348,7 @@ TEST_CASE("rope: plain is theta^(-2i / head_dim), in double, rounded once") {
           static_cast<float>(1.0 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(dim))));
     const rope plain = rope::plain(dim, theta);
     const std::vector<float> row = random_row(dice, dim);
-    CHECK(turned(plain, row, 4'000'000'000) == turned(rope(inv_freq), row, 4'000'000'000));
+    CHECK(rotated(plain, row, 4'000'000'000) == rotated(rope(inv_freq), row, 4'000'000'000));
     const std::vector<std::uint64_t> turns = turns_of(plain);
     REQUIRE(turns.size() == inv_freq.size());
     for (std::size_t i = 0; i < turns.size(); ++i) CHECK(turns[i] == exact_turns(inv_freq[i]));
@@ -462,9 +462,9 @@ TEST_CASE("rope: YaRN's attention factor") {
   effort::dice dice(10);
   const std::vector<float> row = random_row(dice, 66);
   const rope yarn = rope::yarn(64, 10000, {.factor = 32, .original_max_position_embeddings = 4096});
-  const std::vector<float> at_start = turned(yarn, row, 0);
+  const std::vector<float> at_start = rotated(yarn, row, 0);
   for (std::size_t i = 0; i < 66; ++i) CHECK(at_start[i] == (i < 64 ? row[i] * 1.3465735902799727f : row[i]));
-  CHECK(turned(yarn, row, 0, false) == row);
+  CHECK(rotated(yarn, row, 0, false) == row);
 }
 
 // A rope of any kind with random numbers, and its frequencies by the papers' formulas in double.
@@ -559,7 +559,7 @@ TEST_CASE("rope: whatever the scaling, rows turn exactly up to 2^62 and products
     const position_t p = random_position(dice) / 2, distance = random_position(dice) >> dice.from_to(0, 61);
     CAPTURE(round, r.text, dim, p, distance);
 
-    const std::vector<float> out = turned(r.got, k, p);
+    const std::vector<float> out = rotated(r.got, k, p);
     const std::size_t n = turns.size(), step = pairing == rope_pairing::half_split ? 1 : 2;
     const std::size_t apart = pairing == rope_pairing::half_split ? n : 1;
     bool exact = true;
@@ -573,13 +573,13 @@ TEST_CASE("rope: whatever the scaling, rows turn exactly up to 2^62 and products
     CHECK(exact);
     CHECK(std::equal(out.begin() + 2 * static_cast<index_t>(n), out.end(), k.begin() + 2 * static_cast<index_t>(n)));
     const double size = factor * factor * std::sqrt(dot(k, k) * dot(q, q));
-    const double at_start = dot(turned(r.got, q, distance), turned(r.got, k, 0));
-    CHECK(std::abs(dot(turned(r.got, q, p + distance), out) - at_start) <=
+    const double at_start = dot(rotated(r.got, q, distance), rotated(r.got, k, 0));
+    CHECK(std::abs(dot(rotated(r.got, q, p + distance), out) - at_start) <=
           6 * bound * std::max(1.0, 1 / (factor * factor)) * size);
   }
 }
 
-// Rows that the engine has turned.
+// Rows that the engine has rotated.
 
 enum class engine_angles {
   exact,
@@ -596,7 +596,7 @@ struct engine {
   }
 };
 
-constexpr index_t turned_dim = 64, pinned = 4, newest = 60;  // one head of so many dimensions over 4 + 60 tokens
+constexpr index_t rotated_dim = 64, pinned = 4, newest = 60;  // one head of so many dimensions over 4 + 60 tokens
 constexpr double u = 0x1p-24;
 
 // How the dimensions of a head pair up: the first and the second of pair i of n.
@@ -605,14 +605,14 @@ std::size_t second_of(rope_pairing pairing, std::size_t i, std::size_t n) {
   return pairing == rope_pairing::half_split ? i + n : 2 * i + 1;
 }
 
-struct turning {
+struct rotating {
   std::vector<float> inv_freq;
   rope_pairing pairing = rope_pairing::half_split;
   float attention_factor = 1;
 };
 
-std::vector<float> turned_by(const engine& engine, const turning& as, const std::vector<float>& row,
-                             position_t position) {
+std::vector<float> rotated_by(const engine& engine, const rotating& as, const std::vector<float>& row,
+                              position_t position) {
   std::vector<float> out(row);
   const std::size_t n = as.inv_freq.size();
   volatile float multiplied = static_cast<float>(position);  // volatile: float32 on every machine
@@ -634,20 +634,20 @@ std::vector<float> turned_by(const engine& engine, const turning& as, const std:
   return out;
 }
 
-struct turned_run {
+struct rotated_run {
   double error;    // of the output, in units of the largest |v|
   double allowed;  // by the bound of docs/rope.md
   double own;      // the library's own part of it
 };
 
-// Decodes the last of `tokens` tokens over the first 4 and the newest 60, which `by` has turned (none: raw rows), and
-// compares with attention in double over exactly turned rows.
-turned_run decode_turned(effort::dice& dice, const engine* by, positions positions, const turning& as,
-                         position_t first_position, position_t tokens) {
+// Decodes the last of `tokens` tokens over the first 4 and the newest 60, which `by` has rotated (none: raw rows), and
+// compares with attention in double over exactly rotated rows.
+rotated_run decode_rotated(effort::dice& dice, const engine* by, positions positions, const rotating& as,
+                           position_t first_position, position_t tokens) {
   const std::vector<float>& inv_freq = as.inv_freq;
   const rope rope(inv_freq, as.pairing, as.attention_factor);
   kv_cache<f32> cache({.num_kv_heads = 1,
-                       .head_dim = turned_dim,
+                       .head_dim = rotated_dim,
                        .num_sink_tokens = pinned,
                        .window = newest,
                        .positions = positions,
@@ -655,22 +655,22 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
                        .rope = rope,
                        .first_position = first_position});
   const auto normal_row = [&] {
-    std::vector<float> row(turned_dim);
+    std::vector<float> row(rotated_dim);
     for (float& x : row)
       x = static_cast<float>(std::sqrt(-2 * std::log(1 - dice.uniform())) *
                              std::cos(2 * std::numbers::pi * dice.uniform()));
     return row;
   };
   const auto as_matrix = [](const std::vector<float>& row) {
-    return Eigen::Map<const matrix>(row.data(), 1, turned_dim);
+    return Eigen::Map<const matrix>(row.data(), 1, rotated_dim);
   };
   const auto as_engine = [&](const std::vector<float>& row, position_t p) {
-    return by == nullptr ? row : turned_by(*by, as, row, first_position + p);
+    return by == nullptr ? row : rotated_by(*by, as, row, first_position + p);
   };
 
   std::vector<position_t> visible;
   std::vector<std::vector<float>> keys, values;
-  const matrix filler = matrix::Zero(4096, turned_dim);
+  const matrix filler = matrix::Zero(4096, rotated_dim);
   while (cache.seen() < tokens) {
     const position_t p = cache.seen();
     if (p >= pinned && p < tokens - newest) {
@@ -682,17 +682,17 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
     cache.append(as_matrix(as_engine(keys.back(), p)), as_matrix(values.back()));
   }
   const std::vector<float> q = normal_row(), q_given = as_engine(q, tokens - 1);
-  matrix out(1, turned_dim);
+  matrix out(1, rotated_dim);
   workspace workspace;
   const attention attention({.num_qo_heads = 1});
   attention.decode(as_matrix(q_given), cache, out, workspace);
 
   // The same in double. In the cache's order the last token is at place visible.size() - 1.
   const std::size_t n = inv_freq.size(), count = visible.size();
-  const double scale = static_cast<double>(1.f / std::sqrt(static_cast<float>(turned_dim)));
+  const double scale = static_cast<double>(1.f / std::sqrt(static_cast<float>(rotated_dim)));
   const double factor = static_cast<double>(as.attention_factor) * static_cast<double>(as.attention_factor);
-  std::vector<double> logits(count), expected(turned_dim);
-  double v_max = 0, a = 0, turned_wrongly = 0, sum = 0;
+  std::vector<double> logits(count), expected(rotated_dim);
+  double v_max = 0, a = 0, rotated_wrongly = 0, sum = 0;
   for (std::size_t j = 0; j < count; ++j) {
     const auto distance = static_cast<std::uint64_t>(
         positions == positions::in_cache ? static_cast<position_t>(count - 1 - j) : tokens - 1 - visible[j]);
@@ -709,16 +709,16 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
         wrong += factor * std::hypot(qa, qb) * std::hypot(ka, kb) * by->roundings(i) * u * both *
                  static_cast<double>(inv_freq[i]);
     }
-    for (std::size_t i = 2 * n; i < turned_dim; ++i)
+    for (std::size_t i = 2 * n; i < rotated_dim; ++i)
       logit += static_cast<double>(q[i]) * static_cast<double>(keys[j][i]);
     logits[j] = scale * logit;
-    turned_wrongly = std::max(turned_wrongly, scale * wrong);
+    rotated_wrongly = std::max(rotated_wrongly, scale * wrong);
     a = std::max(a, scale * factor * std::sqrt(dot(q, q) * dot(keys[j], keys[j])));
     for (float v : values[j]) v_max = std::max(v_max, std::abs(static_cast<double>(v)));
   }
   for (double logit : logits) sum += std::exp(logit);
   double error = 0;
-  for (std::size_t d = 0; d < turned_dim; ++d) {
+  for (std::size_t d = 0; d < rotated_dim; ++d) {
     for (std::size_t j = 0; j < count; ++j)
       expected[d] += std::exp(logits[j]) / sum * static_cast<double>(values[j][d]);
     error = std::max(error, std::abs(static_cast<double>(out(0, static_cast<index_t>(d))) - expected[d]));
@@ -726,28 +726,28 @@ turned_run decode_turned(effort::dice& dice, const engine* by, positions positio
   // Logits off by at most e move an output by at most 2 tanh(e / 2) of the largest |v|. An engine that turns in float32
   // rounds sines, cosines, products and sums as well: 4 u of a row.
   const double own = 16 * u * (1 + a);
-  const double engines = by == nullptr ? 0 : 2 * std::tanh((turned_wrongly + 8 * u * a) / 2);
+  const double engines = by == nullptr ? 0 : 2 * std::tanh((rotated_wrongly + 8 * u * a) / 2);
   return {error / v_max, engines + own, own};
 }
 
-TEST_CASE("rope: rows turned with float32 angles are as far off as docs/rope.md says") {
+TEST_CASE("rope: rows rotated with float32 angles are as far off as docs/rope.md says") {
   std::vector<float> inv_freq;
   for (const double theta : {10000., 500000.}) {
     inv_freq.clear();
-    for (index_t i = 0; i < turned_dim / 2; ++i)
-      inv_freq.push_back(static_cast<float>(std::pow(theta, -2 * static_cast<double>(i) / turned_dim)));
+    for (index_t i = 0; i < rotated_dim / 2; ++i)
+      inv_freq.push_back(static_cast<float>(std::pow(theta, -2 * static_cast<double>(i) / rotated_dim)));
     for (const engine& by : {engine{"exact", engine_angles::exact}, engine{"f32", engine_angles::f32},
                              engine{"multiplied", engine_angles::f32_multiplied}})
       for (const positions positions : {positions::in_cache, positions::absolute}) {
         double before = 0;
         for (const position_t tokens : {1000, 100'000, 4'000'000}) {
           effort::dice dice(13);
-          turned_run worst{0, 0, 0};
+          rotated_run worst{0, 0, 0};
           // The furthest by a far first position, the whole way for some.
           const bool whole = tokens <= 100'000 || (by.angles != engine_angles::f32_multiplied && theta == 10000);
           for (int i = !whole || tokens == 1000 ? 20 : tokens == 100'000 ? 5 : 1; i > 0; --i) {
-            const turned_run run =
-                decode_turned(dice, &by, positions, {inv_freq}, whole ? 0 : tokens - 1000, whole ? tokens : 1000);
+            const rotated_run run =
+                decode_rotated(dice, &by, positions, {inv_freq}, whole ? 0 : tokens - 1000, whole ? tokens : 1000);
             INFO(by.name << " angles, theta " << theta
                          << (positions == positions::in_cache ? ", in_cache" : ", absolute") << ", token " << tokens
                          << ": error " << run.error << ", allowed " << run.allowed);
@@ -772,20 +772,20 @@ TEST_CASE("rope: rows turned with float32 angles are as far off as docs/rope.md 
   }
 }
 
-TEST_CASE("rope: raw rows and rows that the engine turned give the same within the bound, up to 2^62") {
+TEST_CASE("rope: raw rows and rows that the engine rotated give the same within the bound, up to 2^62") {
   effort::dice dice(14);
   const engine exact{"exact", engine_angles::exact}, f32_angles{"f32", engine_angles::f32};
   for (int round = effort::cases(100); round > 0; --round) {
-    turning as;
+    rotating as;
     as.pairing = dice.one_in(2) ? rope_pairing::half_split : rope_pairing::interleaved;
-    const random_rope r = draw_rope(dice, as.pairing, turned_dim);
+    const random_rope r = draw_rope(dice, as.pairing, rotated_dim);
     for (double f : r.inv_freq) as.inv_freq.push_back(static_cast<float>(f));
     if (dice.one_in(2)) as.attention_factor = 0.75f + static_cast<float>(dice.uniform());
     const position_t tokens = dice.from_to(pinned + newest, 2000), last = std::max(tokens, random_position(dice));
     for (const positions positions : {positions::in_cache, positions::absolute})
       for (const engine* by : {static_cast<const engine*>(nullptr), &exact, &f32_angles}) {
         const position_t first = (by == &f32_angles ? std::min<position_t>(last, 1 << 24) : last) - tokens;
-        const turned_run run = decode_turned(dice, by, positions, as, first, tokens);
+        const rotated_run run = decode_rotated(dice, by, positions, as, first, tokens);
         CAPTURE(round, r.text, first, tokens, by == nullptr ? "raw" : by->name, positions == positions::in_cache);
         CHECK(run.error <= run.allowed);
       }
@@ -794,7 +794,7 @@ TEST_CASE("rope: raw rows and rows that the engine turned give the same within t
 
 TEST_CASE("rope: a gap taken off a float32 angle leaves that angle's own rounding") {
   // An engine at position p turns by fl(p f); the library takes the gap off exactly; the engine itself, at the place in
-  // the cache, would have turned by fl((p - gap) f). What stays is the rounding at p, at most u p f.
+  // the cache, would have rotated by fl((p - gap) f). What stays is the rounding at p, at most u p f.
   std::vector<float> inv_freq;
   for (int i = 0; i < 32; ++i) inv_freq.push_back(static_cast<float>(std::pow(10000., -i / 32.)));
   const rope rope(inv_freq);
@@ -807,7 +807,7 @@ TEST_CASE("rope: a gap taken off a float32 angle leaves that angle's own roundin
       row[i] = 1;
       volatile float angle = static_cast<float>(p) * f;
       row[i] = std::cos(angle), row[i + 32] = std::sin(angle);
-      rope.turn(angles_at(rope, -gap, false), row.data(), 64, row.data());
+      rope.rotate(angles_at(rope, -gap, false), row.data(), 64, row.data());
       volatile float itself = static_cast<float>(place) * f;
       const double off = std::hypot(static_cast<double>(row[i] - std::cos(itself)),
                                     static_cast<double>(row[i + 32] - std::sin(itself)));
@@ -957,7 +957,7 @@ TEST_CASE("rope: proportional is inv_freq with zeros") {
   for (const position_t position : {position_t{1}, position_t{777}, position_t{100000}}) {
     rope::angles at;
     proportional.angles_at(position, true, at);
-    proportional.turn(at, from.data(), dim, to.data());
+    proportional.rotate(at, from.data(), dim, to.data());
     for (std::size_t i = 0; i < dim / 2; ++i) {
       const double a = static_cast<double>(from[i]), b = static_cast<double>(from[i + dim / 2]);
       const double angle = static_cast<double>(position) * static_cast<double>(inv_freq[i]);

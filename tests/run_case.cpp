@@ -45,7 +45,7 @@ class case_run {
         token_by_token_(make(c.config)),
         attention_(c.params),
         owner_(as_size(policy.slots), -1) {
-    raw_layer_.k_turned = raw_layer_.q_turned = false;
+    raw_layer_.k_rotated = raw_layer_.q_rotated = false;
     // A query costs the oracle a sine and a cosine for each key and pair, and the products of every head.
     const auto visible = static_cast<double>(std::min<index_t>(policy.slots, c.tokens));
     const auto dims = static_cast<double>(c.layer.head_dim + c.layer.v_head_dim);
@@ -97,14 +97,14 @@ class case_run {
         token_by_token_->value(head, slot, v);
         if (!dice_.one_in(8)) continue;
         std::vector<double> to_store(t.k.row(i).data() + k_at, t.k.row(i).data() + k_at + case_.config.head_dim);
-        double turning = 0;
-        if (!case_.layer.q_turned && !case_.layer.inv_freq.empty()) {
-          turning = 8 * u;
+        double rotating = 0;
+        if (!case_.layer.q_rotated && !case_.layer.inv_freq.empty()) {
+          rotating = 8 * u;
           for (std::size_t d = 0; d < 2 * case_.layer.inv_freq.size(); ++d)
             to_store[d] *= static_cast<double>(case_.layer.attention_factor);
-          oracle::turn(case_.layer, case_.layer.first_position + p, to_store.data());
+          oracle::rotate(case_.layer, case_.layer.first_position + p, to_store.data());
         }
-        if (!stored(to_store, k, {k_error_.relative, k_error_.of_row + turning})) return "a key is not what was given";
+        if (!stored(to_store, k, {k_error_.relative, k_error_.of_row + rotating})) return "a key is not what was given";
         to_store.assign(t.v.row(i).data() + v_at, t.v.row(i).data() + v_at + case_.config.v_head_dim);
         if (!stored(to_store, v, v_error_)) return "a value is not what was given";
       }
@@ -131,7 +131,7 @@ class case_run {
     std::string wrong =
         far_from(oracle::attend(case_.layer, t.q.row(row).data(), query, visible, keys_.data(), values_.data()), out,
                  lse, near_);
-    if (wrong.empty() && case_.k_format == 0 && !case_.layer.q_turned && dice_.one_in(2)) {
+    if (wrong.empty() && case_.k_format == 0 && !case_.layer.q_rotated && dice_.one_in(2)) {
       wrong =
           far_from(oracle::attend(raw_layer_, t.q.row(row).data(), query, visible, raw_keys_.data(), values_.data()),
                    out, lse, near_);

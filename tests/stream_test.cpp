@@ -42,7 +42,7 @@ TEST_CASE("stream: between two appends only the new token's rows change, and out
   oracle::layer layer;
   layer.num_qo_heads = heads;
   layer.head_dim = layer.v_head_dim = dim;
-  layer.k_turned = false;
+  layer.k_rotated = false;
   for (int i = 0; i < dim / 2; ++i)
     layer.inv_freq.push_back(static_cast<float>(std::pow(10000.0, -2.0 * i / static_cast<double>(dim))));
   layer.sm_scale = 1 / std::sqrt(static_cast<double>(dim));
@@ -58,7 +58,7 @@ TEST_CASE("stream: between two appends only the new token's rows change, and out
   std::vector<std::byte> expected(bytes, bytes + size);
 
   effort::dice dice(17);
-  std::array<row, rows> keys{}, values{};  // by slot, before they were turned
+  std::array<row, rows> keys{}, values{};  // by slot, before they were rotated
   const auto draw = [&](float* to, index_t n) {
     for (index_t i = 0; i < n; i += 2) {
       const std::uint64_t bits = dice.bits();

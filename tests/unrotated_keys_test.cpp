@@ -1,4 +1,4 @@
-// Keys that a source stores as they were before rope, turned to their places as attention loads them: kept rows at
+// Keys that a source stores as they were before rope, rotated to their places as attention loads them: kept rows at
 // scattered positions, the newest rows one after the other, both, or one list of all, with or without other sources in
 // front, against the oracle at the core's bound.
 
@@ -321,7 +321,7 @@ class run_of {
       values.insert(values.end(), source_->values(h).begin(), source_->values(h).end());
       for (position_t p : source_->visible(h, query - prefix_)) seen.push_back(prefix_ + p);
       oracle::layer layer = c_.layer;
-      layer.num_kv_heads = 1, layer.num_qo_heads = as_size(group), layer.k_turned = false;
+      layer.num_kv_heads = 1, layer.num_qo_heads = as_size(group), layer.k_rotated = false;
       for (std::vector<float>* per_head : {&layer.alibi_slopes, &layer.sink_bias, &layer.sink_logits})
         if (!per_head->empty()) *per_head = {per_head->begin() + h * group, per_head->begin() + (h + 1) * group};
       const std::vector<oracle::answer> answers =
@@ -403,7 +403,7 @@ TEST_CASE("keys before rope: a window") {
   }
 }
 
-TEST_CASE("keys before rope: behind a shared prefix of turned ones") {
+TEST_CASE("keys before rope: behind a shared prefix of rotated ones") {
   for (int i = 0; i < effort::cases(60); ++i) {
     proof::random_case c = draw(3600 + i, 190);
     effort::dice dice(c.seed + 1);

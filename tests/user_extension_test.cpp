@@ -77,7 +77,7 @@ std::vector<float> stored_key(const sinkcache::kv_geometry& of, position_t posit
   if (of.inputs == sinkcache::inputs::raw && of.rotates()) {
     sinkcache::rope::angles angles;
     of.rope->angles_at(of.first_position + position, true, angles);
-    of.rope->turn(angles, key, of.head_dim, row.data());
+    of.rope->rotate(angles, key, of.head_dim, row.data());
   }
   return row;
 }

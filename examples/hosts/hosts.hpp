@@ -13,7 +13,7 @@ namespace hosts {
 // A made-up engine's layer: 4 query heads over 2 KV heads of 64.
 inline constexpr sinkcache::index_t num_heads = 4, num_kv_heads = 2, head_dim = 64;
 
-// Keys and queries come turned by the engine, at their true positions.
+// Keys and queries come rotated by the engine, at their true positions.
 inline sinkcache::cache_config config() {
   return {.num_kv_heads = num_kv_heads,
           .head_dim = head_dim,

@@ -92,7 +92,7 @@ class key_rotation {
   // A key as it is, or what it becomes, in `to`.
   const float* operator()(const float* key, float* to) const noexcept {
     if (rope_ == nullptr) return key;
-    rope_->turn(angles_, key, dim_, to);
+    rope_->rotate(angles_, key, dim_, to);
     return to;
   }
 

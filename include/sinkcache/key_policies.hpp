@@ -228,7 +228,7 @@ struct lagkv final : token_scorer {
   }
 };
 
-// What queries to come will give a token, from the mean and covariance of those so far, turned by the mean of the next
+// What queries to come will give a token, from the mean and covariance of those so far, rotated by the mean of the next
 // `horizon` positions, times the norm of its value (Expected Attention, Devoto et al. 2025, arXiv 2510.00636, equations
 // 6 to 9). The first num_sink_tokens queries, and as many of the newest as may be taken back, are left out.
 struct expected_attention final : token_scorer {
@@ -253,7 +253,7 @@ struct expected_attention final : token_scorer {
     detail::double_scratch memory(head.scratch);
     detail::double_row cos = memory.row(d), sin = memory.row(d), mean = memory.row(d);
     detail::double_row z = memory.row(n), p = memory.row(n);
-    detail::double_rows sigma = memory.rows(d, d), keys = memory.rows(block, d), turned = memory.rows(block, d);
+    detail::double_rows sigma = memory.rows(d, d), keys = memory.rows(block, d), rotated = memory.rows(block, d);
     mean_rotation(head, cos, sin);
     p.setZero();
     const auto scale = static_cast<double>(head.sm_scale);
@@ -262,17 +262,17 @@ struct expected_attention final : token_scorer {
       mean = Eigen::Map<const Eigen::RowVectorXd>(of.sum, d) / count;
       sigma = detail::double_rows(const_cast<double*>(of.products), d, d) / count;
       sigma.noalias() -= mean.transpose() * mean;
-      for (index_t i = 0; i < d; ++i) turn(head, cos, sin, sigma.row(i));
-      for (index_t i = 0; i < d; ++i) turn(head, cos, sin, sigma.col(i));
-      turn(head, cos, sin, mean);
+      for (index_t i = 0; i < d; ++i) rotate(head, cos, sin, sigma.row(i));
+      for (index_t i = 0; i < d; ++i) rotate(head, cos, sin, sigma.col(i));
+      rotate(head, cos, sin, mean);
       for (index_t i = 0; i < n; i += block) {
         const index_t m = std::min(block, n - i);
         for (index_t j = 0; j < m; ++j) detail::read_key(head, i + j, true, keys.row(j));
         z.segment(i, m) = scale * (keys.topRows(m) * mean.transpose()).transpose();
         if (!covariance) continue;
-        turned.topRows(m).noalias() = keys.topRows(m) * sigma;
+        rotated.topRows(m).noalias() = keys.topRows(m) * sigma;
         z.segment(i, m) +=
-            scale * scale / 2 * turned.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
+            scale * scale / 2 * rotated.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
       }
       add_softmax(head, z, p);
     }
@@ -304,8 +304,8 @@ struct expected_attention final : token_scorer {
     }
   }
   template <class Vector>
-  static void turn(const scored_head& head, const detail::double_row& cos, const detail::double_row& sin,
-                   Vector&& x) noexcept {
+  static void rotate(const scored_head& head, const detail::double_row& cos, const detail::double_row& sin,
+                     Vector&& x) noexcept {
     if (!head.geometry.rotates()) return;
     const index_t pairs = head.geometry.rope->width() / 2;
     const bool split = head.geometry.rope->pairing() == rope_pairing::half_split;

@@ -6,7 +6,7 @@
 // phase between two positions depends on their distance alone, be they 5 or 2^62. The quadrant is taken off in
 // integers, only what is left goes to sine and cosine.
 //
-// Where the engine has turned the rows itself (inputs::rotated), only gaps are turned here, exactly. The rounding of
+// Where the engine has rotated the rows itself (inputs::rotated), only gaps are rotated here, exactly. The rounding of
 // its own angles stays, and grows with the position if they are float32: docs/rope.md says how far.
 
 #include <algorithm>
@@ -24,11 +24,11 @@
 namespace sinkcache::inline SINKCACHE_TAG {
 
 enum class rope_pairing {
-  half_split,  // dimension i turns with i + width / 2 (GPT-NeoX, HF Llama, gpt-oss)
-  interleaved  // dimension 2i turns with 2i + 1 (the paper, llama2.c, GPT-J)
+  half_split,  // dimension i is rotated with i + width / 2 (GPT-NeoX, HF Llama, gpt-oss)
+  interleaved  // dimension 2i is rotated with 2i + 1 (the paper, llama2.c, GPT-J)
 };
 
-// How queries and keys turn with their position. A value of about 2 KB.
+// How queries and keys are rotated by their position. A value of about 2 KB.
 class rope {
  public:
   static constexpr index_t max_pairs = 256;
@@ -40,8 +40,8 @@ class rope {
   };
 
   // The model's own `inv_freq`, in radians per position, each from 0 to 2^32: recomputing it elsewhere, in another
-  // precision, is 0.1 rad off at four million tokens. The first 2 * inv_freq.size() dimensions of a head turn, the
-  // others pass. `attention_factor` (YaRN) scales the turned dimensions of both q and k.
+  // precision, is 0.1 rad off at four million tokens. The first 2 * inv_freq.size() dimensions of a head are rotated,
+  // the others pass. `attention_factor` (YaRN) scales the rotated dimensions of both q and k.
   explicit rope(std::span<const float> inv_freq, rope_pairing pairing = rope_pairing::half_split,
                 float attention_factor = 1)
       : pairs_(static_cast<index_t>(inv_freq.size())), pairing_(pairing), attention_factor_(attention_factor) {
@@ -70,11 +70,11 @@ class rope {
     return result;
   }
 
-  // Nothing turns: models without positions (NoPE), or with ALiBi.
+  // Nothing is rotated: models without positions (NoPE), or with ALiBi.
   static rope none() { return rope(std::span<const float>()); }
 
-  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where less than a head turns, what turns
-  // is the head_dim to give, here and below: head_dim * partial_rotary_factor.
+  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where less than a head is rotated, what
+  // is rotated is the head_dim to give, here and below: head_dim * partial_rotary_factor.
   static rope plain(index_t head_dim, double theta, rope_pairing pairing = rope_pairing::half_split) {
     return checked([&](status& found) { return try_plain(head_dim, theta, found, pairing); });
   }
@@ -156,11 +156,11 @@ class rope {
     for (double mscale : {by.mscale, by.mscale_all_dim})
       found.require(std::isfinite(mscale) && mscale >= 0, "an mscale", mscale, "finite and at least 0");
 
-    const auto pair_turning = [&](double times_in_context) {
+    const auto pair_rotation = [&](double times_in_context) {
       return static_cast<double>(width) * std::log(original / (times_in_context * 2 * std::numbers::pi)) /
              (2 * std::log(theta));
     };
-    double low = pair_turning(by.beta_fast), high = pair_turning(by.beta_slow);
+    double low = pair_rotation(by.beta_fast), high = pair_rotation(by.beta_slow);
     if (by.truncate) low = std::floor(low), high = std::ceil(high);
     low = std::max(low, 0.), high = std::min(high, static_cast<double>(width - 1));
     found.require(low <= high, "original_max_position_embeddings", original,
@@ -182,7 +182,7 @@ class rope {
 
   bool operator==(const rope&) const = default;
 
-  index_t width() const { return 2 * pairs_; }  // dimensions that turn
+  index_t width() const { return 2 * pairs_; }  // dimensions that are rotated
   float attention_factor() const { return attention_factor_; }
   rope_pairing pairing() const { return pairing_; }
 
@@ -207,18 +207,18 @@ class rope {
     });
   }
 
-  // Turns one row of a head, `dim` floats; `to` may be `from`.
-  void turn(const angles& by, const float* from, index_t dim, float* to) const noexcept {
+  // Rotates one row of a head, `dim` floats; `to` may be `from`.
+  void rotate(const angles& by, const float* from, index_t dim, float* to) const noexcept {
     if (pairing_ == rope_pairing::half_split)
-      turn_pairs<1>(by, from, pairs_, to);
+      rotate_pairs<1>(by, from, pairs_, to);
     else
-      turn_pairs<2>(by, from, 1, to);
+      rotate_pairs<2>(by, from, 1, to);
     for (index_t i = width(); i < dim; ++i) to[i] = from[i];
   }
 
   // The angles of the ranks 0 to 63, with the attention factor: for keys that are stored as they were before rope, and
-  // turned as they are loaded (kv_part::rank_angles). For each rank sixteen cosines and sixteen sines by turns; fastest
-  // at a multiple of 64 bytes.
+  // rotated as they are loaded (kv_part::rank_angles). For each rank sixteen cosines and sixteen sines by turns;
+  // fastest at a multiple of 64 bytes.
   static constexpr index_t num_ranks = 64;
   index_t rank_floats() const { return 2 * detail::round_up(pairs_, 16); }  // of one of them
   index_t rank_angles_size() const { return num_ranks * rank_floats(); }
@@ -239,7 +239,7 @@ class rope {
  private:
   // Pairs of dimensions that lie `apart`, Step dimensions from pair to pair.
   template <int Step>
-  void turn_pairs(const angles& by, const float* from, index_t apart, float* to) const noexcept {
+  void rotate_pairs(const angles& by, const float* from, index_t apart, float* to) const noexcept {
     // `to` may be `from`, but no pair touches another.
     detail::for_each_index(pairs_, [&](index_t i) {
       const float a = from[i * Step], b = from[i * Step + apart];

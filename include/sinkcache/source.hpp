@@ -75,7 +75,7 @@ struct kv_geometry {
 
 namespace detail {
 struct running_states;
-struct key_turns;
+struct key_rotations;
 }  // namespace detail
 
 // Rows of a tile where a kernel reads them: `stride` bytes apart, each of `bytes` for round_up(dim, 16) elements.
@@ -97,7 +97,7 @@ struct kv_rows;
 //   pack   lays `count` query rows [count, dim] out for dots, in `to` or where they are;
 //   dots   logits [n, rows of a group] of each group of up to four query rows;
 //   add    adds values times weights, which lie as dots' logits do, to the query rows' sums.
-//   turned_dots  as dots, of keys that it turns on the way (kv_part::rank_angles); null: load, then turn.
+//   rotated_dots  as dots, of keys that it rotates on the way (kv_part::rank_angles); null: load, then rotate.
 // All prefetch `next` meanwhile.
 struct kv_reader {
   index_t block_rows, element_bytes;
@@ -109,8 +109,9 @@ struct kv_reader {
   void (*add)(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
               const detail::running_states& to, tile_rows next) noexcept;
   std::string_view name = "custom";
-  void (*turned_dots)(const float* packed, index_t count, index_t dim, const detail::key_turns& turns, position_t place,
-                      tile_rows k, index_t n, tile_rows next, index_t done, float* logits) noexcept = nullptr;
+  void (*rotated_dots)(const float* packed, index_t count, index_t dim, const detail::key_rotations& rotations,
+                       position_t place, tile_rows k, index_t n, tile_rows next, index_t done,
+                       float* logits) noexcept = nullptr;
 };
 
 // Where the keys, or the values, of a part lie. Strides in bytes.
@@ -138,9 +139,9 @@ struct kv_part {
   position_t at_offset = 0, last = 0;
   std::span<const std::int32_t> rank = {};
 
-  // Keys that are stored as they were before rope: rope::rank_angles of the geometry's. Under in_cache attention turns
-  // each, as it is loaded, to its place among all that a query sees; a k_transform is undone first. Rows lie in the
-  // order of their age, so there is no `rank`. Empty: keys are stored turned to their true positions.
+  // Keys that are stored as they were before rope: rope::rank_angles of the geometry's. Under in_cache attention
+  // rotates each, as it is loaded, to its place among all that a query sees; a k_transform is undone first. Rows lie in
+  // the order of their age, so there is no `rank`. Empty: keys are stored rotated to their true positions.
   std::span<const float> rank_angles = {};
 
   // For rows in pages: row r lies in page pages[r / page_rows] as its row r % page_rows.

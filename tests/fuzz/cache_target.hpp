@@ -421,7 +421,7 @@ inline void caches(std::span<const std::byte> input) {
     s.layer.inv_freq.push_back(
         static_cast<float>(std::pow(100.0, -2.0 * static_cast<double>(i) / static_cast<double>(dim))));
   s.layer.in_cache = config.positions == positions::in_cache;
-  s.layer.k_turned = false;
+  s.layer.k_rotated = false;
   s.layer.first_position = config.first_position;
   s.layer.sink_logits.assign(s.layer.num_qo_heads, 0.f);
   s.dice = effort::dice(static_cast<std::uint64_t>(next.byte()));

@@ -72,7 +72,7 @@ TEST_CASE("caches in a ggml graph give what their policy says, in chunks of any 
     oracle::layer layer;
     layer.num_qo_heads = size_t(heads), layer.num_kv_heads = size_t(kv_heads);
     layer.head_dim = layer.v_head_dim = size_t(dim), layer.sm_scale = 1 / std::sqrt(double(dim));
-    layer.k_turned = false;
+    layer.k_rotated = false;
     for (index_t i = 0; i < dim / 2; ++i)
       layer.inv_freq.push_back(static_cast<float>(std::pow(10000.0, -2.0 * double(i) / double(dim))));
 

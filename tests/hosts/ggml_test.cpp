@@ -401,7 +401,7 @@ TEST_CASE("a graph is built once and decodes a stream, in StreamingLLM's positio
   const rope rotary = rope::plain(64, 10000);
   host h({.seen = 160, .order = cells::by_token}, 7);
   oracle::layer layer;
-  layer.sm_scale = 0.125, layer.q_turned = true;
+  layer.sm_scale = 0.125, layer.q_rotated = true;
   for (int i = 0; i < 32; ++i) layer.inv_freq.push_back(static_cast<float>(std::pow(10000.0, -i / 32.0)));
   std::vector<workspace> workspaces(2);
   ggml_attention op({.num_qo_heads = 8}, {.num_sink_tokens = 4, .window = 60, .rope = rotary}, workspaces);

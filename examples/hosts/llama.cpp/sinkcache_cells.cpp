@@ -114,20 +114,20 @@ ggml_tensor* sinkcache_cells_attention(const llm_graph_context& graph, llm_graph
   const bool windowed = graph.hparams.is_swa(static_cast<std::uint32_t>(il));
   const llama_kv_cache_context* cache = nullptr;
   ggml_tensor *k_cells = nullptr, *v_cells = nullptr;
-  bool turned = false;
+  bool rotated = false;
   if (const auto* one = dynamic_cast<const llm_graph_input_attn_kv*>(inp)) {
     cache = one->mctx, k_cells = one->get_k_idxs(), v_cells = one->get_v_idxs();
-    turned = one->self_k_rot != nullptr || one->self_v_rot != nullptr;
+    rotated = one->self_k_rot != nullptr || one->self_v_rot != nullptr;
   } else if (const auto* two = dynamic_cast<const llm_graph_input_attn_kv_iswa*>(inp)) {
     cache = windowed ? two->mctx->get_swa() : two->mctx->get_base();
     k_cells = windowed ? two->get_k_idxs_swa() : two->get_k_idxs(),
     v_cells = windowed ? two->get_v_idxs_swa() : two->get_v_idxs();
-    turned = windowed ? two->self_k_rot_swa != nullptr || two->self_v_rot_swa != nullptr
-                      : two->self_k_rot != nullptr || two->self_v_rot != nullptr;
+    rotated = windowed ? two->self_k_rot_swa != nullptr || two->self_v_rot_swa != nullptr
+                       : two->self_k_rot != nullptr || two->self_v_rot != nullptr;
   }
   if (cache == nullptr) return nullptr;
   if (kq_b != nullptr || v_mla != nullptr) refuse(il, "a bias for each key, or MLA");
-  if (turned) refuse(il, "cells that went through a Hadamard transform (LLAMA_ATTN_ROT_DISABLE=1 has them plain)");
+  if (rotated) refuse(il, "cells that went through a Hadamard transform (LLAMA_ATTN_ROT_DISABLE=1 has them plain)");
   if (graph.hparams.use_alibi) refuse(il, "ALiBi");
   if (!graph.cparams.causal_attn || graph.cparams.training) refuse(il, "attention that is not causal, or is trained");
   if (graph.hparams.n_pos_per_embd() > 1) refuse(il, "several positions a token (M-RoPE)");

@@ -160,7 +160,7 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
 // is known. With `turns`, for panels, keys are stored as they were before rope.
 inline void absorb(const kv_part& part, const query_rows& rows, const extent* extents, const running_states& to,
                    const tile_scratch& scratch, const std::byte* next_keys, const kept_logits& kept,
-                   const key_turns* turns = nullptr) noexcept {
+                   const key_rotations* rotations = nullptr) noexcept {
   const seen_by_rows all(rows.rows, extents);
   const index_t dim = round_up(rows.head_dim, 16), v_dim = round_up(rows.v_head_dim, 16);
   const position_t first = first_of(part);
@@ -173,8 +173,8 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
     const index_t offset = static_cast<index_t>(tile % tile_scratch::keys), n = static_cast<index_t>(end - tile);
     const tile_runs lie(part, static_cast<index_t>(tile - first), n);
     const auto tile_keys = [&] {
-      return turns != nullptr
-                 ? placed_rows(part, rows.head_dim, static_cast<index_t>(tile - first), n, *turns, tile, scratch.k)
+      return rotations != nullptr
+                 ? placed_rows(part, rows.head_dim, static_cast<index_t>(tile - first), n, *rotations, tile, scratch.k)
                  : decoded_rows(part.k, lie, rows.head_dim, dim, scratch.k);
     };
     if (rows.in_panels && kept.sums != nullptr) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// A few query rows over a part whose keys are stored as they were before rope: a tile's keys are turned as they are
+// A few query rows over a part whose keys are stored as they were before rope: a tile's keys are rotated as they are
 // loaded, the queries once for 64 of them.
 
 #include <algorithm>
@@ -13,15 +13,15 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 // Merges what `rows` see of such a part into their states, as absorb does. rotate(row, count, base, to) writes query
 // rows as they meet the keys at the places from `base` to base + 63.
 template <class Rotate>
-void absorb_unrotated(const kv_part& part, const key_turns& turns, const query_rows& rows, const extent* extents,
-                      const running_states& to, const tile_scratch& scratch, const kept_logits& kept,
-                      const Rotate& rotate) noexcept {
+void absorb_unrotated(const kv_part& part, const key_rotations& rotations, const query_rows& rows,
+                      const extent* extents, const running_states& to, const tile_scratch& scratch,
+                      const kept_logits& kept, const Rotate& rotate) noexcept {
   const seen_by_rows all(rows.rows, extents);
   const index_t dim = round_up(rows.head_dim, 16);
   const position_t first = first_of(part);
   const row_loader keys(part.k, rows.head_dim, scratch.k), values(part.v, rows.v_head_dim, scratch.v);
-  const bool as_they_are =
-      keys.as_they_are() && part.k.reader->turned_dots != nullptr && turns.in_vectors() && turns.transform == nullptr;
+  const bool as_they_are = keys.as_they_are() && part.k.reader->rotated_dots != nullptr && rotations.in_vectors() &&
+                           rotations.transform == nullptr;
   rope::angles back;
   index_t q_from = 0, q_rows = 0;  // which rows are rotated: most often the same for every tile
   for (position_t tile = all.lo, end; tile < all.hi; tile = end) {
@@ -30,9 +30,9 @@ void absorb_unrotated(const kv_part& part, const key_turns& turns, const query_r
     const tile_runs lie(part, number, n);
     const loaded_rows v = values.load(lie);
     const loaded_rows k =
-        as_they_are
-            ? keys.load(lie)
-            : loaded_rows{&reader_of<f32>, turned_rows(part, rows.head_dim, number, n, turns, tile, scratch.k), false};
+        as_they_are ? keys.load(lie)
+                    : loaded_rows{&reader_of<f32>,
+                                  rotated_rows(part, rows.head_dim, number, n, rotations, tile, scratch.k), false};
     const tile_rows next = k.rows.from_row(n);
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
@@ -40,7 +40,7 @@ void absorb_unrotated(const kv_part& part, const key_turns& turns, const query_r
       while (same < most && seen_of(extents[r + same], tile, end) == seen) ++same;
       if (seen.size() == 0) continue;
       for (position_t at = seen.first, upto; at < seen.last; at = upto) {
-        const position_t base = key_turns::base_of(at);
+        const position_t base = key_rotations::base_of(at);
         upto = std::min(seen.last, base + rope::num_ranks);
         const auto some = static_cast<index_t>(upto - at), in_tile = static_cast<index_t>(at - tile);
         const auto done = static_cast<index_t>(at - seen.first);
@@ -48,9 +48,9 @@ void absorb_unrotated(const kv_part& part, const key_turns& turns, const query_r
         if (as_they_are) {
           if (q_from != r || q_rows != same) rotate(r, same, position_t{0}, scratch.rotated);
           q_from = r, q_rows = same;
-          turns.of.angles_at(base, false, back);
-          pack_turned(turns, back, scratch.rotated, same, dim, scratch.q);
-          k.reader->turned_dots(scratch.q, same, dim, turns, at, of_k, some, of_v, done, scratch.logits);
+          rotations.of.angles_at(base, false, back);
+          pack_rotated_back(rotations, back, scratch.rotated, same, dim, scratch.q);
+          k.reader->rotated_dots(scratch.q, same, dim, rotations, at, of_k, some, of_v, done, scratch.logits);
         } else {
           rotate(r, same, base, scratch.rotated);
           const float* const q = k.reader->pack(scratch.rotated, same, dim, scratch.q);

@@ -89,7 +89,7 @@ class eviction_run {
     const position_t place = to_place ? i : g.first_position + at;
     rope::angles angles;
     g.rope->angles_at(unrotated ? place : place - g.first_position - at, unrotated, angles);
-    g.rope->turn(angles, s.row, g.head_dim, to);
+    g.rope->rotate(angles, s.row, g.head_dim, to);
   }
   static void value_of(const void* of, index_t kv_head, index_t i, float* to) noexcept {
     const auto& s = *static_cast<const scored_state*>(of);

@@ -24,7 +24,7 @@ inline bool sees_all(const kv_part& part, position_t query) {
 }
 
 // What it sees: of consecutive rows their positions; of rows with positions of their own the numbers of all of them,
-// or, where they lie by age and keys are turned to their places, of those that it does see.
+// or, where they lie by age and keys are rotated to their places, of those that it does see.
 inline position_span span_of(const kv_part& part, position_t query) {
   if (!part.at.empty()) {
     if (part.rank_angles.empty() || sees_all(part, query)) return {0, part.rows};

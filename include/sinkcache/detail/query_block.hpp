@@ -57,10 +57,10 @@ struct query_block {
     if (in_cache) count_visible(parts, row, count, later);
     std::fill_n(rotated_for, count, -1);  // no gap
     position_t before = 0;
-    bool last_turned = false;
+    bool last_rotated = false;
     for (index_t i = 0; i < parts.size(); ++i) {
       const kv_part& part = parts[i];
-      const bool turned = !part.rank_angles.empty();
+      const bool rotated = !part.rank_angles.empty();
       bool any = false, all = true;
       position_span span;
       for (index_t r = 0, end; r < count; r = end) {
@@ -77,7 +77,7 @@ struct query_block {
         const extent seen = extent_of(of_query, gap, from - before, to - before);
         std::fill(extents + r, extents + end, seen);
         any = any || seen.lo < seen.hi;
-        all = all && (part.at.empty() || turned || sees_all(part, at));
+        all = all && (part.at.empty() || rotated || sees_all(part, at));
       }
       if (kept.sums != nullptr) span = span_of(part, first, last);
       kept.first = static_cast<index_t>(before - (span.first - first_of(part)));
@@ -85,14 +85,14 @@ struct query_block {
       if (kept.stride > 0 && before > kept.stride) broken_source("a query's parts have more rows than capacity()");
       if (in_cache && !part.at.empty() && part.seen_until != kv_part::always && !part.placeless)
         broken_source("rows with positions of their own, in cache order, have to be seen for ever");
-      if (turned) require_turnable(part);
+      if (rotated) require_rotatable(part);
       if (!any || part.k.reader == nullptr) continue;
       rows.num_sink_tokens = first_of(part) + part.pinned;
       if (has_terms) set_terms(part, kv_head, row, count, terms);
-      if (of.k_transform != nullptr && turned != last_turned) std::fill_n(rotated_for, count, -1);
-      last_turned = turned;
-      if (turned) {
-        absorb_turned(part, rows, kv_head, row, extents, rotated_for, scratch, kept);
+      if (of.k_transform != nullptr && rotated != last_rotated) std::fill_n(rotated_for, count, -1);
+      last_rotated = rotated;
+      if (rotated) {
+        absorb_rotated(part, rows, kv_head, row, extents, rotated_for, scratch, kept);
       } else if (all && (part.at.empty() || (of.positions == positions::absolute && params.alibi_slopes.empty()))) {
         rotate_queries(kv_head, row, count, extents, 0, of.k_transform, rotated_for, scratch);
         const std::byte* const next =
@@ -184,7 +184,7 @@ struct query_block {
       const position_t at = of.first_position + first + of_token, by = raw ? at - gaps[r] : placeless ? -at : -gaps[r];
       if (of.rotates() && (raw ? !placeless : by != 0)) {
         if (r == 0 || (row + r) % group == 0) of.rope->angles_at(by, raw, angles);
-        of.rope->turn(angles, row_q, dim, to);
+        of.rope->rotate(angles, row_q, dim, to);
         if (placeless)
           for (index_t i = 0; i < of.rope->width(); ++i) to[i] /= of.rope->attention_factor();
       } else {
@@ -224,7 +224,7 @@ struct query_block {
     }
   }
 
-  void require_turnable(const kv_part& part) const noexcept {
+  void require_rotatable(const kv_part& part) const noexcept {
     const kv_geometry& of = source.geometry();
     if (!of.rotates() || static_cast<index_t>(part.rank_angles.size()) != of.rope->rank_angles_size())
       broken_source("rank_angles have to be those of the geometry's rope");
@@ -235,15 +235,15 @@ struct query_block {
 
   // A part whose keys are stored as they were before rope. Queries are rotated to where they count as being: by as much
   // more as their first_position, which no place has.
-  void absorb_turned(const kv_part& part, const query_rows& rows, index_t kv_head, index_t row, const extent* extents,
-                     position_t* rotated_for, const worker_scratch& scratch, const kept_logits& kept) const noexcept {
-    const key_turns turns{*source.geometry().rope, part.rank_angles.data(), source.geometry().k_transform};
+  void absorb_rotated(const kv_part& part, const query_rows& rows, index_t kv_head, index_t row, const extent* extents,
+                      position_t* rotated_for, const worker_scratch& scratch, const kept_logits& kept) const noexcept {
+    const key_rotations rotations{*source.geometry().rope, part.rank_angles.data(), source.geometry().k_transform};
     const position_t more = source.geometry().first_position;
     if (in_panels) {
       rotate_queries(kv_head, row, rows.rows, extents, more, nullptr, rotated_for, scratch);
-      return detail::absorb(part, rows, extents, scratch.state, scratch.tile, nullptr, kept, &turns);
+      return detail::absorb(part, rows, extents, scratch.state, scratch.tile, nullptr, kept, &rotations);
     }
-    absorb_unrotated(part, turns, rows, extents, scratch.state, scratch.tile, kept,
+    absorb_unrotated(part, rotations, rows, extents, scratch.state, scratch.tile, kept,
                      [&](index_t r, index_t count, position_t base, float* to) {
                        position_t gaps[tile_scratch::max_rows];
                        for (index_t i = 0; i < count; ++i) gaps[i] = extents[r + i].gap + more + base;

@@ -142,7 +142,7 @@ class query_log {
     if (of.inputs == inputs::rotated && of.rotates()) {
       rope::angles angles;
       of.rope->angles_at(-(of.first_position + query), false, angles);
-      of.rope->turn(angles, row, d, unrotated);
+      of.rope->rotate(angles, row, d, unrotated);
       for (index_t i = 0; i < of.rope->width(); ++i) unrotated[i] /= of.rope->attention_factor();
       row = unrotated;
     }

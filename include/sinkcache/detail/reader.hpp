@@ -3,9 +3,9 @@
 // How a format's rows are read: what the kernel knows of formats.
 
 #include "macros_off.hpp"
+#include "rotated_keys.hpp"
 #include "tile_dots.hpp"
 #include "tile_values.hpp"
-#include "turned_keys.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
@@ -32,8 +32,8 @@ void group_add(const float* weights, index_t count, tile_rows v, index_t offset,
 template <kv_format F>
 constexpr kv_reader make_reader() {
   if constexpr (in_vectors<F>)
-    return {F::block_rows,  F::element_bytes, &F::block_bytes,  &load_rows<F>,        &packed_rows<F>,
-            &group_dots<F>, &group_add<F>,    format_name<F>(), &turned_group_dots<F>};
+    return {F::block_rows,  F::element_bytes, &F::block_bytes,  &load_rows<F>,         &packed_rows<F>,
+            &group_dots<F>, &group_add<F>,    format_name<F>(), &rotated_group_dots<F>};
   else if constexpr (elementwise_format<F>)
     return {F::block_rows,   F::element_bytes, &F::block_bytes, &load_rows<F>,
             &packed_rows<F>, &group_dots<F>,   &group_add<F>,   format_name<F>()};

@@ -50,7 +50,8 @@ class scored_state {
     }
   }
 
-  // Whether keys are stored as they were before rope, and attention turns them to their places: those change at events.
+  // Whether keys are stored as they were before rope, and attention rotates them to their places: those change at
+  // events.
   bool stores_unrotated() const {
     const kv_geometry& g = of.geometry;
     return g.positions == positions::in_cache && g.inputs == inputs::raw && g.rotates();

@@ -35,7 +35,7 @@ inline void rescale_values(const float* scale, index_t rows, const running_state
   }
 }
 
-// Prefetches a strip's share of the next tile's keys while values are added, a key's a turn.
+// Prefetches a strip's share of the next tile's keys while values are added, one key's per step.
 template <index_t Bytes>
 struct key_prefetcher {
   const std::byte* data;

@@ -1,7 +1,7 @@
 #pragma once
 
-// Keys that are stored as they were before rope, turned by their places modulo 64 as they are loaded. What is left of a
-// place is a multiple of 64, by which a few queries are turned, or the keys of a tile that many queries meet.
+// Keys that are stored as they were before rope, rotated by their places modulo 64 as they are loaded. What is left of
+// a place is a multiple of 64, by which a few queries are rotated, or the keys of a tile that many queries meet.
 
 #include <algorithm>
 #include <cstring>
@@ -11,8 +11,8 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// What keys of a part are turned with.
-struct key_turns {
+// What keys of a part are rotated with.
+struct key_rotations {
   const rope& of;
   const float* table;              // rope::rank_angles
   const row_transform* transform;  // that is undone first; null: none
@@ -28,10 +28,10 @@ struct key_turns {
 // Where cosines lie in a row of the table; sines follow after sixteen.
 [[gnu::always_inline]] inline index_t in_table(index_t pair) { return lanes == 16 ? 2 * pair : 2 * pair - pair % 16; }
 
-// Groups of query rows that keys are turned for: those of in_groups, but two of four rows together, where registers
+// Groups of query rows that keys are rotated for: those of in_groups, but two of four rows together, where registers
 // hold the sums.
 template <class F>
-void in_turned_groups(index_t count, const F& f) {
+void in_rotated_groups(index_t count, const F& f) {
   bool second = false;
   in_groups(count, [&]<int Rows>(index_t row, index_t group) {
     if constexpr (Rows == 4 && cpu.registers == 32) {
@@ -43,13 +43,13 @@ void in_turned_groups(index_t count, const F& f) {
   });
 }
 
-// `count` rows, turned back by these angles, as turned_dot_products reads them: the two halves of pairs by turns, then
-// what does not turn.
-inline void pack_turned(const key_turns& turns, const rope::angles& back, const float* rows, index_t count, index_t dim,
-                        float* to) noexcept {
-  const index_t width = turns.of.width(), pairs = width / 2;
-  const bool interleaved = turns.interleaved();
-  in_turned_groups(count, [&]<int Rows>(index_t first, index_t) {
+// `count` rows, rotated back by these angles, as rotated_dot_products reads them: the two halves of pairs by turns,
+// then what is not rotated.
+inline void pack_rotated_back(const key_rotations& rotations, const rope::angles& back, const float* rows,
+                              index_t count, index_t dim, float* to) noexcept {
+  const index_t width = rotations.of.width(), pairs = width / 2;
+  const bool interleaved = rotations.interleaved();
+  in_rotated_groups(count, [&]<int Rows>(index_t first, index_t) {
     for (int r = 0; r < Rows; ++r) {
       const float* const row = rows + (first + r) * dim;
       float* const packed = to + first * dim + r * lanes;
@@ -70,16 +70,17 @@ inline void pack_turned(const key_turns& turns, const rope::angles& back, const 
   });
 }
 
-// logits[j][r] = q[r] . k[j], where the keys k, the first of them at `place`, are turned on the way; all n have the
+// logits[j][r] = q[r] . k[j], where the keys k, the first of them at `place`, are rotated on the way; all n have the
 // same multiple of 64 below them. Behind the n-th key the last one repeats. The tile's values are prefetched meanwhile.
-// With a Width, all dim are so many and turn: loops that know their length.
+// With a Width, all dim are so many and are rotated: loops that know their length.
 template <class K, int Rows, bool Interleaved, int Width = 0>
-[[gnu::noinline]] void turned_dot_products(const float* q, index_t dim, const key_turns& turns, position_t place,
-                                           tile_rows k, index_t n, tile_rows v, float* logits) noexcept {
+[[gnu::noinline]] void rotated_dot_products(const float* q, index_t dim, const key_rotations& rotations,
+                                            position_t place, tile_rows k, index_t n, tile_rows v,
+                                            float* logits) noexcept {
   constexpr int keys = Rows == 8 || (Rows == 4 && cpu.registers < 32) ? 2 : 4, together = Rows == 1 ? 1 : 2;
   constexpr index_t bytes = K::element_bytes;
-  const index_t width = Width > 0 ? Width : turns.of.width(), pairs = width / 2, table_step = round_up(width, 32);
-  const float* const table = turns.row(place);
+  const index_t width = Width > 0 ? Width : rotations.of.width(), pairs = width / 2, table_step = round_up(width, 32);
+  const float* const table = rotations.row(place);
   if (Width > 0) dim = Width;
   for (index_t j = 0; j < n; j += keys) {
     vfloat sums[keys][Rows];
@@ -104,7 +105,7 @@ template <class K, int Rows, bool Interleaved, int Width = 0>
       };
 #pragma GCC unroll 4
       for (index_t p = 0; p < pairs; p += lanes) {
-        vfloat turned[2][together];
+        vfloat rotated[2][together];
 #pragma GCC unroll 2
         for (int i = 0; i < together; ++i) {
           vfloat a, b;
@@ -115,11 +116,11 @@ template <class K, int Rows, bool Interleaved, int Width = 0>
             a = K::load(key[i] + p * bytes), b = K::load(key[i] + (p + pairs) * bytes);
           }
           const vfloat c = load_once(angles[i] + in_table(p)), s = load_once(angles[i] + in_table(p) + 16);
-          turned[0][i] = a * c - b * s;
-          turned[1][i] = b * c + a * s;
+          rotated[0][i] = a * c - b * s;
+          rotated[1][i] = b * c + a * s;
         }
-        add_vector(q + 2 * p * Rows, turned[0]);
-        add_vector(q + (2 * p + lanes) * Rows, turned[1]);
+        add_vector(q + 2 * p * Rows, rotated[0]);
+        add_vector(q + (2 * p + lanes) * Rows, rotated[1]);
       }
 #pragma GCC unroll 1
       for (index_t d = width; d < dim; d += lanes) {
@@ -142,51 +143,53 @@ template <class K, int Rows, bool Interleaved, int Width = 0>
   }
 }
 
-// The turned_dots of a kv_reader. Logits from number `done` of each group on.
+// The rotated_dots of a kv_reader. Logits from number `done` of each group on.
 template <class K>
-void turned_group_dots(const float* packed, index_t count, index_t dim, const key_turns& turns, position_t place,
-                       tile_rows k, index_t n, tile_rows next, index_t done, float* logits) noexcept {
-  in_turned_groups(count, [&]<int Rows>(index_t r, index_t group) {
+void rotated_group_dots(const float* packed, index_t count, index_t dim, const key_rotations& rotations,
+                        position_t place, tile_rows k, index_t n, tile_rows next, index_t done,
+                        float* logits) noexcept {
+  in_rotated_groups(count, [&]<int Rows>(index_t r, index_t group) {
     float* const to = logits_of(logits, group) + done * std::min(Rows, 4);
     const auto multiply = [&]<bool Interleaved, int Width = 0>() {
-      turned_dot_products<K, Rows, Interleaved, Width>(packed + r * dim, dim, turns, place, k, n, next, to);
+      rotated_dot_products<K, Rows, Interleaved, Width>(packed + r * dim, dim, rotations, place, k, n, next, to);
     };
-    if (turns.interleaved()) return multiply.template operator()<true>();
+    if (rotations.interleaved()) return multiply.template operator()<true>();
     if constexpr (Rows == 1 || Rows == 8) {
-      if (dim == 64 && turns.of.width() == 64) return multiply.template operator()<false, 64>();
-      if (dim == 128 && turns.of.width() == 128) return multiply.template operator()<false, 128>();
+      if (dim == 64 && rotations.of.width() == 64) return multiply.template operator()<false, 64>();
+      if (dim == 128 && rotations.of.width() == 128) return multiply.template operator()<false, 128>();
     }
     multiply.template operator()<false>();
   });
 }
 
 // The rows of a part from number `first` on, the first of them at `place`, as floats [n, round_up(dim, 16)].
-inline tile_rows turned_rows(const kv_part& part, index_t dim, index_t first, index_t n, const key_turns& turns,
-                             position_t place, float* to) noexcept {
+inline tile_rows rotated_rows(const kv_part& part, index_t dim, index_t first, index_t n,
+                              const key_rotations& rotations, position_t place, float* to) noexcept {
   const index_t stride = round_up(dim, 16);
   const tile_rows rows = decoded_rows(part.k, tile_runs(part, first, n), dim, stride, to);
   rope::angles by;
   for (index_t i = 0; i < n; ++i) {
-    if (turns.transform != nullptr) turns.transform->undo(to + i * stride, dim);
-    const float* const row = turns.row(place + i);
-    for (index_t p = 0; p < turns.of.width() / 2; p += 16) {
+    if (rotations.transform != nullptr) rotations.transform->undo(to + i * stride, dim);
+    const float* const row = rotations.row(place + i);
+    for (index_t p = 0; p < rotations.of.width() / 2; p += 16) {
       std::copy_n(row + 2 * p, 16, by.cos + p);
       std::copy_n(row + 2 * p + 16, 16, by.sin + p);
     }
-    turns.of.turn(by, to + i * stride, turns.of.width(), to + i * stride);
+    rotations.of.rotate(by, to + i * stride, rotations.of.width(), to + i * stride);
   }
   return rows;
 }
 
-// The same, turned by their whole places: for a tile that many rows of queries meet.
-inline tile_rows placed_rows(const kv_part& part, index_t dim, index_t first, index_t n, const key_turns& turns,
+// The same, rotated by their whole places: for a tile that many rows of queries meet.
+inline tile_rows placed_rows(const kv_part& part, index_t dim, index_t first, index_t n, const key_rotations& rotations,
                              position_t place, float* to) noexcept {
-  const tile_rows rows = turned_rows(part, dim, first, n, turns, place, to);
+  const tile_rows rows = rotated_rows(part, dim, first, n, rotations, place, to);
   rope::angles rest;
   for (index_t i = 0; i < n; ++i) {
     float* const row = to + i * round_up(dim, 16);
-    if (i == 0 || (place + i) % rope::num_ranks == 0) turns.of.angles_at(key_turns::base_of(place + i), false, rest);
-    turns.of.turn(rest, row, turns.of.width(), row);
+    if (i == 0 || (place + i) % rope::num_ranks == 0)
+      rotations.of.angles_at(key_rotations::base_of(place + i), false, rest);
+    rotations.of.rotate(rest, row, rotations.of.width(), row);
   }
   return rows;
 }
