@@ -15,7 +15,8 @@
 #include "policy.hpp"
 #include "source.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 struct cache_config {
   index_t num_kv_heads = 0;     // at least 1
@@ -303,6 +304,7 @@ std::unique_ptr<any_kv_cache> on_heap(std::optional<Cache>&& made, status& found
 }
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

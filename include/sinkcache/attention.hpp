@@ -16,7 +16,8 @@
 #include "kv_cache.hpp"
 #include "workspace.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
@@ -324,6 +325,7 @@ class attention {
   attention_params params_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -11,7 +11,8 @@
 #include "detail/macros_off.hpp"
 #include "softmax.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Order within a row: scale, soft cap, ALiBi, sink bias, then the sink. Errors stay within 16 u (1 + A) max|v|, where u
 // is 2^-24 and A the row's largest sum of |q| |k| sm_scale, |alibi_slope| times distance and |sink_bias|: float32 holds
@@ -212,6 +213,7 @@ inline call_part whole_part(status& found, call_part part, index_t num_kv_heads,
 }
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -21,7 +21,8 @@
 #include "detail/macros_off.hpp"
 #include "version.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 using index_t = std::ptrdiff_t;   // sizes, counts, rows, columns
 using position_t = std::int64_t;  // true index of a token in its stream
@@ -208,6 +209,7 @@ auto created(status& found, const char* what, const Make& make) noexcept -> std:
 constexpr index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) & -multiple; }
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

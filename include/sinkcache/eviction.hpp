@@ -14,7 +14,8 @@
 #include "config.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Tokens leave at events: after every `interval` tokens of the stream a KV head that holds more than its budget is cut
 // down to it. Between events all rows are seen, so a head has up to budget + interval of them. Pinned tokens
@@ -117,6 +118,7 @@ inline std::vector<index_t> duo_budgets(const std::vector<bool>& short_heads, in
   return budgets;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

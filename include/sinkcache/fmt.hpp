@@ -15,14 +15,18 @@
 
 #include "kv_cache.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // What has no options behind the colon.
 struct plain_formatter {
   constexpr auto parse(fmt::format_parse_context& context) { return context.begin(); }
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 // "ok", or the message.
 template <>

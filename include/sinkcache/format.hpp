@@ -15,7 +15,8 @@
 #include "detail/halves.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // What a format must offer:
 //   block_rows                   rows (tokens) in a block;
@@ -193,6 +194,7 @@ constexpr std::string_view format_name() noexcept {
 }
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -15,7 +15,8 @@
 #include "detail/macros_off.hpp"
 #include "format.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -96,6 +97,7 @@ struct q4_0 : detail::ggml_row<q4_0, 18> {
   }
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

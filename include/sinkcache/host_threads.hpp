@@ -8,7 +8,8 @@
 #include "attention.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // The pool of an engine as an executor. A pool has num_threads(), and its run(f) calls f(thread, num_threads) on each
 // of its threads and returns when all are done. The pool outlives this; one call at a time.
@@ -95,6 +96,7 @@ status try_prefill_part(const attention& attention, const_matrix_view q, const_m
   return found;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -13,7 +13,8 @@
 #include "detail/macros_off.hpp"
 #include "storage.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Keys with values that every query sees, wherever it stands: learned sink keys with values (openPangu), meta tokens,
 // soft prompts. They have no positions: a query meets them without its rotary position, and they count nowhere, in no
@@ -243,6 +244,7 @@ class joined_source final : public kv_source {
   position_t before_ = 0;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -12,7 +12,8 @@
 #include "matrix.hpp"
 #include "policies.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -330,6 +331,7 @@ struct expected_attention final : token_scorer {
 };
 
 }  // namespace policies
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

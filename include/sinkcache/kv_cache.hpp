@@ -16,7 +16,8 @@
 #include "storage.hpp"
 #include "tiered_kv_cache.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Keys in format K and values in format V, kept and dropped by Policy. One allocation, at construction. Const calls may
 // run concurrently; append, truncate and prefill may not run beside any other.
@@ -331,6 +332,7 @@ class kv_cache final : public any_kv_cache {
   detail::erased_spans erased_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -13,7 +13,8 @@
 #include "detail/macros_off.hpp"
 #include "format.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Elements from one head, token or dimension to the next.
 struct kv_strides {
@@ -111,6 +112,7 @@ class kv_memory {
   bool paged_ = false;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

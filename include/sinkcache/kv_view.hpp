@@ -18,7 +18,8 @@
 #include "format.hpp"
 #include "kv_memory.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Keys in format K and values in format V, already rotated at their true positions. A query sees of what the memory
 // holds the first num_sink_tokens and the newest `window`; a window of 0 is none: all that is held. Between spans of
@@ -333,6 +334,7 @@ class kv_view final : public kv_source {
   kv_memory memory_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -9,7 +9,8 @@
 #include "any_kv_cache.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Owns a cache a layer, each with shape, window and formats of its own. A layer's tokens are appended by its own
 // attention, layer after layer; what concerns the sequence is asked here. As safe for threads as its caches: const
@@ -84,6 +85,7 @@ class layer_caches {
   std::vector<std::unique_ptr<any_kv_cache>> caches_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -10,7 +10,8 @@
 #include "config.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Floats, row-major: an Eigen matrix in all that it does. A class of ours, so that the linker refuses a function that
 // takes one where the caller is compiled for another instruction set, which would take Eigen's memory to be aligned
@@ -120,7 +121,8 @@ void require_shape(status& found, const char* name, const basic_matrix_view<Floa
 }
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 // What Eigen asks of a type that it maps or refers to.
 template <>

@@ -23,7 +23,8 @@
 #include "scored_kv_cache.hpp"
 #include "with_formats.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // What a cache is to be.
 struct named_cache {
@@ -148,6 +149,7 @@ layer_caches make_layer_caches(std::span<const named_cache> layers,
   return layer_caches(std::move(caches));
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

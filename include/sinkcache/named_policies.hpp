@@ -18,7 +18,8 @@
 #include "policies.hpp"
 #include "redundancy_policies.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // A scorer that can be had by name: what it keeps, in a line; where it is from; its parameters, "name=default" with
 // blanks between them.
@@ -251,6 +252,7 @@ inline std::shared_ptr<const token_scorer> make_policy(std::string_view text, ev
   return scorer;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

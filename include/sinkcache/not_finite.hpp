@@ -10,7 +10,8 @@
 #include "detail/part_rules.hpp"
 #include "source.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // How many elements of the keys and values that the newest query sees are infinite or NaN, over all KV heads: what f16
 // could not hold, from 65520 on, and what came so. Of rows that formats of few bits lost, all elements. Keys count as
@@ -44,6 +45,7 @@ inline index_t num_not_finite(const kv_source& source) {
   return n;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -11,7 +11,8 @@
 #include "detail/macros_off.hpp"
 #include "workspace.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // As many threads as are given, or as OpenMP would take where it is made (OMP_NUM_THREADS). Its calls may be made from
 // inside a parallel region, which then runs them on one thread unless nesting is on.
@@ -33,6 +34,7 @@ class openmp_executor {
   index_t num_threads_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -12,7 +12,8 @@
 #include "detail/macros_off.hpp"
 #include "scorer.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -170,6 +171,7 @@ struct snapkv final : token_scorer {
 };
 
 }  // namespace policies
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

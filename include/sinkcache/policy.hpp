@@ -10,7 +10,8 @@
 #include "config.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // The positions that are visible, oldest first. Neighbours that touch are one span.
 class span_list {
@@ -196,6 +197,7 @@ constexpr position_t min_truncate(const P& policy, position_t seen, position_t h
 }
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -36,7 +36,8 @@
 #include "format.hpp"
 #include "source.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -315,6 +316,7 @@ struct transformed : F {
 template <kv_format F>
 inline constexpr kv_reader reader_of<transformed<F>> = reader_of<F>;
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -11,7 +11,8 @@
 #include "detail/macros_off.hpp"
 #include "key_policies.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -149,6 +150,7 @@ struct gkv final : token_scorer {
 };
 
 }  // namespace policies
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

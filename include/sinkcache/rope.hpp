@@ -21,7 +21,8 @@
 #include "detail/macros_off.hpp"
 #include "detail/simd.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 enum class rope_pairing {
   half_split,  // dimension i is rotated with i + width / 2 (GPT-NeoX, HF Llama, gpt-oss)
@@ -332,6 +333,7 @@ class rope {
   float attention_factor_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -17,7 +17,8 @@
 #include "detail/macros_off.hpp"
 #include "rope.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Key and value, such as {"rope_theta", "10000.0"}. Keys of an object within an object are joined by a dot,
 // {"rope_scaling.factor", "8.0"}; words may keep their quotes; null is as good as absent.
@@ -259,6 +260,7 @@ inline rope rope_of_gguf(const model_keys& keys, index_t head_dim, std::span<con
   return *made;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -18,7 +18,8 @@
 #include "scorer.hpp"
 #include "storage.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration the geometry,
 // num_sink_tokens and rollback are read, and recent where a format spares tokens; window has to be 0. One allocation,
@@ -326,6 +327,7 @@ class scored_kv_cache final : public any_kv_cache {
   eviction_reader* watcher_ = nullptr;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -11,7 +11,8 @@
 #include "detail/macros_off.hpp"
 #include "source.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // What a scorer wants to be told.
 struct scorer_needs {
@@ -103,6 +104,7 @@ class token_scorer {
   virtual std::string_view name() const noexcept { return "custom"; }
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -22,7 +22,8 @@
 #include "detail/simd.hpp"
 #include "matrix.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // What stands in the softmax's denominator beside the visible tokens. One that was moved from can be assigned to; who
 // else is given it refuses it.
@@ -266,6 +267,7 @@ class attention_state {
   std::vector<float> floats_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -22,7 +22,8 @@
 #include "matrix.hpp"
 #include "rope.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 class attention;
 class workspace;
@@ -312,6 +313,7 @@ class weight_reader {
   ~weight_reader() = default;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -15,7 +15,8 @@
 #include "detail/reader.hpp"
 #include "format.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -147,6 +148,7 @@ class storage {
 };
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

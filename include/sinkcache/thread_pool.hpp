@@ -11,7 +11,8 @@
 #include "detail/macros_off.hpp"
 #include "workspace.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // Threads that wait for work; the one that calls `run` is a worker too. One run at a time: a pool for each thread of
 // the host that makes calls. Whoever waits asks a few times before it sleeps: between the products of a decode step the
@@ -102,6 +103,7 @@ class thread_pool {
   std::atomic<index_t> next_item_{0};
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -10,7 +10,8 @@
 #include "detail/macros_off.hpp"
 #include "detail/tiered_cache.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 template <kv_format K, kv_format V = K, class Policy = sink_window>
 class kv_cache;
@@ -132,6 +133,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   }
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -12,7 +12,9 @@
 #include "policy.hpp"
 #include "storage.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Which tokens lie where. Those spared: the pinned ones in rows [0, pinned), the newest `recent` in a ring of `spared`
 // rows after them. The others lie where the policy says, as it would have them `recent` tokens earlier.
@@ -204,6 +206,8 @@ class tiered_storage {
   cache_memory memory_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -121,7 +121,8 @@
 #define SINKCACHE_STRING_(text) #text
 #define SINKCACHE_STRING(text) SINKCACHE_STRING_(text)
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 // The instruction set that the including file was compiled for: "avx512", "avx2", "neon", "sse2", ...
 constexpr const char* isa() noexcept { return SINKCACHE_STRING(SINKCACHE_ISA); }
@@ -142,4 +143,5 @@ inline instruction_sets built_for() noexcept {
 #endif
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache

@@ -14,7 +14,8 @@
 #include "format.hpp"
 #include "quantized.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
@@ -104,6 +105,7 @@ status try_with_formats(std::string_view k, std::string_view v, F&& f) {
   return found;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -13,7 +13,8 @@
 #include "config.hpp"
 #include "detail/macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 namespace detail {
 class schedule;
@@ -140,6 +141,7 @@ class workspace {
   std::unique_ptr<std::byte, give_back> memory_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "detail/macros_on.hpp"

@@ -13,7 +13,9 @@
 #include "part_rules.hpp"
 #include "reader.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Rows as one of the readers can work on them; in_place: where the cache has them.
 struct loaded_rows {
@@ -212,6 +214,8 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -8,7 +8,9 @@
 #include "absorb.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Merges what `rows` see of such a part into their states, as absorb does. rotate(row, count, base, to) writes query
 // rows as they meet the keys at the places from `base` to base + 63.
@@ -65,6 +67,8 @@ void absorb_unrotated(const kv_part& part, const key_rotations& rotations, const
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -8,7 +8,9 @@
 #include "macros_off.hpp"
 #include "schedule.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Sums are of so many queries at a time, so that they see few rows more than one of them does.
 inline constexpr index_t sum_queries = 512;
@@ -53,6 +55,8 @@ std::pair<schedule::shape, index_t> batch_needs(status& found, const attention_p
   return {of, shared};
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -11,7 +11,9 @@
 #include "../scorer.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // A row that may leave.
 struct candidate {
@@ -49,6 +51,8 @@ inline double largest_change(double mass, double max_value) noexcept {
   return mass < 1 ? 2 * mass / (1 - mass) * max_value : std::numeric_limits<double>::infinity();
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

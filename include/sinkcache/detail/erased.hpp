@@ -9,7 +9,9 @@
 #include "../any_kv_cache.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 class erased_spans {
  public:
@@ -86,6 +88,8 @@ class erased_spans {
   std::vector<position_span> spans_;  // in order, none touches another
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -8,7 +8,9 @@
 #include "macros_off.hpp"
 #include "scored_state.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 class eviction_run {
  public:
@@ -223,6 +225,8 @@ class eviction_run {
   eviction_reader* watcher_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

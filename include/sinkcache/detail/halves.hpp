@@ -11,7 +11,9 @@
 #include "macros_off.hpp"
 #include "simd.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint16_t))));
 
@@ -104,6 +106,8 @@ typedef std::uint16_t vhalf __attribute__((vector_size(lanes * sizeof(std::uint1
 #endif
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

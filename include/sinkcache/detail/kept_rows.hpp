@@ -16,7 +16,9 @@
 #include "macros_off.hpp"
 #include "reader.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Lays arrays one after the other: without memory it only counts their bytes.
 class carver {
@@ -311,6 +313,8 @@ class kept_rows {
   index_t first_event_ = 0, num_events_ = 0;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -14,7 +14,9 @@
 #include "kept_rows.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Positions that the caller pinned, in order, and which of them was the first, the second, ...
 struct pin_list {
@@ -216,6 +218,8 @@ class kept_tiers {
   std::byte *k_ = nullptr, *v_ = nullptr;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

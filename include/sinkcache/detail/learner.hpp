@@ -10,7 +10,9 @@
 #include "macros_off.hpp"
 #include "scored_state.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 class scored_learner : public weight_reader {
  public:
@@ -171,6 +173,8 @@ class scored_learner : public weight_reader {
   mutable index_t looking_back_ = 0;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

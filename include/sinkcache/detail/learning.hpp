@@ -7,7 +7,9 @@
 #include "../any_kv_cache.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // A cache's own reader of weights, and the caller's.
 class learning final : public weight_reader {
@@ -52,6 +54,8 @@ class learning final : public weight_reader {
   weight_reader *learner_, *other_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

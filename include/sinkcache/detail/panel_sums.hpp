@@ -8,7 +8,9 @@
 #include "tile_dots.hpp"
 #include "tile_softmax.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // NaN counts nothing in a sum.
 inline float known_weight(float w) { return w == w ? w : 0.f; }
@@ -94,6 +96,8 @@ inline void sum_tile(const query_rows& rows, const extent* extents, tile_rows k,
     to[j] += join_lanes<1>(load(sums + j * lanes), [](vfloat a, vfloat b) { return a + b; })[0];
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

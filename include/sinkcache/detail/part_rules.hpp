@@ -7,7 +7,9 @@
 #include "macros_off.hpp"
 #include "scratch.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // What a part's rows are told apart by: positions, or numbers where each row has a position of its own.
 inline position_t first_of(const kv_part& part) { return part.at.empty() ? part.first : 0; }
@@ -51,6 +53,8 @@ inline position_span span_of(const kv_part& part, position_t first, position_t l
   return {from, std::max(from, std::min(span_of(part, last).last, first_of(part) + part.rows))};
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -12,7 +12,9 @@
 
 #if defined(SINKCACHE_INTEGER_KERNELS)
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // A group of query rows: [steps, 2, 64] bytes of digits, of each row as many as fit 64 bytes with the others; then a
 // factor and a sum for each row. Shorter rows than these do not fit what floats take, and are multiplied as floats.
@@ -237,7 +239,9 @@ void integer_dots(const float* packed, index_t count, index_t dim, tile_rows k, 
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #endif
 

@@ -17,7 +17,9 @@
 #define SINKCACHE_INTEGER_KERNELS 1
 #endif
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 template <int Bits>
 struct quantized_row;
@@ -134,6 +136,8 @@ __m512i numbers_of(const F& at) noexcept {
 
 #endif
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

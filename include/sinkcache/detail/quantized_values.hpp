@@ -11,7 +11,9 @@
 
 #if defined(SINKCACHE_INTEGER_KERNELS)
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // The weights of a group of rows over a tile: [keys / 4, 2, 4 rows] of four keys' digits, and what the sums mean.
 struct weight_digits {
@@ -239,7 +241,9 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #endif
 

@@ -11,7 +11,9 @@
 #include "absorb_unrotated.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Neighbouring query tokens over one source of keys and values. Its query rows are, for each KV head, [tokens, group].
 // One plan holds for all of them.
@@ -317,6 +319,8 @@ struct query_block {
   }
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

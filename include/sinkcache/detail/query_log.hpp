@@ -13,7 +13,9 @@
 #include "macros_off.hpp"
 #include "panel_sums.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 struct query_sizes {
   scorer_needs needs;
@@ -161,6 +163,8 @@ class query_log {
   position_t folded_ = 0;  // queries whose moments are in the sums
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -7,7 +7,9 @@
 #include "tile_dots.hpp"
 #include "tile_values.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 template <elementwise_format K>
 void group_dots(const float* packed, index_t count, index_t dim, tile_rows k, index_t n, tile_rows next,
@@ -41,9 +43,12 @@ constexpr kv_reader make_reader() {
     return {F::block_rows, 0, &F::block_bytes, &load_rows<F>, nullptr, nullptr, nullptr, format_name<F>()};
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
-namespace sinkcache::inline SINKCACHE_TAG {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
 
 template <kv_format F>
 inline constexpr kv_reader reader_of = detail::make_reader<F>();
@@ -61,6 +66,7 @@ inline constexpr row_format row_format_of{
     &reader_of<F>, [](const float* row, index_t dim, std::byte* to) noexcept { F::encode(row, dim, to); }};
 
 }  // namespace detail
-}  // namespace sinkcache::inline SINKCACHE_TAG
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

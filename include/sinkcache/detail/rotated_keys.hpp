@@ -9,7 +9,9 @@
 #include "macros_off.hpp"
 #include "tile_dots.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // What keys of a part are rotated with.
 struct key_rotations {
@@ -194,6 +196,8 @@ inline tile_rows placed_rows(const kv_part& part, index_t dim, index_t first, in
   return rows;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

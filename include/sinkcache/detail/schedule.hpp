@@ -13,7 +13,9 @@
 #include "macros_off.hpp"
 #include "query_block.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // One query token: all heads' rows, and where their results go. `into` instead of `out` takes partial states.
 struct decode_job {
@@ -343,6 +345,8 @@ class schedule {
   std::byte* shared_ = nullptr;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -11,7 +11,9 @@
 #include "kept_rows.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 struct scored_config {
   kv_geometry geometry;
@@ -118,6 +120,8 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
                   rules.num_qo_heads, "a multiple of num_kv_heads,", of.geometry.num_kv_heads);
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

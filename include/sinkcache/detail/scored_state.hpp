@@ -13,7 +13,9 @@
 #include "query_log.hpp"
 #include "scored_config.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 class scored_state {
  public:
@@ -320,6 +322,8 @@ class scored_state {
   index_t most_rows_ = 0;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

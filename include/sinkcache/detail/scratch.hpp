@@ -10,7 +10,9 @@
 #include "../source.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // States that grow tile by tile, of vectors of columns. What rounding leaves of each addition is summed beside it, so
 // that long sums do not drift however many tiles there are (fast two-sum, Dekker 1971).
@@ -127,6 +129,8 @@ struct worker_scratch {
   tile_scratch tile;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

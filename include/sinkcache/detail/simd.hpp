@@ -21,7 +21,9 @@
 #include <arm_neon.h>
 #endif
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // What the kernel is arranged for: all that it knows of a processor but single instructions.
 struct processor {
@@ -314,6 +316,8 @@ template <class F>
 #endif
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -16,7 +16,9 @@
 #include "../tiered_storage.hpp"
 #include "macros_off.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 template <eviction_policy Policy>
 class tiered_cache : public any_kv_cache {
@@ -236,6 +238,8 @@ class tiered_cache : public any_kv_cache {
   tiered_storage rows_;
 };
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

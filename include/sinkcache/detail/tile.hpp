@@ -11,7 +11,9 @@
 #include "macros_off.hpp"
 #include "tile_rows.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Zeros. `= {}` is a slow string instruction, and g++ keeps in memory what it does not unroll early.
 template <class V, int M, int N>
@@ -128,6 +130,8 @@ void in_groups(index_t count, const F& f) {
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -8,7 +8,9 @@
 #include "macros_off.hpp"
 #include "tile.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // The vectors that keys of a format K are multiplied in.
 template <class K>
@@ -224,6 +226,8 @@ template <class K, int Rows>
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -11,7 +11,9 @@
 #include "scratch.hpp"
 #include "simd.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Rows that lie together: n rows from `row` on of a page; there is only page 0 where a part has no pages.
 struct row_run {
@@ -98,6 +100,8 @@ inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
   return true;
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -10,7 +10,9 @@
 #include "macros_off.hpp"
 #include "tile.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // How a tile's logits [keys, Rows] lie in vectors, and what there is one of for each row.
 template <int Rows>
@@ -170,6 +172,8 @@ void weigh(float* logits, index_t offset, index_t n, const running_states& to, f
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"

@@ -9,7 +9,9 @@
 #include "macros_off.hpp"
 #include "tile.hpp"
 
-namespace sinkcache::inline SINKCACHE_TAG::detail {
+namespace sinkcache {
+inline namespace SINKCACHE_TAG {
+namespace detail {
 
 // Vectors of columns that load_vector gave, in the order of columns.
 template <int Vectors, int Rows>
@@ -103,6 +105,8 @@ void in_strips(index_t dim, const F& f) {
   }
 }
 
-}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+}  // namespace detail
+}  // namespace SINKCACHE_TAG
+}  // namespace sinkcache
 
 #include "macros_on.hpp"
