@@ -1,7 +1,7 @@
 // Every template of the library once, all members of the class templates included: what clang-tidy reads.
 
 #include <sinkcache/fmt.hpp>
-#include <sinkcache/named_policies.hpp>
+#include <sinkcache/named_caches.hpp>
 #include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
@@ -16,6 +16,9 @@ template class sinkcache::kv_view<sinkcache::f32>;
 template class sinkcache::kv_view<sinkcache::f16, sinkcache::bf16>;
 
 template class sinkcache::scored_kv_cache<sinkcache::f16, sinkcache::bf16>;
+
+template sinkcache::layer_caches sinkcache::make_layer_caches<sinkcache::format_list<sinkcache::f32, sinkcache::q8>>(
+    std::span<const sinkcache::named_cache>, std::pmr::memory_resource*);
 
 template class sinkcache::static_tokens<sinkcache::f16, sinkcache::bf16>;
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -184,11 +186,41 @@ class any_kv_cache : public kv_source {
   void truncate(position_t seen) { try_truncate(seen).or_fail(); }
   virtual status try_truncate(position_t seen) noexcept = 0;
 
+  // Adds to `found` why truncate would be refused.
+  virtual void require_truncate(status& found, position_t seen) const noexcept {
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (found && seen < min_truncate()) refuse_overwritten(found, seen);
+  }
+
   // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
   position_t min_truncate() const noexcept override = 0;
 
   // Forgets all tokens.
   virtual void clear() noexcept = 0;
+
+  // A copy that goes on by itself, in memory from the same resource. A cache of your own is refused unless it overrides
+  // this.
+  std::unique_ptr<any_kv_cache> clone_any() const {
+    status found;
+    std::unique_ptr<any_kv_cache> copy = try_clone_any(found);
+    found.or_fail();
+    return copy;
+  }
+  // The same; or null, and in `found` why.
+  virtual std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept {
+    found = status();
+    found.refuse("the cache has no try_clone_any, had to be one that can be copied");
+    return nullptr;
+  }
+
+  // Keeps the token at a position for ever, one that comes later too. `pinned`: false where a head has evicted it.
+  // Refused by caches that pin their first tokens alone: all but scored_kv_cache.
+  virtual status try_pin(position_t position, bool& pinned) noexcept {
+    status found;
+    pinned = false;
+    found.refuse("position was {}, had to be none: this cache pins its first num_sink_tokens alone", position);
+    return found;
+  }
 
   // Adds to `found` why so many tokens cannot come before their queries do: a cache that evicts by what queries give
   // tokens has to have learned from all of them where it evicts.
@@ -213,8 +245,27 @@ class any_kv_cache : public kv_source {
   explicit any_kv_cache(const kv_geometry& geometry) noexcept : kv_source(geometry) {}
   any_kv_cache(any_kv_cache&&) noexcept = default;
   any_kv_cache& operator=(any_kv_cache&&) noexcept = default;
+
+  void refuse_overwritten(status& found, position_t seen) const noexcept {
+    found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, min_truncate());
+  }
 };
 
+namespace detail {
+
+// Of the small memory that objects and names take.
+inline void refuse_exhausted(status& found) noexcept { found.refuse("memory was exhausted, had to be there"); }
+
+// In memory of its own what a try_ function made; or null, where it made none, or where there is no memory.
+template <class Cache>
+std::unique_ptr<any_kv_cache> on_heap(std::optional<Cache>&& made, status& found) noexcept {
+  if (!made) return nullptr;
+  std::unique_ptr<any_kv_cache> cache(new (std::nothrow) Cache(std::move(*made)));
+  if (cache == nullptr) refuse_exhausted(found);
+  return cache;
+}
+
+}  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
 
 #include "detail/macros_on.hpp"

@@ -132,16 +132,18 @@ class kv_cache final : public any_kv_cache {
 
   status try_truncate(position_t seen) noexcept override {
     status found;
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    require_truncate(found, seen);
     if (!found) return found;
-    const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
-    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_)) {
-      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest);
-      return found;
-    }
     seen_ = seen;
     if (size() == seen) high_ = seen;  // all there ever was is still here, so what came after no longer matters
     return found;
+  }
+  void require_truncate(status& found, position_t seen) const noexcept override {
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (!found) return;
+    const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
+    if (seen < smallest && !detail::can_go_back(policy_, seen, seen_, high_))
+      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest);
   }
 
   position_t min_truncate() const noexcept override { return detail::min_truncate(policy_, seen_, high_); }
@@ -163,6 +165,9 @@ class kv_cache final : public any_kv_cache {
     std::optional<kv_cache> copy = make(config(), Policy(policy_), found, rows_.resource());
     if (copy) copy->copy_tokens(*this);
     return copy;
+  }
+  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
+    return detail::on_heap(try_clone(found), found);
   }
 
   index_t capacity() const noexcept override { return nbytes() > 0 ? detail::max_visible(policy_) : 0; }

@@ -6,12 +6,14 @@
 #include <charconv>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "detail/macros_off.hpp"
+#include "eviction.hpp"
 #include "key_policies.hpp"
 #include "policies.hpp"
 #include "redundancy_policies.hpp"
@@ -52,9 +54,17 @@ namespace detail {
 // Takes parameters out of a list by name; what is left at the end, or is no such value, is an error.
 class parameter_reader {
  public:
-  parameter_reader(status& found, const named_policy& policy, std::span<const policy_parameter> given) noexcept
-      : found_(found), policy_(policy), given_(given) {}
+  // `shared`: parameters of all policies.
+  parameter_reader(status& found, const named_policy& policy, std::span<const policy_parameter> given,
+                   std::string_view shared = {}) noexcept
+      : found_(found), policy_(policy), given_(given), shared_(shared) {}
 
+  void number(std::string_view name, std::optional<double>& to) noexcept {
+    double value = to.value_or(0);
+    const std::size_t before = taken_;
+    number(name, value);
+    if (taken_ > before) to = value;
+  }
   template <class T>
   void number(std::string_view name, T& to) noexcept {
     const policy_parameter* const p = take(name);
@@ -88,9 +98,10 @@ class parameter_reader {
   void end() noexcept {
     if (taken_ == given_.size()) return;
     for (const policy_parameter& p : given_)
-      if (!is_known(p.first))
-        return found_.refuse("{}'s parameter was '{}', had to be one of: {}", policy_.name, p.first.substr(0, 32),
-                             policy_.parameters.empty() ? "none" : policy_.parameters);
+      if (!is_in(policy_.parameters, p.first) && !is_in(shared_, p.first))
+        return found_.refuse("{}'s parameter was '{}', had to be one of: {}{}{}", policy_.name, p.first.substr(0, 32),
+                             policy_.parameters.empty() && shared_.empty() ? "none" : policy_.parameters,
+                             policy_.parameters.empty() || shared_.empty() ? "" : " ", shared_);
     found_.refuse("{}'s parameters were given twice, had to be given once each", policy_.name);
   }
 
@@ -103,8 +114,8 @@ class parameter_reader {
       }
     return nullptr;
   }
-  bool is_known(std::string_view name) const noexcept {
-    for (std::string_view rest = policy_.parameters; !rest.empty();) {
+  static bool is_in(std::string_view parameters, std::string_view name) noexcept {
+    for (std::string_view rest = parameters; !rest.empty();) {
       if (rest.substr(0, rest.find('=')) == name) return true;
       const std::size_t next = rest.find(' ');
       rest = next == std::string_view::npos ? std::string_view() : rest.substr(next + 1);
@@ -115,6 +126,7 @@ class parameter_reader {
   status& found_;
   const named_policy& policy_;
   std::span<const policy_parameter> given_;
+  std::string_view shared_;
   std::size_t taken_ = 0;
 };
 
@@ -180,16 +192,22 @@ inline std::shared_ptr<const token_scorer> make_key_scorer(parameter_reader& fro
 
 }  // namespace detail
 
-// The scorer of that name with these parameters, the authors' defaults for those not given; or null, and in `found`
-// why.
+namespace detail {
+
 inline std::shared_ptr<const token_scorer> make_policy(std::string_view name, std::span<const policy_parameter> given,
-                                                       status& found) {
+                                                       eviction* rules, status& found) {
   found = status();
   for (const named_policy& policy : named_policies) {
     if (policy.name != name) continue;
-    detail::parameter_reader from(found, policy, given);
-    std::shared_ptr<const token_scorer> scorer = detail::make_key_scorer(from, name);
-    if (scorer == nullptr) scorer = detail::make_attention_scorer(from, name);
+    parameter_reader from(found, policy, given, rules != nullptr ? "budget= recent=32 interval=64 adaptive=" : "");
+    std::shared_ptr<const token_scorer> scorer = make_key_scorer(from, name);
+    if (scorer == nullptr) scorer = make_attention_scorer(from, name);
+    if (rules != nullptr) {
+      from.number("budget", rules->budget);
+      from.number("recent", rules->recent);
+      from.number("interval", rules->interval);
+      from.number("adaptive", rules->adaptive);
+    }
     from.end();
     return found ? scorer : nullptr;
   }
@@ -198,6 +216,39 @@ inline std::shared_ptr<const token_scorer> make_policy(std::string_view name, st
       "expected_attention rkv gkv",
       name.substr(0, 32));
   return nullptr;
+}
+
+}  // namespace detail
+
+// The scorer of that name with these parameters, the authors' defaults for those not given; or null, and in `found`
+// why.
+inline std::shared_ptr<const token_scorer> make_policy(std::string_view name, std::span<const policy_parameter> given,
+                                                       status& found) {
+  return detail::make_policy(name, given, nullptr, found);
+}
+
+// The same from one text, "h2o:normalise=lifetime,budget=512,recent=32", which may have four of the rules, too: budget,
+// recent, interval, adaptive. Those not named stay as they are.
+inline std::shared_ptr<const token_scorer> make_policy(std::string_view text, eviction& rules, status& found) {
+  const std::size_t colon = text.find(':');
+  const std::string_view name = text.substr(0, colon);
+  std::vector<policy_parameter> given;
+  for (std::size_t at = colon; at != std::string_view::npos;) {
+    const std::size_t next = text.find(',', at + 1);
+    const std::string_view one = text.substr(at + 1, next == std::string_view::npos ? next : next - at - 1);
+    const std::size_t equals = one.find('=');
+    if (equals == std::string_view::npos) {
+      found = status();
+      found.refuse("{}'s parameter was '{}', had to be name=value", name.substr(0, 32), one.substr(0, 32));
+      return nullptr;
+    }
+    given.emplace_back(one.substr(0, equals), one.substr(equals + 1));
+    at = next;
+  }
+  eviction with = rules;
+  std::shared_ptr<const token_scorer> scorer = detail::make_policy(name, given, &with, found);
+  if (scorer != nullptr) rules = std::move(with);
+  return scorer;
 }
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

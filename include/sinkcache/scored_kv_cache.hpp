@@ -101,6 +101,9 @@ class scored_kv_cache final : public any_kv_cache {
     if (copy) copy->copy_tokens(*this);
     return copy;
   }
+  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
+    return detail::on_heap(try_clone(found), found);
+  }
 
   index_t room() const noexcept override {
     if (nbytes() == 0) return 1;
@@ -135,7 +138,7 @@ class scored_kv_cache final : public any_kv_cache {
     try_pin(position, pinned).or_fail();
     return pinned;
   }
-  status try_pin(position_t position, bool& pinned) noexcept {
+  status try_pin(position_t position, bool& pinned) noexcept override {
     status found;
     pinned = false;
     require_memory(found);
@@ -194,9 +197,7 @@ class scored_kv_cache final : public any_kv_cache {
   // Takes back up to `rollback` tokens, with the events between and all that was learned since.
   status try_truncate(position_t seen) noexcept override {
     status found;
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
-    if (found && seen < min_truncate())
-      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, min_truncate());
+    require_truncate(found, seen);
     if (!found || seen == seen_) return found;
     state().take_back(seen, seen_);
     seen_ = seen;

@@ -4,6 +4,7 @@
 //
 //   kv_cache.hpp          the cache: append, truncate, what is kept
 //   any_kv_cache.hpp      its configuration, and a cache whose formats were chosen at run time
+//   layer_caches.hpp      the caches of a model's layers, taken back and copied together
 //   kv_view.hpp           keys and values in an engine's own memory, read in place
 //   kv_memory.hpp         how that memory is described
 //   joined.hpp            a shared prefix, or tokens without positions, in front of a cache
@@ -30,6 +31,7 @@
 //   scored_kv_cache.hpp   a cache that evicts by score; eviction.hpp has its rules, scorer.hpp what a scorer is
 //   policies.hpp, key_policies.hpp, redundancy_policies.hpp   scorers: H2O, TOVA, SnapKV, KeyDiff, LagKV, R-KV ...
 //   named_policies.hpp    all of them by name
+//   named_caches.hpp      any cache by the names of its policy and formats
 //   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
 #include "any_kv_cache.hpp"
@@ -42,6 +44,7 @@
 #include "kv_cache.hpp"
 #include "kv_memory.hpp"
 #include "kv_view.hpp"
+#include "layer_caches.hpp"
 #include "matrix.hpp"
 #include "policy.hpp"
 #include "quantized.hpp"

@@ -131,16 +131,16 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
 
   status try_truncate(position_t seen) noexcept override {
     status found;
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    require_truncate(found, seen);
     if (!found) return found;
-    if (!shape_.can_go_back(seen, high_)) {
-      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, min_truncate());
-      return found;
-    }
     seen_ = seen;
     encoded_ = std::min(encoded_, seen);
     if (seen <= shape_.pinned) high_ = seen;  // nothing else is left that could have been written over
     return found;
+  }
+  void require_truncate(status& found, position_t seen) const noexcept override {
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (found && !shape_.can_go_back(seen, high_)) refuse_overwritten(found, seen);
   }
   position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
 
@@ -159,6 +159,9 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     std::optional<kv_cache> copy = try_create(config(), found, rows_.resource());
     if (copy) copy->copy_tokens(*this);
     return copy;
+  }
+  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
+    return detail::on_heap(try_clone(found), found);
   }
 
   index_t capacity() const noexcept override { return nbytes() > 0 ? shape_.policy().max_visible() : 0; }
