@@ -8,6 +8,7 @@ import transformers
 
 from . import build
 from .attention import attention, load
+from .cache import SinkCache
 from .masks import mask
 
 load(build.operators())

@@ -44,6 +44,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         refuse("output_attentions", True, "False: no weights are kept")
     if position_bias is not None:
         refuse("position_bias", "a tensor", "None")
+    layer = getattr(key, "sinkcache_layer", None)  # of a SinkCache, which attends for itself
     if query.device.type != "cpu":
         refuse("query's device", query.device.type, "cpu")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
@@ -55,6 +56,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     sinks = None if s_aux is None else s_aux.detach()
+    if layer is not None:
+        return layer.attend(query.detach(), float(scaling), float(softcap or 0), sinks), None
     if key.shape[2] < query.shape[2]:
         refuse("key.shape[2]", key.shape[2], f"at least q_len, {query.shape[2]}")
     window = sliding_window or 0

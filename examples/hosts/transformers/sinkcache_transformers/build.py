@@ -67,13 +67,13 @@ def _say(words):
 
 
 def _takes(compiler, flag):
-    return subprocess.run([compiler, flag, "-x", "c++", "-E", os.devnull], stdout=subprocess.DEVNULL,
+    return subprocess.run([*shlex.split(compiler), flag, "-x", "c++", "-E", os.devnull], stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _flags(compiler):
     """For this processor: generic code is several times slower."""
-    if shutil.which(compiler) is None:
+    if shutil.which(shlex.split(compiler)[0]) is None:
         raise RuntimeError(f"sinkcache_transformers found no C++ compiler {compiler}; Debian: apt-get install g++")
     flags = ["-O2", *next(([f] for f in ("-march=native", "-mcpu=native") if _takes(compiler, f)), [])]
     if "OpenMP" in torch.__config__.parallel_info() and _takes(compiler, "-fopenmp"):

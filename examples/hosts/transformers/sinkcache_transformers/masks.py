@@ -1,9 +1,18 @@
 """Masks for the operator: four numbers a sequence (torch.ops.sinkcache.mask_spans), the same for all layers."""
 
+import threading
+
 import torch
 from transformers import masking_utils
 
 from .attention import refuse
+
+
+class _Forwards(threading.local):
+    cache = None  # the SinkCache that this thread's forward pass fills
+
+
+forwards = _Forwards()
 
 
 def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=masking_utils.causal_mask_function,
@@ -12,12 +21,18 @@ def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function
 
     A mask that says more than causality, a window and padding at either end is refused by name."""
     window = local_size or 0
+    if forwards.cache is not None:  # which knows the padding; a mask is not needed
+        if use_vmap or not is_causal(mask_function, window):
+            refuse("the model's mask", "another", "causal, with or without a sliding window, for a SinkCache")
+        return None
     query = q_offset - kv_offset
-    if not torch.compiler.is_compiling() and not use_vmap and _is_causal(mask_function, window):
+    if not torch.compiler.is_compiling() and not use_vmap and is_causal(mask_function, window):
         spans = torch.tensor([0, kv_length, int(query), window]).repeat(batch_size, 1)
         if attention_mask is not None:
             padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-            _add_padding(spans, padding[:, kv_offset:kv_offset + kv_length])
+            tokens = padding[:, kv_offset:kv_offset + kv_length]
+            if not tokens.all():
+                spans[:, 0], spans[:, 1] = ends_of_tokens(tokens)
         return spans[:, None, None]
     whole = masking_utils.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
@@ -25,7 +40,8 @@ def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function
     return torch.ops.sinkcache.mask_spans(whole, window, 0, torch.as_tensor(query))
 
 
-def _is_causal(mask_function, window):
+def is_causal(mask_function, window):
+    """Whether it says causality and the window, and no more."""
     if mask_function is masking_utils.causal_mask_function:
         return window == 0
     return window > 0 and _same(mask_function, masking_utils.sliding_window_causal_mask_function(window))
@@ -45,13 +61,11 @@ def _same(a, b):
         x is y or (callable(x) and _same(x, y)) or (isinstance(x, int) and x == y) for x, y in zip(mine, others))
 
 
-def _add_padding(spans, tokens):
-    """tokens [batch, kv_length]: False where there is padding."""
-    if tokens.all():
-        return
+def ends_of_tokens(tokens):
+    """Of [batch, length], False where there is padding: where tokens begin and end. Between them there may be none."""
     count, length = tokens.sum(-1), tokens.shape[1]
     first = tokens.int().argmax(-1)
     end = torch.where(count > 0, length - tokens.flip(-1).int().argmax(-1), first)
     if not torch.equal(end - first, count):
         refuse("attention_mask", "0 between tokens", "0 before or after the tokens only")
-    spans[:, 0], spans[:, 1] = first, end
+    return first, end
