@@ -16,6 +16,8 @@ template class sinkcache::kv_view<sinkcache::f32>;
 template class sinkcache::kv_view<sinkcache::f16, sinkcache::bf16>;
 
 template class sinkcache::scored_kv_cache<sinkcache::f16, sinkcache::bf16>;
+template class sinkcache::scored_kv_cache<sinkcache::q8, sinkcache::q4>;
+template class sinkcache::kv_cache<sinkcache::q4>;
 
 template sinkcache::layer_caches sinkcache::make_layer_caches<sinkcache::format_list<sinkcache::f32, sinkcache::q8>>(
     std::span<const sinkcache::named_cache>, std::pmr::memory_resource*);

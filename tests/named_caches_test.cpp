@@ -159,6 +159,14 @@ TEST_CASE("a named scored cache keeps as many rows as the window would, or its b
   }
 }
 
+TEST_CASE("a named scored cache of few bits is that cache") {
+  named_cache of = usual("knorm:recent=3,interval=8", "q8", "f32");
+  cache_config config = of.config;
+  config.window = 0;
+  check_same(of, scored_kv_cache<q8, f32>(config, {.budget = 16, .recent = 3, .interval = 8, .num_qo_heads = 4},
+                                          policies::knorm()));
+}
+
 TEST_CASE("parameters in a policy's text reach the scorer and the rules") {
   eviction rules{.budget = 1, .accounts = true};
   status found;
@@ -205,8 +213,6 @@ TEST_CASE("names that do not go together are refused") {
   CHECK(message_of(usual("window")) == "sinkcache: num_sink_tokens was 2, had to be 0: the policy window pins none");
   CHECK(message_of(usual("h2o:recent=3,budget=20")) ==
         "sinkcache: window was 22, had to be 0: the policy's budget says how many rows are kept");
-  CHECK(message_of(usual("h2o:recent=3,interval=8", "q8", "f32")) ==
-        "sinkcache: formats were q8 and f32, had to be f32, f16 or bf16 with the policy h2o");
   named_cache of = usual("h2o");
   of.config.window = 0;
   CHECK(message_of(of) == "sinkcache: window was 0, had to be at least 1, or the policy's budget given");

@@ -47,6 +47,27 @@ struct bytes_of {
 
 using pair = sinkcache::tiered<bytes_of, sinkcache::f32>;
 
+// The first two tokens, ten to seventeen until 120 were seen, and a window of 24.
+struct bookmarks {
+  static constexpr index_t window = 24;
+
+  index_t capacity() const { return 10 + window; }
+  index_t num_pinned() const { return 2; }
+  sinkcache::span_list visible(sinkcache::position_t seen) const {
+    const sinkcache::position_t from = std::max<sinkcache::position_t>(2, seen - window);
+    sinkcache::span_list spans;
+    spans.push_back({0, std::min<sinkcache::position_t>(2, seen)});
+    if (seen < 120) spans.push_back({10, std::min<sinkcache::position_t>(18, from)});
+    spans.push_back({from, seen});
+    return spans;
+  }
+  sinkcache::placed place(sinkcache::position_t p) const {
+    if (p < 2) return {static_cast<index_t>(p), static_cast<index_t>(1 - p)};
+    if (p >= 10 && p < 18) return {static_cast<index_t>(p - 8), static_cast<index_t>(17 - p)};
+    return {static_cast<index_t>(10 + p % window), 0};
+  }
+};
+
 }  // namespace outside
 
 namespace proof {
@@ -414,6 +435,83 @@ TEST_CASE("tiers: attention against the oracle on what is stored") {
       }
     }
   }
+}
+
+TEST_CASE("tiers: a user-defined policy has them too") {
+  constexpr index_t heads = 2, dim = 33, tokens = 150;
+  const matrix k = random_rows(21, tokens, heads * dim), v = random_rows(22, tokens, heads * dim);
+  const matrix q = random_rows(23, tokens, 2 * heads * dim);
+  const outside::bookmarks policy;
+  const attention attention({.num_qo_heads = 2 * heads});
+  workspace w;
+  for (index_t recent : {0, 6, 40})
+    for (index_t chunk : {index_t{1}, index_t{3}, recent - 1, recent + 1, index_t{1000}}) {
+      if (chunk < 1) continue;
+      INFO("recent " << recent << ", chunks of " << chunk);
+      cache_config config = small_config(heads, dim, 0, 0, recent, 9);
+      counting_resource memory;
+      kv_cache<q8, q6, outside::bookmarks> cache(config, policy, &memory);
+      kv_cache<f32, f32, outside::bookmarks> floats(config, policy);
+      CHECK(memory.bytes == cache.nbytes());
+      CHECK(memory.bytes == decltype(cache)::required_bytes(config, policy));
+      matrix out(tokens, 2 * heads * dim), expected(out);
+      for (index_t first = 0; first < tokens; first += chunk) {
+        const index_t n = std::min(chunk, tokens - first);
+        attention.prefill(q.middleRows(first, n), k.middleRows(first, n), v.middleRows(first, n), cache,
+                          out.middleRows(first, n), w);
+        const position_t query = first + n - 1;
+        for (index_t head = 0; head < heads; ++head) {
+          const seen_rows rows = read(cache, query, head, nullptr, nullptr);
+          std::vector<position_t> visible;
+          for (const position_span& span : policy.visible(query + 1))
+            for (position_t p = span.first; p < span.last; ++p) visible.push_back(p);
+          REQUIRE(rows.positions == visible);
+          for (std::size_t i = 0; i < visible.size(); ++i) {
+            const position_t p = visible[i];
+            const bool pinned = p < 2, newest = query - p < recent;
+            CAPTURE(query, p);
+            REQUIRE(rows.formats[i] == (pinned ? "bf16/bf16 pinned" : newest ? "bf16/bf16" : "q8/q6"));
+            const float *key = k.row(p).data() + head * dim, *value = v.row(p).data() + head * dim;
+            if (pinned || newest) {
+              REQUIRE(same(stored<bf16>(key, dim, &hadamard), rows.k_bytes[i]));
+            } else {
+              REQUIRE(same(plain_few(8, key, dim, recent > 0), rows.k_bytes[i]));
+              REQUIRE(same(plain_few(6, value, dim, recent > 0), rows.v_bytes[i]));
+            }
+          }
+        }
+      }
+      attention.prefill(q, k, v, floats, expected, w);
+      CHECK((out - expected).cwiseAbs().maxCoeff() < 0.06f);
+    }
+  // What was taken back may come again as something else.
+  effort::dice dice(24);
+  cache_config config = small_config(1, 16, 0, 0, 5, 9);
+  for (int round = 0; round < 20; ++round) {
+    kv_cache<q4, q8, outside::bookmarks> cache(config, policy), straight(config, policy);
+    matrix stream(400, 16);
+    while (cache.seen() < 200) {
+      if (dice.one_in(3)) {
+        const position_t to = dice.from_to(std::max<position_t>(0, cache.seen() - 14), cache.seen());
+        const bool possible = to >= cache.min_truncate();
+        REQUIRE((cache.try_truncate(to).ok() || !possible));
+      }
+      const index_t n = dice.from_to(1, 12), seen = cache.seen();
+      stream.middleRows(seen, n) = random_rows(dice.bits(), n, 16);
+      cache.append(stream.middleRows(seen, n), stream.middleRows(seen, n));
+    }
+    straight.append(stream.topRows(cache.seen()), stream.topRows(cache.seen()));
+    const auto copy = cache.clone();
+    std::vector<float> of_cache, of_copy, of_straight, values;
+    read(cache, cache.seen() - 1, 0, &of_cache, &values);
+    read(copy, cache.seen() - 1, 0, &of_copy, &values);
+    read(straight, cache.seen() - 1, 0, &of_straight, &values);
+    CHECK(of_cache == of_straight);
+    CHECK(of_copy == of_straight);
+  }
+  config.window = 3;
+  CHECK(kv_cache<q4, q4, outside::bookmarks>::validate(config, policy).message() ==
+        "sinkcache: window was 3, had to be 0: the policy that is given says what it keeps");
 }
 
 TEST_CASE("tiers: a NaN or an infinity reaches the outputs of those that see the token, and no others") {

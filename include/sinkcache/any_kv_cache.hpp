@@ -101,6 +101,21 @@ class key_rotation {
   rope::angles angles_;
 };
 
+// Adds `part` for each run of neighbouring rows of a span, of which positions below `pinned` take sink_bias.
+template <class Place>
+void push_runs(kv_part part, const position_span& span, position_t pinned, part_list& parts,
+               const Place& place) noexcept {
+  for (position_t p = span.first, end; p < span.last; p = end) {
+    const placed at = place(p);
+    end = std::min<position_t>(span.last, p + at.following + 1);
+    part.row = at.slot;
+    part.rows = static_cast<index_t>(end - p);
+    part.first = p;
+    part.pinned = static_cast<index_t>(std::clamp<position_t>(pinned - p, 0, end - p));
+    parts.push_back(part);
+  }
+}
+
 // A row as it is, or what it becomes, in `to`.
 inline const float* transformed_row(const row_transform* transform, const float* row, index_t dim, float* to) noexcept {
   if (transform == nullptr) return row;

@@ -33,6 +33,7 @@ struct eviction {
   bool accounts = false;                          // reports what each event took away: see eviction_event
   std::optional<double> bound = std::nullopt;     // evicts only while the change that accounts report stays below
   index_t hard_budget = 0;                        // with a bound: rows that a head may grow to; at least its budget
+  index_t spared_pins = 16;                       // with formats of few bits: so many positions pin() takes, and spares
 };
 
 // What an event did to a KV head, told before it does.

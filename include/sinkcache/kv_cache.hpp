@@ -219,16 +219,9 @@ class kv_cache final : public any_kv_cache {
       }
       return end;
     } else {
-      // A plan holds as long as only the newest span grows.
-      span_list spans = policy_.visible(first + 1);
-      index_t queries = 1;
-      for (; first + queries <= last; ++queries) {
-        const span_list grown = policy_.visible(first + queries + 1);
-        if (!detail::only_grew(spans, grown)) break;
-        spans = grown;
-      }
-      for (const position_span& span : spans) push_runs(kv_head, span, kv_part::always, parts);
-      end.queries = queries;
+      end.queries = detail::planned_queries(policy_, first, last);
+      for (const position_span& span : policy_.visible(first + end.queries))
+        push_runs(kv_head, span, kv_part::always, parts);
       return end;
     }
   }
@@ -303,18 +296,11 @@ class kv_cache final : public any_kv_cache {
 
   // A part for each run of neighbouring slots.
   void push_runs(index_t kv_head, position_span span, position_t seen_until, part_list& parts) const noexcept {
-    for (position_t p = span.first, end; p < span.last; p = end) {
-      const placed at = policy_.place(p);
-      end = std::min<position_t>(span.last, p + at.following + 1);
-      kv_part& part = parts.emplace_back();
-      part.k = rows_.k_rows(kv_head);
-      part.v = rows_.v_rows(kv_head);
-      part.row = at.slot;
-      part.rows = static_cast<index_t>(end - p);
-      part.first = p;
-      part.seen_until = seen_until;
-      part.pinned = static_cast<index_t>(std::clamp<position_t>(detail::num_pinned(policy_) - p, 0, end - p));
-    }
+    kv_part part;
+    part.k = rows_.k_rows(kv_head);
+    part.v = rows_.v_rows(kv_head);
+    part.seen_until = seen_until;
+    detail::push_runs(part, span, detail::num_pinned(policy_), parts, [&](position_t p) { return policy_.place(p); });
   }
 
   position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten

@@ -96,14 +96,8 @@ class cache_maker {
     if (found_) require_budget(found_, config, rules);
     if (!found_) return nullptr;
     config.window = 0;
-    return with_formats([&]<kv_format K, kv_format V>() -> std::unique_ptr<any_kv_cache> {
-      if constexpr (transform_of<K>() == nullptr && transform_of<V>() == nullptr) {
-        return on_heap(scored_kv_cache<K, V>::try_create(config, rules, scorer, found_, resource_), found_);
-      } else {
-        found_.refuse("formats were {} and {}, had to be f32, f16 or bf16 with the policy {}", format_name<K>(),
-                      format_name<V>(), scorer->name());
-        return nullptr;
-      }
+    return with_formats([&]<kv_format K, kv_format V>() {
+      return on_heap(scored_kv_cache<K, V>::try_create(config, rules, scorer, found_, resource_), found_);
     });
   }
 

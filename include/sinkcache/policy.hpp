@@ -154,6 +154,19 @@ constexpr bool only_grew(const span_list& spans, const span_list& grown) {
   return true;
 }
 
+// For how many queries from `first` on, to `last` at most, the newest span alone grows: one plan holds for them.
+template <eviction_policy P>
+constexpr index_t planned_queries(const P& policy, position_t first, position_t last) {
+  span_list spans = policy.visible(first + 1);
+  index_t queries = 1;
+  for (; first + queries <= last; ++queries) {
+    const span_list grown = policy.visible(first + queries + 1);
+    if (!only_grew(spans, grown)) break;
+    spans = grown;
+  }
+  return queries;
+}
+
 // Whether all that was visible after `back` tokens is still visible after `seen`, or at least still stored. `high` is
 // how far the stream got before it was last taken back.
 template <eviction_policy P>

@@ -303,6 +303,10 @@ struct transformed : F {
   static constexpr const row_transform* transform = &hadamard;
 };
 
+// The same rows, so the same kernels: none is compiled again.
+template <kv_format F>
+inline constexpr kv_reader reader_of<transformed<F>> = reader_of<F>;
+
 }  // namespace sinkcache::inline SINKCACHE_TAG
 
 #include "detail/macros_on.hpp"

@@ -21,7 +21,8 @@
 namespace sinkcache::inline SINKCACHE_TAG {
 
 // Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration the geometry,
-// num_sink_tokens and rollback are read; window has to be 0. One allocation, at construction.
+// num_sink_tokens and rollback are read, and recent where a format spares tokens; window has to be 0. One allocation,
+// at construction.
 //
 // An event is due where seen() is a multiple of the interval, and happens before the next token is stored. Scorers that
 // look at queries or weights learn from every call that is handed the cache not const (attention::decode, attend,
@@ -31,8 +32,6 @@ namespace sinkcache::inline SINKCACHE_TAG {
 template <kv_format K, kv_format V = K>
 class scored_kv_cache final : public any_kv_cache {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: scored_kv_cache stores tokens one by one");
-  static_assert(detail::transform_of<K>() == nullptr && detail::transform_of<V>() == nullptr,
-                "sinkcache: scored_kv_cache has no rows of few bits yet; use f32, f16, bf16 or a format of your own");
 
  public:
   template <std::derived_from<token_scorer> S>
@@ -107,8 +106,8 @@ class scored_kv_cache final : public any_kv_cache {
 
   index_t room() const noexcept override {
     if (nbytes() == 0) return 1;
-    const index_t interval = state().of.rules.interval;
-    return interval - static_cast<index_t>(seen_ % interval);
+    const index_t interval = state().of.rules.interval, left = interval - static_cast<index_t>(seen_ % interval);
+    return state().of.has_tiers() ? std::min(left, state().tiers.room()) : left;
   }
   index_t capacity() const noexcept override { return nbytes() > 0 ? state().most_rows() : 0; }
   std::size_t nbytes() const noexcept override { return memory_ ? memory_.get_deleter().bytes : 0; }
@@ -176,8 +175,10 @@ class scored_kv_cache final : public any_kv_cache {
       for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
         const float* const key = k.row(first_row + i) + head * dim;
         const float given = s.needs.given ? s.of.scorer->given({key, static_cast<std::size_t>(dim)}) : 0;
-        alignas(64) float rotated[max_head_dim];
-        s.rows.write(head, i, seen_ + i, rotation(key, rotated), v.row(first_row + i) + head * v_dim, given);
+        alignas(64) float rotated[max_head_dim], k_row[max_head_dim], v_row[max_head_dim];
+        s.write(head, i, seen_, detail::transformed_row(geometry_.k_transform, rotation(key, rotated), dim, k_row),
+                detail::transformed_row(geometry_.v_transform, v.row(first_row + i) + head * v_dim, v_dim, v_row),
+                given);
       }
     }
   }
@@ -211,17 +212,13 @@ class scored_kv_cache final : public any_kv_cache {
     return std::max<index_t>(0, n - static_cast<index_t>(std::clamp<position_t>(seen_ - 1 - query, 0, n)));
   }
   position_t oldest_query() const noexcept override {
-    return nbytes() == 0 || parts_->learner.looks_back() ? 0 : state().evicted_at;
+    return nbytes() == 0 || parts_->learner.looks_back() ? 0 : state().oldest_query();
   }
 
-  // What was kept by score, and the newest tokens.
-  index_t max_parts() const noexcept override { return 2; }
+  // What was kept by score, and the newest tokens; with tiers several runs of rows.
+  index_t max_parts() const noexcept override { return nbytes() > 0 ? state().max_parts() : 0; }
   plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
-    if (nbytes() > 0) {
-      const detail::held_rows& head = state().rows.head(kv_head);
-      push_rows(kv_head, 0, head.tail, true, parts);
-      push_rows(kv_head, head.tail, head.n - head.tail, false, parts);
-    }
+    if (nbytes() > 0) state().push_parts(kv_head, first, last, parts);
     return {1, static_cast<index_t>(last - first + 1)};
   }
 
@@ -261,13 +258,16 @@ class scored_kv_cache final : public any_kv_cache {
 
   static detail::scored_config state_config(const cache_config& config, const eviction& rules,
                                             std::shared_ptr<const token_scorer> scorer) {
-    return {detail::geometry_of(config),
-            rules,
-            std::move(scorer),
-            detail::row_format_of<K>,
-            detail::row_format_of<V>,
-            config.num_sink_tokens,
-            config.rollback};
+    return {.geometry = detail::geometry_of<K, V>(config),
+            .rules = rules,
+            .scorer = std::move(scorer),
+            .k = detail::row_format_of<K>,
+            .v = detail::row_format_of<V>,
+            .num_sink_tokens = config.num_sink_tokens,
+            .rollback = config.rollback,
+            .whole_k = detail::row_format_of<detail::spared_format<K>>,
+            .whole_v = detail::row_format_of<detail::spared_format<V>>,
+            .recent = tiered_format<K> || tiered_format<V> ? config.recent : -1};
   }
   static index_t bytes_of(status& found, const cache_config& config, const eviction& rules,
                           const token_scorer* scorer) noexcept {
@@ -308,24 +308,6 @@ class scored_kv_cache final : public any_kv_cache {
     state() = from.state();
     state().place(memory_.get());
     std::memcpy(memory_.get(), from.memory_.get(), nbytes());
-  }
-
-  // Rows that lie in the order of their positions, which may follow each other or not.
-  void push_rows(index_t kv_head, index_t row, index_t n, bool scattered, part_list& parts) const noexcept {
-    if (n == 0) return;
-    const std::span<const position_t> at =
-        kept(kv_head).subspan(static_cast<std::size_t>(row), static_cast<std::size_t>(n));
-    kv_part& part = parts.emplace_back();
-    part.k = state().rows.k_rows(kv_head);
-    part.v = state().rows.v_rows(kv_head);
-    part.row = row;
-    part.rows = n;
-    part.first = at.front();
-    part.pinned = static_cast<index_t>(std::lower_bound(at.begin(), at.end(), state().of.num_sink_tokens) - at.begin());
-    part.rank_angles = state().rank_angles();
-    if (!scattered) return;
-    part.at = at;
-    part.last = at.back() + 1;
   }
 
   detail::scored_state& state() { return parts_->state; }

@@ -139,8 +139,8 @@ struct kv_part {
   std::span<const std::int32_t> rank = {};
 
   // Keys that are stored as they were before rope: rope::rank_angles of the geometry's. Under in_cache attention turns
-  // each, as it is loaded, to its place among all that a query sees. Rows lie in the order of their age, so there is no
-  // `rank`; nor is there a k_transform. Empty: keys are stored turned to their true positions.
+  // each, as it is loaded, to its place among all that a query sees; a k_transform is undone first. Rows lie in the
+  // order of their age, so there is no `rank`. Empty: keys are stored turned to their true positions.
   std::span<const float> rank_angles = {};
 
   // For rows in pages: row r lies in page pages[r / page_rows] as its row r % page_rows.

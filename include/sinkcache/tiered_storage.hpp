@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory_resource>
+#include <utility>
 
 #include "detail/macros_off.hpp"
 #include "policy.hpp"
@@ -13,30 +14,90 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// Where positions lie: those spared in rows [0, pinned) and a ring of `spared` rows after them, others in a ring of
-// `few` rows. Those that are a tier's are `recent` and `window` - `recent`; a ring without tokens has no rows.
+// Which tokens lie where. Those spared: the pinned ones in rows [0, pinned), the newest `recent` in a ring of `spared`
+// rows after them. The others lie where the policy says, as it would have them `recent` tokens earlier.
+template <eviction_policy Policy>
 struct tier_shape {
-  index_t pinned, window, recent, rollback;
+  Policy policy;
+  index_t recent, rollback;
 
-  constexpr index_t spared() const { return recent > 0 ? recent + rollback : 0; }
-  constexpr index_t few() const { return window > recent ? window - recent + rollback : 0; }
-  constexpr index_t full_rows() const { return pinned + spared(); }
-  constexpr sink_window policy() const { return {pinned, window, rollback}; }
+  tier_shape(Policy of, index_t newest, index_t kept) : policy(std::move(of)), recent(newest), rollback(kept) {}
 
-  // The first positions that are among the newest `recent`, and that are visible at all, after so many tokens.
-  constexpr position_t first_recent(position_t seen) const { return std::max<position_t>(pinned, seen - recent); }
-  constexpr position_t first_visible(position_t seen) const { return std::max<position_t>(pinned, seen - window); }
+  index_t pinned() const { return num_pinned(policy); }
+  index_t spared() const { return recent > 0 ? recent + rollback : 0; }
+  index_t few() const { return policy.capacity(); }
+  index_t full_rows() const { return pinned() + spared(); }
+
+  // The first position that is among the newest after so many tokens.
+  position_t first_recent(position_t seen) const { return std::max<position_t>(pinned(), seen - recent); }
+
+  placed place(position_t position) const { return policy.place(position); }
+
+  // How many tokens may come so that the first still sees what it has to; 64 at most.
+  index_t room(position_t seen) const {
+    const index_t most = std::min<index_t>(64, recent > 0 ? rollback + 1 : 64);
+    span_list kept = policy.visible(seen + 1);
+    index_t n = 1;
+    for (; n < most && !stored_over(policy, kept, seen + n); ++n) kept.push_back({seen + n, seen + n + 1});
+    return n;
+  }
 
   // Whether what was visible after `back` tokens is still stored where it was, in a stream that got as far as `high`.
-  constexpr bool can_go_back(position_t back, position_t high) const {
+  bool can_go_back(position_t back, position_t seen, position_t high) const {
+    const position_t newest = first_recent(back);
+    if (recent > 0 && newest < back && newest + spared() < high) return false;
+    return detail::can_go_back(policy, back, seen, high);
+  }
+  // The smallest count, not below `lowest`, down to which every count can be gone back to.
+  position_t min_truncate(position_t seen, position_t high, position_t lowest = 0) const {
+    for (position_t n = seen; n > lowest; --n) {
+      if (policy.visible(n).num_tokens() == n && (recent == 0 || high <= full_rows())) return lowest;
+      if (!can_go_back(n - 1, n, high)) return n;
+    }
+    return std::min(lowest, seen);
+  }
+};
+
+// A window: the others lie in a ring of the window less the newest. A ring without tokens has no rows.
+template <>
+struct tier_shape<sink_window> {
+  sink_window policy;
+  index_t recent, rollback = policy.rollback;
+
+  constexpr tier_shape(const sink_window& of, index_t newest, index_t)
+      : policy(of), recent(std::min(newest, of.window)) {}
+
+  constexpr index_t pinned() const { return policy.num_sink_tokens; }
+  constexpr index_t spared() const { return recent > 0 ? recent + rollback : 0; }
+  constexpr index_t few() const { return policy.window > recent ? policy.window - recent + rollback : 0; }
+  constexpr index_t full_rows() const { return pinned() + spared(); }
+
+  // The first positions that are among the newest `recent`, and that are visible at all, after so many tokens.
+  constexpr position_t first_recent(position_t seen) const { return std::max<position_t>(pinned(), seen - recent); }
+  constexpr position_t first_visible(position_t seen) const {
+    return std::max<position_t>(pinned(), seen - policy.window);
+  }
+
+  constexpr placed place(position_t position) const {
+    const auto slot = static_cast<index_t>((position - pinned()) % few());
+    return {slot, few() - 1 - slot};
+  }
+
+  constexpr index_t room(position_t seen) const {
+    position_t n = max_position;
+    if (spared() > 0) n = spared() + first_recent(seen + 1) - seen;
+    if (few() > 0) n = std::min(n, few() + first_visible(seen + 1) - (seen - recent));
+    return static_cast<index_t>(std::max<position_t>(1, n));
+  }
+
+  constexpr bool can_go_back(position_t back, position_t, position_t high) const {
     const position_t newest = first_recent(back), middle = first_visible(back);
     if (newest < back && newest + spared() < high) return false;
     return middle >= newest || middle + few() >= high - recent;
   }
-  // The smallest count down to which every count can be gone back to.
-  constexpr position_t min_truncate(position_t seen, position_t high) const {
+  constexpr position_t min_truncate(position_t seen, position_t high, position_t = 0) const {
     const bool overwritten =
-        (spared() > 0 && pinned + spared() < high) || (few() > 0 && pinned + few() < high - recent);
+        (spared() > 0 && pinned() + spared() < high) || (few() > 0 && pinned() + few() < high - recent);
     return overwritten ? std::min(high - rollback, seen) : 0;
   }
 };

@@ -20,7 +20,8 @@ void absorb_unrotated(const kv_part& part, const key_turns& turns, const query_r
   const index_t dim = round_up(rows.head_dim, 16);
   const position_t first = first_of(part);
   const row_loader keys(part.k, rows.head_dim, scratch.k), values(part.v, rows.v_head_dim, scratch.v);
-  const bool as_they_are = keys.as_they_are() && part.k.reader->turned_dots != nullptr && turns.in_vectors();
+  const bool as_they_are =
+      keys.as_they_are() && part.k.reader->turned_dots != nullptr && turns.in_vectors() && turns.transform == nullptr;
   rope::angles back;
   index_t q_from = 0, q_rows = 0;  // which rows are rotated: most often the same for every tile
   for (position_t tile = all.lo, end; tile < all.hi; tile = end) {

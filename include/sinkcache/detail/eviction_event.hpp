@@ -81,8 +81,8 @@ class eviction_run {
   static void key_of(const void* of, index_t kv_head, index_t i, bool shown, float* to) noexcept {
     const auto& s = *static_cast<const scored_state*>(of);
     const kv_geometry& g = s.of.geometry;
-    const kv_rows rows = s.rows.k_rows(kv_head);
-    rows.reader->load(rows, i, 1, g.head_dim, round_up(g.head_dim, 16), s.row);
+    const auto stored = s.stored(kv_head, i);
+    read_row(stored.k, stored.row, g.head_dim, g.k_transform, s.row);
     const position_t at = s.rows.at(kv_head)[static_cast<std::size_t>(i)];
     const bool to_place = shown && g.positions == positions::in_cache, unrotated = s.stores_unrotated();
     if (!g.rotates() || (!to_place && !unrotated)) return static_cast<void>(std::copy_n(s.row, g.head_dim, to));
@@ -93,9 +93,15 @@ class eviction_run {
   }
   static void value_of(const void* of, index_t kv_head, index_t i, float* to) noexcept {
     const auto& s = *static_cast<const scored_state*>(of);
-    const kv_rows rows = s.rows.v_rows(kv_head);
-    rows.reader->load(rows, i, 1, s.of.geometry.v_head_dim, round_up(s.of.geometry.v_head_dim, 16), s.row);
+    const auto stored = s.stored(kv_head, i);
+    read_row(stored.v, stored.row, s.of.geometry.v_head_dim, s.of.geometry.v_transform, s.row);
     std::copy_n(s.row, s.of.geometry.v_head_dim, to);
+  }
+  // As stored, before its transform.
+  static void read_row(const kv_rows& rows, index_t row, index_t dim, const row_transform* transform,
+                       float* to) noexcept {
+    rows.reader->load(rows, row, 1, dim, round_up(dim, 16), to);
+    if (transform != nullptr) transform->undo(to, dim);
   }
 
   // The same scores for the same tokens, which all heads hold.

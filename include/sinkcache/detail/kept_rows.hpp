@@ -20,8 +20,8 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 
 // How rows of one format are written and read.
 struct row_format {
-  const kv_reader* reader;
-  void (*encode)(const float* row, index_t dim, std::byte* to) noexcept;
+  const kv_reader* reader = nullptr;
+  void (*encode)(const float* row, index_t dim, std::byte* to) noexcept = nullptr;
 };
 
 template <kv_format F>
@@ -73,6 +73,7 @@ struct kept_sizes {
   index_t rows;  // of the pool, all heads
   index_t undo_rows, events;
   bool sums, carried, given;
+  bool tiers;  // whether some rows lie elsewhere: kept_tiers
 };
 
 class kept_rows {
@@ -91,6 +92,8 @@ class kept_rows {
     c.take(sums_, of.sums ? all : 0);
     c.take(carried_, of.carried ? all : 0);
     c.take(given_, of.given ? all : 0);
+    c.take(spared_, of.tiers ? all : 0);
+    c.take(encoded_, of.tiers ? all : 0);
     c.take(evicted_, of.undo_rows);
     c.take(events_, of.events);
     c.take(heads_before_, of.events, of.num_kv_heads);
@@ -104,6 +107,9 @@ class kept_rows {
   std::int64_t* sums(index_t h) const { return sums_ + heads_[h].first; }
   float* carried(index_t h) const { return carried_ + heads_[h].first; }
   float* given(index_t h) const { return given_ + heads_[h].first; }
+  // With tiers: where a row's whole row lies or lay, -1 for nowhere; and 1 where it is encoded here.
+  std::int32_t* spared(index_t h) const { return spared_ + heads_[h].first; }
+  std::uint8_t* encoded(index_t h) const { return encoded_ + heads_[h].first; }
   kv_rows k_rows(index_t h) const {
     return {.reader = of_.k.reader, .base = k_ + heads_[h].first * k_block_, .block = k_block_};
   }
@@ -117,11 +123,15 @@ class kept_rows {
     return true;
   }
 
-  // Writes the row that is number i after those that a head holds.
-  void write(index_t h, index_t i, position_t position, const float* k, const float* v, float given) const noexcept {
-    const index_t row = heads_[h].first + heads_[h].n + i;
+  // Encodes row number i of a head.
+  void encode(index_t h, index_t i, const float* k, const float* v) const noexcept {
+    const index_t row = heads_[h].first + i;
     of_.k.encode(k, of_.head_dim, k_ + row * k_block_);
     of_.v.encode(v, of_.v_head_dim, v_ + row * v_block_);
+  }
+  // What belongs to row number i of a head that is written.
+  void begin(index_t h, index_t i, position_t position, float given) const noexcept {
+    const index_t row = heads_[h].first + i;
     at_[row] = position;
     if (of_.sums) sums_[row] = 0;
     if (of_.carried) carried_[row] = std::numeric_limits<float>::quiet_NaN();
@@ -291,6 +301,9 @@ class kept_rows {
     if (of_.sums) move_in(sums_, from, to, n);
     if (of_.carried) move_in(carried_, from, to, n);
     if (of_.given) move_in(given_, from, to, n);
+    if (!of_.tiers) return;
+    move_in(spared_, from, to, n);
+    move_in(encoded_, from, to, n);
   }
 
   kept_sizes of_{};
@@ -300,6 +313,8 @@ class kept_rows {
   position_t* at_ = nullptr;
   std::int64_t* sums_ = nullptr;
   float *carried_ = nullptr, *given_ = nullptr, *carried_other_ = nullptr;
+  std::int32_t* spared_ = nullptr;
+  std::uint8_t* encoded_ = nullptr;
   evicted_row* evicted_ = nullptr;
   event_record* events_ = nullptr;
   std::int64_t num_evicted_ = 0;  // since the stream began

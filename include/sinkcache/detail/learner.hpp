@@ -30,14 +30,14 @@ class scored_learner : public weight_reader {
   }
   void read_sums(const weight_sums& sums) noexcept override {
     if (!is_own(*sums.part, sums.kv_head) || own(sums.query) < s_.log.learned(sums.kv_head)) return;
-    s_.log.add_sums(s_.rows.sums(sums.kv_head) + sums.part->row + sums.first, sums.sums);
+    s_.log.add_sums(s_.rows.sums(sums.kv_head) + sums.part->mark + sums.first, sums.sums);
   }
 
   void read(const weight_tile& tile) noexcept override {
     const index_t h = tile.kv_head;
     const position_t query = own(tile.query);
     if (query < s_.log.learned(h) || !is_own(*tile.part, h)) return;
-    const index_t row = tile.part->row + tile.first, in_pool = s_.rows.head(h).first + row;
+    const index_t row = tile.part->mark + tile.first, in_pool = s_.rows.head(h).first + row;
     if (s_.needs.sums && tile.query >= one_by_one()) s_.log.add(s_.rows.sums(h) + row, query, in_pool, tile);
     if (!is_last(query)) return;
     if (s_.needs.last_query) over_group(tile, nullptr, s_.log.window(0) + in_pool);
@@ -95,7 +95,7 @@ class scored_learner : public weight_reader {
       if (!of_.is_own(*sums.part, sums.kv_head)) return;
       const scored_state& s = of_.s_;
       const auto queries = static_cast<float>(std::min<position_t>(s.needs.window, of_.cache->seen()) * s.log.group());
-      float* const to = s.log.window(0) + s.rows.head(sums.kv_head).first + sums.part->row + sums.first;
+      float* const to = s.log.window(0) + s.rows.head(sums.kv_head).first + sums.part->mark + sums.first;
       for (std::size_t j = 0; j < sums.sums.size(); ++j) to[j] += sums.sums[j] / queries;
     }
     void read(const weight_tile& tile) noexcept override {
@@ -103,7 +103,7 @@ class scored_learner : public weight_reader {
       const scored_state& s = of_.s_;
       const auto w = static_cast<index_t>(tile.query - first_);
       of_.over_group(tile, s.log.window_lse() + w * s.of.rules.num_qo_heads,
-                     s.log.window(w) + s.rows.head(tile.kv_head).first + tile.part->row + tile.first);
+                     s.log.window(w) + s.rows.head(tile.kv_head).first + tile.part->mark + tile.first);
     }
 
    private:
@@ -119,9 +119,7 @@ class scored_learner : public weight_reader {
     return (s_.needs.last_query || s_.of.rules.accounts) && s_.is_due(query + 1);
   }
   // Of a prefix in front nothing is learned.
-  bool is_own(const kv_part& part, index_t kv_head) const noexcept {
-    return part.k.base == s_.rows.k_rows(kv_head).base;
-  }
+  bool is_own(const kv_part& part, index_t kv_head) const noexcept { return s_.holds(part, kv_head); }
 
   // What a query gave rows, over the group as the scorer wants it.
   void over_group(const weight_tile& tile, const float* lse, float* to) const noexcept {

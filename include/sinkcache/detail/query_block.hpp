@@ -56,6 +56,7 @@ struct query_block {
     if (in_cache) count_visible(parts, row, count, later);
     std::fill_n(rotated_for, count, -1);  // no gap
     position_t before = 0;
+    bool last_turned = false;
     for (index_t i = 0; i < parts.size(); ++i) {
       const kv_part& part = parts[i];
       const bool turned = !part.rank_angles.empty();
@@ -87,10 +88,12 @@ struct query_block {
       if (!any || part.k.reader == nullptr) continue;
       rows.num_sink_tokens = first_of(part) + part.pinned;
       if (has_terms) set_terms(part, kv_head, row, count, terms);
+      if (of.k_transform != nullptr && turned != last_turned) std::fill_n(rotated_for, count, -1);
+      last_turned = turned;
       if (turned) {
         absorb_turned(part, rows, kv_head, row, extents, rotated_for, scratch, kept);
       } else if (all && (part.at.empty() || (of.positions == positions::absolute && params.alibi_slopes.empty()))) {
-        rotate_queries(kv_head, row, count, extents, 0, rotated_for, scratch);
+        rotate_queries(kv_head, row, count, extents, 0, of.k_transform, rotated_for, scratch);
         const std::byte* const next =
             in_panels ? nullptr : keys_after(parts, i, query(row + count - 1), holds.kv_heads);
         detail::absorb(part, rows, extents, scratch.state, scratch.tile, next, kept);
@@ -147,21 +150,23 @@ struct query_block {
   // The queries of all rows for the gaps of these extents and `more`, in the scratch. What they were rotated for last
   // is rotated_for.
   void rotate_queries(index_t kv_head, index_t row, index_t count, const extent* extents, position_t more,
-                      position_t* rotated_for, const worker_scratch& scratch) const noexcept {
+                      const row_transform* transform, position_t* rotated_for,
+                      const worker_scratch& scratch) const noexcept {
     bool done = true;
     for (index_t r = 0; r < count; ++r)
       done = done && (extents[r].lo >= extents[r].hi || extents[r].gap + more == rotated_for[r]);
     if (done) return;
     for (index_t r = 0; r < count; ++r) rotated_for[r] = extents[r].gap + more;
     const index_t dim = source.geometry().head_dim;
-    if (!in_panels) return rotate_rows(kv_head, row, count, rotated_for, scratch.q);
+    if (!in_panels) return rotate_rows(kv_head, row, count, rotated_for, transform, scratch.q);
     for (index_t r = 0; r < count; r += query_rows::panel)
-      to_panel(kv_head, row + r, std::min(query_rows::panel, count - r), rotated_for + r, scratch.tile.k,
+      to_panel(kv_head, row + r, std::min(query_rows::panel, count - r), rotated_for + r, transform, scratch.tile.k,
                scratch.q + r * round_up(dim, 16));
   }
 
   // Copies query rows, rotated to their position less the gap of each, and scaled.
-  void rotate_rows(index_t kv_head, index_t row, index_t count, const position_t* gaps, float* to) const noexcept {
+  void rotate_rows(index_t kv_head, index_t row, index_t count, const position_t* gaps, const row_transform* transform,
+                   float* to) const noexcept {
     const kv_geometry& of = source.geometry();
     const index_t dim = of.head_dim, padded = round_up(dim, 16);
     const float scale = log2_e * params.sm_scale.value_or(1.f / std::sqrt(static_cast<float>(dim)));
@@ -184,18 +189,18 @@ struct query_block {
       } else {
         std::copy_n(row_q, dim, to);
       }
-      if (of.k_transform != nullptr) of.k_transform->apply(to, dim);
+      if (transform != nullptr) transform->apply(to, dim);
       std::fill(to + dim, to + padded, 0.f);
       for (index_t i = 0; i < padded; i += lanes) store(to + i, load(to + i) * scale);
     }
   }
 
   // The same as a panel [dim, panel], with rows of zeros after the last.
-  void to_panel(index_t kv_head, index_t row, index_t count, const position_t* gaps, float* scratch,
-                float* to) const noexcept {
+  void to_panel(index_t kv_head, index_t row, index_t count, const position_t* gaps, const row_transform* transform,
+                float* scratch, float* to) const noexcept {
     constexpr index_t panel = query_rows::panel;
     const index_t dim = round_up(source.geometry().head_dim, 16);
-    rotate_rows(kv_head, row, count, gaps, scratch);
+    rotate_rows(kv_head, row, count, gaps, transform, scratch);
     std::fill(scratch + count * dim, scratch + panel * dim, 0.f);
     for (index_t d = 0; d < dim; d += lanes)
       for (index_t r = 0; r < panel; r += lanes) {
@@ -225,24 +230,23 @@ struct query_block {
     if (of.positions != positions::in_cache || part.placeless)
       broken_source("keys with rank_angles need positions in cache order");
     if (!part.rank.empty()) broken_source("keys with rank_angles lie in the order of their age: they have no rank");
-    if (of.k_transform != nullptr) broken_source("keys with rank_angles cannot have a k_transform");
   }
 
   // A part whose keys are stored as they were before rope. Queries are rotated to where they count as being: by as much
   // more as their first_position, which no place has.
   void absorb_turned(const kv_part& part, const query_rows& rows, index_t kv_head, index_t row, const extent* extents,
                      position_t* rotated_for, const worker_scratch& scratch, const kept_logits& kept) const noexcept {
-    const key_turns turns{*source.geometry().rope, part.rank_angles.data()};
+    const key_turns turns{*source.geometry().rope, part.rank_angles.data(), source.geometry().k_transform};
     const position_t more = source.geometry().first_position;
     if (in_panels) {
-      rotate_queries(kv_head, row, rows.rows, extents, more, rotated_for, scratch);
+      rotate_queries(kv_head, row, rows.rows, extents, more, nullptr, rotated_for, scratch);
       return detail::absorb(part, rows, extents, scratch.state, scratch.tile, nullptr, kept, &turns);
     }
     absorb_unrotated(part, turns, rows, extents, scratch.state, scratch.tile, kept,
                      [&](index_t r, index_t count, position_t base, float* to) {
                        position_t gaps[tile_scratch::max_rows];
                        for (index_t i = 0; i < count; ++i) gaps[i] = extents[r + i].gap + more + base;
-                       rotate_rows(kv_head, row + r, count, gaps, to);
+                       rotate_rows(kv_head, row + r, count, gaps, nullptr, to);
                      });
   }
 
@@ -284,7 +288,7 @@ struct query_block {
         while (run < n && part.position(number[run]) - place(number[run]) == by) ++run;
         position_t gaps[tile_scratch::max_rows];
         std::fill_n(gaps, count, part.placeless ? extent::placeless : seen.gap - by);
-        rotate_rows(kv_head, row + r, count, gaps, memory.rotated);
+        rotate_rows(kv_head, row + r, count, gaps, source.geometry().k_transform, memory.rotated);
         const float* const packed = k.reader->pack(memory.rotated, count, dim, memory.q);
         in_groups(count, [&]<int Rows>(index_t of, index_t number_of_group) {
           k.reader->dots(packed + of * dim, Rows, dim, k.rows.from_row(j), run - j, v.rows,

@@ -7,101 +7,13 @@
 #include <memory_resource>
 #include <span>
 
-#include "../any_kv_cache.hpp"
-#include "../eviction.hpp"
-#include "../scorer.hpp"
 #include "choice.hpp"
-#include "kept_rows.hpp"
+#include "kept_tiers.hpp"
 #include "macros_off.hpp"
 #include "query_log.hpp"
+#include "scored_config.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
-
-struct scored_config {
-  kv_geometry geometry;
-  eviction rules;
-  std::shared_ptr<const token_scorer> scorer;
-  row_format k, v;
-  index_t num_sink_tokens, rollback;
-};
-
-inline index_t head_budget(const eviction& rules, index_t kv_head) noexcept {
-  return rules.head_budgets.empty() ? rules.budget : rules.head_budgets[static_cast<std::size_t>(kv_head)];
-}
-// Rows that a head may have beyond its budget.
-inline index_t growth(const eviction& rules, index_t budget) noexcept {
-  return rules.interval + (rules.bound ? rules.hard_budget - budget : 0);
-}
-
-inline bool is_short(const eviction& rules, index_t kv_head) noexcept {
-  return !rules.short_heads.empty() && rules.short_heads[static_cast<std::size_t>(kv_head)];
-}
-
-// Heads whose rules have to be looked at: one, where all are alike.
-inline index_t num_different_heads(const scored_config& of) noexcept {
-  return of.rules.head_budgets.empty() && of.rules.short_heads.empty() ? 1 : of.geometry.num_kv_heads;
-}
-
-inline void require_budget(status& found, const scored_config& of, index_t kv_head) noexcept {
-  const scorer_needs needs = of.scorer->needs();
-  const index_t budget = head_budget(of.rules, kv_head);
-  const index_t newest = is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
-  const index_t stays = checked_sum(found, "num_sink_tokens + recent", of.num_sink_tokens, newest);
-  found.require(budget > stays, of.rules.head_budgets.empty() ? "budget" : "a head's budget", budget,
-                "above num_sink_tokens and recent (or the scorer's window) together,", stays);
-  if (!is_short(of.rules, kv_head)) of.scorer->require(found, of.geometry, budget, of.num_sink_tokens);
-  if (of.rules.bound)
-    found.require(of.rules.hard_budget >= budget, "hard_budget", of.rules.hard_budget, "at least the budget,", budget);
-}
-
-inline void require_rules(status& found, const scored_config& of, const cache_config& config) noexcept {
-  const eviction& rules = of.rules;
-  const scorer_needs needs = of.scorer->needs();
-  found.require(config.window == 0, "window", config.window, "0: the budget says what is kept");
-  found.require(of.num_sink_tokens >= 0, "num_sink_tokens", of.num_sink_tokens, "at least 0");
-  constexpr index_t most_rollback = index_t{1} << 40;
-  found.require(of.rollback >= 0 && of.rollback <= most_rollback, "rollback", of.rollback, "from 0 to", most_rollback);
-  require_geometry(found, of.geometry);
-  found.require(rules.recent >= 0, "recent", rules.recent, "at least 0");
-  found.require(rules.interval >= 1, "interval", rules.interval, "at least 1");
-  const auto heads = static_cast<index_t>(rules.head_budgets.size());
-  found.require(heads == 0 || heads == of.geometry.num_kv_heads, "head_budgets.size()", heads, "0 or num_kv_heads,",
-                of.geometry.num_kv_heads);
-  const auto shorts = static_cast<index_t>(rules.short_heads.size());
-  found.require(shorts == 0 || shorts == of.geometry.num_kv_heads, "short_heads.size()", shorts, "0 or num_kv_heads,",
-                of.geometry.num_kv_heads);
-  found.require(shorts == 0 || !needs.one_set, "short_heads", "given",
-                "absent: this scorer keeps one set in all heads");
-  found.require(shorts == 0 || !rules.adaptive, "short_heads", "given", "absent where budgets are adaptive");
-  found.require(heads == 0 || rules.budget == 0, "budget", rules.budget, "0 where head_budgets are given");
-  found.require(needs.window >= 0, "the scorer's window", needs.window, "at least 0");
-  found.require(needs.window == 0 || !needs.last_query, "the scorer's window", needs.window,
-                "0 where it wants the last query alone");
-  if (!found) return;
-  bool alike = true;
-  for (index_t h = 0; h < num_different_heads(of); ++h) {
-    alike = alike && head_budget(rules, h) == head_budget(rules, 0);
-    require_budget(found, of, h);
-  }
-  found.require(alike || !needs.one_set, "head_budgets", "different", "equal: this scorer keeps one set in all heads");
-  if (rules.adaptive) {
-    found.require(*rules.adaptive >= 0 && *rules.adaptive <= 1, "adaptive", *rules.adaptive, "from 0 to 1");
-    found.require(needs.compares_heads, "adaptive", "given",
-                  "absent: scores of this scorer cannot be compared across heads");
-    found.require(!rules.bound, "adaptive", "given", "absent where a bound is given");
-  }
-  if (rules.bound) {
-    found.require(*rules.bound >= 0, "bound", *rules.bound, "at least 0");
-    found.require(!needs.one_set, "bound", "given", "absent: this scorer keeps one set in all heads");
-  } else {
-    found.require(rules.hard_budget == 0, "hard_budget", rules.hard_budget, "0 without a bound");
-  }
-  const bool asks =
-      needs.window > 0 || needs.last_query || needs.sums || needs.query_statistics || rules.accounts || rules.bound;
-  if (asks || rules.num_qo_heads != 0)
-    found.require(rules.num_qo_heads >= 1 && rules.num_qo_heads % of.geometry.num_kv_heads == 0, "num_qo_heads",
-                  rules.num_qo_heads, "a multiple of num_kv_heads,", of.geometry.num_kv_heads);
-}
 
 class scored_state {
  public:
@@ -173,6 +85,41 @@ class scored_state {
     return is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
   }
   std::span<const position_t> pins() const { return {pins_memory, static_cast<std::size_t>(num_pins)}; }
+  pin_list numbered_pins() const { return {pins(), pin_numbers}; }
+
+  // Stores a token as number i after those that a head holds: rows as formats take them.
+  void write(index_t h, index_t i, position_t seen, const float* k, const float* v, float given) const noexcept {
+    const index_t at = rows.head(h).n + i;
+    rows.begin(h, at, seen + i, given);
+    if (!of.has_tiers()) return rows.encode(h, at, k, v);
+    tiers.write(rows, h, at, seen, seen + i, k, v, numbered_pins());
+  }
+  // Where the last query before an event reads a row.
+  kept_tiers::stored_row stored(index_t h, index_t i) const noexcept {
+    if (of.has_tiers()) return tiers.row_for(rows, h, i, prepared_at - 1);
+    return {rows.k_rows(h), rows.v_rows(h), i};
+  }
+  index_t max_parts() const noexcept {
+    if (!of.has_tiers()) return 2;
+    return tiers.max_parts(num_pins, needs.window, std::max(of.rules.recent, needs.window));
+  }
+  // What the queries [first, last] may see of a head.
+  void push_parts(index_t h, position_t first, position_t last, part_list& parts) const noexcept {
+    kv_part like;
+    like.rank_angles = rank_angles();
+    if (of.has_tiers())
+      return tiers.push_parts(rows, h, first, last, of.geometry.positions == positions::in_cache, num_pins > 0, like,
+                              parts);
+    const held_rows& head = rows.head(h);
+    push_rows(h, 0, head.tail, true, like, parts);
+    push_rows(h, head.tail, head.n - head.tail, false, like, parts);
+  }
+  // Whether a part's keys are a head's.
+  bool holds(const kv_part& part, index_t h) const noexcept {
+    return part.k.base == rows.k_rows(h).base || (of.has_tiers() && tiers.is_of(part.k.base, h));
+  }
+  // The oldest query that finds all its rows where it did.
+  position_t oldest_query() const noexcept { return of.has_tiers() ? std::max(evicted_at, floor - 1) : evicted_at; }
 
   // Keeps a token for ever, if there is room for one more such.
   void pin(status& found, position_t position, bool& pinned) noexcept {
@@ -182,8 +129,11 @@ class scored_state {
     if (pinned) return;
     found.require(num_pins < most_pins, "pinned positions beside the sinks", num_pins + 1, "at most", most_pins);
     if (!found) return;
+    std::int32_t* const number = pin_numbers + (place - pins_memory);
     std::move_backward(place, end, end + 1);
+    std::move_backward(number, pin_numbers + num_pins, pin_numbers + num_pins + 1);
     *place = position;
+    *number = static_cast<std::int32_t>(num_pins);
     ++num_pins;
     pinned = true;
   }
@@ -236,6 +186,7 @@ class scored_state {
   scored_config of;
   scorer_needs needs;
   kept_rows rows;
+  kept_tiers tiers;
   query_log log;
 
   position_t evicted_at = 0;    // the last event
@@ -243,6 +194,7 @@ class scored_state {
   position_t floor = 0;         // how far can be taken back
   index_t num_pins = 0, most_pins = 0;
   position_t* pins_memory = nullptr;
+  std::int32_t* pin_numbers = nullptr;
 
   // Of an event.
   float *scores = nullptr, *scratch = nullptr, *row = nullptr, *value_row = nullptr;
@@ -288,7 +240,8 @@ class scored_state {
                    .events = events,
                    .sums = needs.sums,
                    .carried = needs.carried,
-                   .given = needs.given});
+                   .given = needs.given,
+                   .tiers = of.has_tiers()});
     log.carve(c, {.needs = needs,
                   .num_qo_heads = rules.num_qo_heads,
                   .num_kv_heads = num_heads(),
@@ -300,8 +253,24 @@ class scored_state {
                   .accounts = rules.accounts});
     c.take(rank_angles_memory, stores_unrotated() ? g.rope->rank_angles_size() : 0);
     most_pins = std::max<index_t>(0, free - 1);
+    if (of.has_tiers()) {
+      most_pins = std::min(most_pins, rules.spared_pins);
+      // What the window of queries sees when it is looked at again, all of them when as many were taken back.
+      const index_t later = checked_sum(found, "rows of the newest", of.rollback, needs.window);
+      tiers.carve(c, found,
+                  {.k = of.whole_k,
+                   .v = of.whole_v,
+                   .num_kv_heads = num_heads(),
+                   .head_dim = g.head_dim,
+                   .v_head_dim = g.v_head_dim,
+                   .pinned = checked_sum(found, "pinned rows", of.num_sink_tokens, most_pins),
+                   .sinks = of.num_sink_tokens,
+                   .recent = of.recent,
+                   .ring = of.recent > 0 ? checked_sum(found, "rows of the newest", of.recent, later) : 0});
+    }
     const index_t group = std::max<index_t>(1, log.group());
     c.take(pins_memory, most_pins + 1);
+    c.take(pin_numbers, most_pins + 1);
     c.take(scores, pool);
     c.take(leaves, pool);
     c.take(kept, pool);
@@ -313,6 +282,26 @@ class scored_state {
     c.take(value_row, rules.accounts ? g.v_head_dim : 0);
     c.take(statistics, needs.query_statistics ? group : 0);
     c.take(head_sums, needs.sums ? most_rows_ : 0);
+  }
+
+  // Rows that lie in the order of their positions, which may follow each other or not.
+  void push_rows(index_t h, index_t from, index_t n, bool scattered, const kv_part& like,
+                 part_list& parts) const noexcept {
+    if (n == 0) return;
+    const std::span<const position_t> at =
+        rows.at(h).subspan(static_cast<std::size_t>(from), static_cast<std::size_t>(n));
+    kv_part& part = parts.emplace_back();
+    part = like;
+    part.k = rows.k_rows(h);
+    part.v = rows.v_rows(h);
+    part.row = from;
+    part.rows = n;
+    part.mark = static_cast<std::int32_t>(from);
+    part.first = at.front();
+    part.pinned = static_cast<index_t>(std::lower_bound(at.begin(), at.end(), of.num_sink_tokens) - at.begin());
+    if (!scattered) return;
+    part.at = at;
+    part.last = at.back() + 1;
   }
 
   // The tokens [down_to, now) of a head and what their queries gave.

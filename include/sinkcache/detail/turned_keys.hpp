@@ -14,7 +14,8 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 // What keys of a part are turned with.
 struct key_turns {
   const rope& of;
-  const float* table;  // rope::rank_angles
+  const float* table;              // rope::rank_angles
+  const row_transform* transform;  // that is undone first; null: none
 
   static position_t base_of(position_t place) { return place & -position_t{rope::num_ranks}; }
   const float* row(position_t place) const {
@@ -166,6 +167,7 @@ inline tile_rows turned_rows(const kv_part& part, index_t dim, index_t first, in
   const tile_rows rows = decoded_rows(part.k, tile_runs(part, first, n), dim, stride, to);
   rope::angles by;
   for (index_t i = 0; i < n; ++i) {
+    if (turns.transform != nullptr) turns.transform->undo(to + i * stride, dim);
     const float* const row = turns.row(place + i);
     for (index_t p = 0; p < turns.of.width() / 2; p += 16) {
       std::copy_n(row + 2 * p, 16, by.cos + p);
