@@ -51,12 +51,6 @@ class PythonSinkCache(transformers.Cache):
         return self.length, 0
 
 
-def filled(layers, length):
-    """Keys and values of a full cache."""
-    generator = torch.Generator().manual_seed(1)
-    return [tuple(torch.randn(1, 3, length, 64, generator=generator) for _ in "kv") for _ in range(layers)]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="1024,8192")
@@ -74,9 +68,9 @@ def main():
     token = torch.tensor([[7]])
 
     for context in map(int, o.contexts.split(",")):
-        full = filled(30, context - 1)
+        key, value = (torch.randn(1, 3, context - 1, 64) for _ in "kv")  # of all layers, each in memory of its own
         dynamic, python = DynamicCache(config=config), PythonSinkCache(model, context)
-        for layer, (key, value) in enumerate(full):
+        for layer in range(config.num_hidden_layers):
             dynamic.update(key, value, layer)
             python.raw.append((key, value))
 
@@ -89,9 +83,10 @@ def main():
         def sinks(kv_format):
             cache = SinkCache(model, SINKS, context - SINKS, kv_format)
             cache._begin(1, context - 1, None, None)
-            for layer, (key, value) in zip(cache.layers, full):
-                query = key.repeat(1, 3, 1, 1)
-                layer.caches.attend(query, key, value, [], [], 0.125, 0.0, None)
+            first = cache.layers[0].caches
+            first.attend(key.repeat(1, 3, 1, 1), key, value, [], [], 0.125, 0.0, None)
+            for layer in cache.layers[1:]:
+                layer.caches = first.clone()
             cache._commit(context - 1)
             return "sinkcache", lambda: model(token, cache=cache)
 

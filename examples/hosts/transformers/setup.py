@@ -20,6 +20,7 @@ def copy_headers(to):
 
 class BuildPy(build_py):
     def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left
         super().run()
         if not self.editable_mode:  # which finds the repository's
             copy_headers(pathlib.Path(self.build_lib) / inside)
