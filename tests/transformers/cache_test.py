@@ -211,6 +211,9 @@ def check_all_formats_and_policies():
             memory = cache.nbytes()
             model(ids, cache=cache)
             assert cache.nbytes() == memory
+    for policy in ("h2o", "snapkv", "knorm"):
+        cache = SinkCache(model, 4, 96, "q8", policy + ":recent=8,interval=16", v_format="q4", recent=8)
+        assert logits_of(model, ids, cache, [48, 200] + [1] * 52).isfinite().all(), policy
     for policy in ("sinks", "window", "random", "h2o", "tova", "snapkv", "knorm", "keydiff", "mean_key", "lagkv:lag=8",
                    "expected_attention", "rkv", "gkv"):
         sinks = 0 if policy == "window" else 4
@@ -243,7 +246,6 @@ def check_refusals():
     refused("num_sink_tokens was -1", SinkCache, model, num_sink_tokens=-1)
     refused("window was 2.5", SinkCache, model, window=2.5)
     refused("positions was 'true'", SinkCache, model, positions="true")
-    refused("had to be f32, f16 or bf16", SinkCache, model, kv_format="q8", policy="h2o")
     refused("model was str", SinkCache, "llama")
     assert not model.model._forward_pre_hooks or gc.collect() >= 0 and not model.model._forward_pre_hooks
     cache = streaming(model)
@@ -289,6 +291,15 @@ def check_refusals():
 
     refused("rope_type was dynamic", SinkCache, made(t.LlamaConfig(**small, rope_parameters=dict(
         rope_type="dynamic", rope_theta=1e4, factor=2.0))))
+    refused("layer 0's type was linear_attention", SinkCache, made(t.Qwen3NextConfig(
+        **small, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+        shared_expert_intermediate_size=32)))
+    refused("layers that attend to keys of their own was 1", SinkCache, made(t.Gemma3nTextConfig(
+        **{**small, "intermediate_size": [32] * 2}, head_dim=16, num_kv_shared_layers=1, vocab_size_per_layer_input=64,
+        activation_sparsity_pattern=[0.0] * 2)))
+    refused("the model's mask was another", SinkCache, made(t.Llama4TextConfig(
+        **small, num_local_experts=2, attention_chunk_size=32, head_dim=16, intermediate_size_mlp=32)))
     refused("decoders with a rotary embedding was 0", SinkCache, made(t.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)))
 
@@ -307,6 +318,9 @@ def check_other_models():
         "glm": t.GlmConfig(**small, head_dim=16, partial_rotary_factor=0.5),
         "stablelm": t.StableLmConfig(**small),
         "granite": t.GraniteConfig(**small),
+        "gpt-neox": t.GPTNeoXConfig(**small),
+        "cohere2": t.Cohere2Config(**small, sliding_window=16),
+        "qwen3-moe": t.Qwen3MoeConfig(**small, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     }
     served = []
     for name, config in configs.items():

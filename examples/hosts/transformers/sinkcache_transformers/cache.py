@@ -75,10 +75,11 @@ class SinkCache(transformers.Cache):
                 refuse(name, repr(number), "a whole number")
         self._attach(rotary.decoder_of(model))
         kinds, arguments = get_layer_types_and_kwargs(self._decoder.config)
-        layers = []
-        for index, (kind, of_kind, shape) in enumerate(zip(kinds, arguments, self._measured())):
+        for index, kind in enumerate(kinds):
             if kind not in ("full_attention", "sliding_attention"):
                 refuse(f"layer {index}'s type", kind, "full_attention or sliding_attention")
+        layers = []
+        for index, (of_kind, shape) in enumerate(zip(arguments, self._measured())):
             models_own = of_kind.get("sliding_window") or 0
             is_own = 0 < models_own <= num_sink_tokens + window
             layers.append(_Layer(self, index, torch.classes.sinkcache.layer(
