@@ -295,10 +295,10 @@ def check_refusals():
         **small, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, linear_num_key_heads=2,
         linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
         shared_expert_intermediate_size=32)))
-    refused("layers that attend to keys of their own was 1", SinkCache, made(t.Gemma3nTextConfig(
+    refused("layer 1's type was dummy", SinkCache, made(t.Gemma3nTextConfig(
         **{**small, "intermediate_size": [32] * 2}, head_dim=16, num_kv_shared_layers=1, vocab_size_per_layer_input=64,
         activation_sparsity_pattern=[0.0] * 2)))
-    refused("the model's mask was another", SinkCache, made(t.Llama4TextConfig(
+    refused("layer 0's type was chunked_attention", SinkCache, made(t.Llama4TextConfig(
         **small, num_local_experts=2, attention_chunk_size=32, head_dim=16, intermediate_size_mlp=32)))
     refused("decoders with a rotary embedding was 0", SinkCache, made(t.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)))
