@@ -196,6 +196,29 @@ def check_interrupted():
     assert (model(ids[:, :60]).logits - expected[:, :60])[:, :SINKS + WINDOW].abs().max() < 1e-3
 
 
+def check_endless():
+    """After a million tokens the same pinned tokens and the same newest ones give what they give after a hundred: what
+    left reaches the last tokens through no layer, and positions in the cache are the same."""
+    config = transformers.LlamaConfig(vocab_size=211, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                                      num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+    torch.manual_seed(4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 2.5 / parameter.shape[-1] ** 0.5)
+    start, end = models.tokens(1, 4), models.tokens(1, 300, seed=6)
+    last, memory = [], []
+    for between in (100, 1_000_000):
+        cache = SinkCache(model, 4, 28, "f32")
+        model.model(start, cache=cache)
+        for at in range(0, between, 10_000):
+            model.model(models.tokens(1, min(10_000, between), seed=at), cache=cache)
+        last.append(model(end, cache=cache).logits[:, 200:])
+        assert cache.get_seq_length() == between + 304
+        memory.append(cache.nbytes())
+    assert (last[0] - last[1]).abs().max() < 1e-4 and memory[0] == memory[1]
+
+
 def check_all_formats_and_policies():
     model = models.model("llama")
     ids = models.tokens(2, 300)
@@ -343,6 +366,7 @@ if __name__ == "__main__":
     check_refusals()
     check_life_of_a_cache()
     check_interrupted()
+    check_endless()
     for name in models.NAMES:
         difference = check_against_eager(name)
         worst, largest = check_against_python(name)
