@@ -92,6 +92,25 @@ TEST_CASE("status: copies and assigns, ok or not") {
   CHECK(changes.message() == bad.message());
 }
 
+TEST_CASE("status: knows memory that was missing from a rule that was broken") {
+  status memory, rule;
+  memory.refuse_memory("bytes was {}, had to be less", 7);
+  memory.refuse("another");
+  CHECK(memory.message() == "sinkcache: bytes was 7, had to be less");
+  rule.require(false, "a", 1, "b");
+  rule.refuse_memory("another");
+  CHECK(memory.lacks_memory());
+  CHECK_FALSE(rule.lacks_memory());
+  CHECK_FALSE(status().lacks_memory());
+  const status copy = memory;
+  CHECK(copy.lacks_memory());
+  memory = rule;
+  CHECK_FALSE(memory.lacks_memory());
+  memory = copy;
+  memory = status();
+  CHECK_FALSE(memory.lacks_memory());
+}
+
 TEST_CASE("status: what is too long is cut off") {
   for (const std::size_t length : {100u, 215u, 216u, 227u, 228u, 229u, 1000u}) {
     const std::string text(length, 'x');

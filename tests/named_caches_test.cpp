@@ -202,10 +202,10 @@ TEST_CASE("a name that is not known says which are") {
   CHECK(message_of(usual("h2o:recent=3,recent=3")) ==
         "sinkcache: h2o's parameters were given twice, had to be given once each");
   CHECK(message_of(usual("h2o:recent=3x")) == "sinkcache: h2o's recent was '3x', had to be a number");
-  CHECK(message_of(usual("sinks", "f8")) == "sinkcache: k_format was 'f8', had to be one of: f32 q8");
-  CHECK(message_of(usual("sinks", "f32", "f16")) == "sinkcache: v_format was 'f16', had to be one of: f32 q8");
+  CHECK(message_of(usual("sinks", "f8")) == "sinkcache: the format of keys was 'f8', had to be f32 or q8");
+  CHECK(message_of(usual("sinks", "f32", "f16")) == "sinkcache: the format of values was 'f16', had to be f32 or q8");
   CHECK(message_of(usual("h2o:recent=3,interval=8", "f32", "Q8")) ==
-        "sinkcache: v_format was 'Q8', had to be one of: f32 q8");
+        "sinkcache: the format of values was 'Q8', had to be f32 or q8");
   CHECK_THROWS_AS(make_cache<formats>(usual("sink")), std::invalid_argument);
 }
 
@@ -213,8 +213,10 @@ TEST_CASE("names that do not go together are refused") {
   CHECK(message_of(usual("window")) == "sinkcache: num_sink_tokens was 2, had to be 0: the policy window pins none");
   CHECK(message_of(usual("h2o:recent=3,budget=20")) ==
         "sinkcache: window was 22, had to be 0: the policy's budget says how many rows are kept");
-  named_cache of = usual("h2o");
+  named_cache of = usual("h2o:budget=0");
   of.config.window = 0;
+  CHECK(message_of(of).starts_with("sinkcache: budget was 0, had to be"));
+  of.policy = "h2o";
   CHECK(message_of(of) == "sinkcache: window was 0, had to be at least 1, or the policy's budget given");
   of.config.window = std::numeric_limits<index_t>::max();
   CHECK(message_of(of) == "sinkcache: num_sink_tokens + window was 2 + 9223372036854775807, had to fit 63 bits");

@@ -269,7 +269,7 @@ class any_kv_cache : public kv_source {
 namespace detail {
 
 // Of the small memory that objects and names take.
-inline void refuse_exhausted(status& found) noexcept { found.refuse("memory was exhausted, had to be there"); }
+inline void refuse_exhausted(status& found) noexcept { found.refuse_memory("memory was exhausted, had to be there"); }
 
 // In memory of its own what a try_ function made; or null, where it made none, or where there is no memory.
 template <class Cache>

@@ -54,11 +54,14 @@ class [[nodiscard]] status {
   status(const status& other) noexcept { *this = other; }
   status& operator=(const status& other) noexcept {
     length_ = other.length_;
+    lacks_memory_ = other.lacks_memory_;
     if (!ok() && this != &other) std::memcpy(text_, other.text_, length_ + 1);
     return *this;
   }
 
   bool ok() const noexcept { return length_ == 0; }
+  // Whether no rule was broken but memory was missing: the same call may succeed later.
+  bool lacks_memory() const noexcept { return lacks_memory_; }
   explicit operator bool() const noexcept { return ok(); }
 
   // What an exception says: "sinkcache: window was 0, had to be at least 1". Empty if ok.
@@ -87,6 +90,13 @@ class [[nodiscard]] status {
     std::string_view rest = words;
     ((add_to_placeholder(rest), add(values)), ...);
     add(rest);
+  }
+
+  // The same where memory is missing.
+  template <class... T>
+  void refuse_memory(const char* words, T... values) noexcept {
+    lacks_memory_ = lacks_memory_ || ok();
+    refuse(words, values...);
   }
 
  private:
@@ -124,6 +134,7 @@ class [[nodiscard]] status {
   }
 
   std::size_t length_ = 0;
+  bool lacks_memory_ = false;
   char text_[max_length + 1];  // with a 0 after it
 };
 

@@ -3,12 +3,12 @@
 // Caches made at run time from the names of a policy and of formats: for command lines, other languages and
 // configurations.
 //
-// make_cache compiles a cache for each pair of formats, half a minute for all of them: call it in one source file of
+// make_cache compiles caches of each pair of formats, most of a minute for all of them: call it in one source file of
 // yours, or name the formats that you need, make_cache<format_list<bf16, q8>>.
 
+#include <algorithm>
+#include <limits>
 #include <memory>
-#include <new>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "detail/macros_off.hpp"
+#include "format.hpp"
 #include "kv_cache.hpp"
 #include "layer_caches.hpp"
 #include "named_policies.hpp"
@@ -38,32 +39,17 @@ struct named_cache {
 };
 
 // Formats that names are looked up in.
-template <kv_format... F>
-struct format_list {};
+template <detail::named_format... F>
+struct format_list : detail::format_choice<F...> {};
 using all_formats = format_list<f32, f16, bf16, q8, q6, q4, q2>;
 
 namespace detail {
 
-template <kv_format... F>
-[[gnu::cold]] void refuse_format(status& found, const char* what, std::string_view name, format_list<F...>) {
-  std::string known;
-  ((known += ' ', known += format_name<F>()), ...);
-  found.refuse("{} was '{}', had to be one of:{}", what, name.substr(0, 32), std::string_view(known));
-}
-
-// make.operator()<F>() of the format that has the name.
-template <class Make, kv_format... F>
-std::unique_ptr<any_kv_cache> with_format(status& found, const char* what, std::string_view name, format_list<F...> of,
-                                          const Make& make) {
-  std::unique_ptr<any_kv_cache> made;
-  const bool known = ((name == format_name<F>() && (made = make.template operator()<F>(), true)) || ...);
-  if (!known) refuse_format(found, what, name, of);
-  return made;
-}
+inline constexpr index_t no_budget = std::numeric_limits<index_t>::min();
 
 // How many rows a scored policy keeps where its text does not say it.
 inline void require_budget(status& found, const cache_config& config, eviction& rules) noexcept {
-  if (rules.budget != 0) {
+  if (rules.budget != no_budget) {
     found.require(config.window == 0, "window", config.window, "0: the policy's budget says how many rows are kept");
     return;
   }
@@ -74,62 +60,48 @@ inline void require_budget(status& found, const cache_config& config, eviction& 
   if (found) rules.budget = rows - rules.interval;
 }
 
-template <class Formats>
-class cache_maker {
- public:
-  cache_maker(const named_cache& of, status& found, std::pmr::memory_resource* resource)
-      : of_(of), found_(found), resource_(resource) {}
-
-  std::unique_ptr<any_kv_cache> make() {
-    cache_config config = of_.config;
-    if (of_.policy == "sinks" || of_.policy == "window") {
-      found_.require(of_.policy == "sinks" || config.num_sink_tokens == 0, "num_sink_tokens", config.num_sink_tokens,
-                     "0: the policy window pins none");
-      if (!found_) return nullptr;
-      return with_formats([&]<kv_format K, kv_format V>() {
-        return on_heap(kv_cache<K, V>::try_create(config, found_, resource_), found_);
-      });
-    }
-    eviction rules;
-    rules.num_qo_heads = of_.num_qo_heads;
-    const std::shared_ptr<const token_scorer> scorer = policy(rules);
-    if (found_) require_budget(found_, config, rules);
-    if (!found_) return nullptr;
-    config.window = 0;
-    return with_formats([&]<kv_format K, kv_format V>() {
-      return on_heap(scored_kv_cache<K, V>::try_create(config, rules, scorer, found_, resource_), found_);
-    });
-  }
-
- private:
-  std::shared_ptr<const token_scorer> policy(eviction& rules) {
-    const std::string_view name = std::string_view(of_.policy).substr(0, of_.policy.find(':'));
-    if (name == "sinks" || name == "window") {
-      found_.refuse("the policy was '{}', had to be '{}': num_sink_tokens and window say the rest",
-                    std::string_view(of_.policy).substr(0, 32), name);
-      return nullptr;
-    }
-    for (const named_policy& known : named_policies)
-      if (known.name == name) return make_policy(of_.policy, rules, found_);
-    std::string known = "sinks window";
-    for (const named_policy& each : named_policies) known.append(" ").append(each.name);
-    found_.refuse("the policy was '{}', had to be one of: {}", name.substr(0, 32), std::string_view(known));
+// What a policy's text asks for, with what goes with it in the configuration and the rules. Null: a window.
+inline std::shared_ptr<const token_scorer> named_scorer(std::string_view text, cache_config& config, eviction& rules,
+                                                        status& found) {
+  const std::string_view name = text.substr(0, text.find(':'));
+  if (name == "sinks" || name == "window") {
+    if (text != name)
+      found.refuse("the policy was '{}', had to be '{}': num_sink_tokens and window say the rest", text.substr(0, 32),
+                   name);
+    found.require(name == "sinks" || config.num_sink_tokens == 0, "num_sink_tokens", config.num_sink_tokens,
+                  "0: the policy window pins none");
     return nullptr;
   }
-
-  template <class Make>
-  std::unique_ptr<any_kv_cache> with_formats(const Make& make) {
-    const std::string_view v_format = of_.v_format.empty() ? of_.k_format : of_.v_format;
-    return with_format(found_, "k_format", of_.k_format, Formats(), [&]<kv_format K>() {
-      return with_format(found_, "v_format", v_format, Formats(),
-                         [&]<kv_format V>() { return make.template operator()<K, V>(); });
-    });
+  const auto is_named = [&](const named_policy& known) { return known.name == name; };
+  if (std::none_of(named_policies.begin(), named_policies.end(), is_named)) {
+    std::string known = "sinks window";
+    for (const named_policy& each : named_policies) known.append(" ").append(each.name);
+    found.refuse("the policy was '{}', had to be one of: {}", name.substr(0, 32), std::string_view(known));
+    return nullptr;
   }
+  rules.budget = no_budget;
+  std::shared_ptr<const token_scorer> scorer = make_policy(text, rules, found);
+  if (found) require_budget(found, config, rules);
+  config.window = 0;
+  return scorer;
+}
 
-  const named_cache& of_;
-  status& found_;
-  std::pmr::memory_resource* resource_;
-};
+template <class Formats>
+std::unique_ptr<any_kv_cache> make_named(const named_cache& of, status& found, std::pmr::memory_resource* resource) {
+  const std::string_view k_format = of.k_format, v_format = of.v_format.empty() ? k_format : of.v_format;
+  found = Formats::validate(k_format, v_format);
+  if (!found) return nullptr;
+  cache_config config = of.config;
+  eviction rules{.num_qo_heads = of.num_qo_heads};
+  const std::shared_ptr<const token_scorer> scorer = named_scorer(of.policy, config, rules, found);
+  if (!found) return nullptr;
+  return Formats::call(k_format, v_format, [&](auto k, auto v) -> std::unique_ptr<any_kv_cache> {
+    using K = decltype(k);
+    using V = decltype(v);
+    if (scorer == nullptr) return on_heap(kv_cache<K, V>::try_create(config, found, resource), found);
+    return on_heap(scored_kv_cache<K, V>::try_create(config, rules, scorer, found, resource), found);
+  });
+}
 
 }  // namespace detail
 
@@ -137,17 +109,16 @@ class cache_maker {
 template <class Formats = all_formats>
 std::unique_ptr<any_kv_cache> try_make_cache(const named_cache& of, status& found,
                                              std::pmr::memory_resource* resource = default_resource()) noexcept {
-  found = status();
-  detail::cache_maker<Formats> maker(of, found, resource);
 #if defined(__cpp_exceptions)
   try {
-    return maker.make();
-  } catch (...) {
+    return detail::make_named<Formats>(of, found, resource);
+  } catch (...) {  // a scorer, or a name, had no memory
+    found = status();
     detail::refuse_exhausted(found);
     return nullptr;
   }
 #else
-  return maker.make();
+  return detail::make_named<Formats>(of, found, resource);
 #endif
 }
 

@@ -31,7 +31,9 @@
 //   scored_kv_cache.hpp   a cache that evicts by score; eviction.hpp has its rules, scorer.hpp what a scorer is
 //   policies.hpp, key_policies.hpp, redundancy_policies.hpp   scorers: H2O, TOVA, SnapKV, KeyDiff, LagKV, R-KV ...
 //   named_policies.hpp    all of them by name
+//   thread_pool.hpp       an executor with threads of its own
 //   named_caches.hpp      any cache by the names of its policy and formats
+//   sinkcache.h           the interface for C; sinkcache.cpp, which a host compiles, is what is behind it
 //   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
 #include "any_kv_cache.hpp"

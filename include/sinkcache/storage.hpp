@@ -78,7 +78,7 @@ inline void require_resource(status& found, const std::pmr::memory_resource* res
   found.require(resource != nullptr, "resource", "null", "a memory resource");
 }
 inline void refuse_memory(status& found, std::size_t bytes) noexcept {
-  found.refuse("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+  found.refuse_memory("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
 }
 
 // What is read element by element is read sixteen at a time, in lines of its own.

@@ -1,6 +1,7 @@
 #pragma once
 
-// Scratch memory and the hook for the host's threads. The library starts no thread of its own.
+// Scratch memory and the hook for the host's threads. The library starts none of its own: thread_pool.hpp is for
+// programs that have no others.
 
 #include <algorithm>
 #include <concepts>
@@ -88,7 +89,8 @@ class workspace {
     status found;
     if (bytes <= nbytes()) return found;
     void* const memory = ::operator new(static_cast<std::size_t>(bytes), alignment, std::nothrow);
-    found.require(memory != nullptr, "bytes of the workspace", bytes, "at most what the system has");
+    if (memory == nullptr)
+      found.refuse_memory("bytes of the workspace was {}, had to be at most what the system has", bytes);
     if (found) hold(memory, bytes);
     return found;
   }
