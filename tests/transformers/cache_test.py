@@ -264,7 +264,7 @@ def check_refusals():
     model = models.model("llama")
     ids = models.tokens(2, 30)
     refused("the policy was 'best'", SinkCache, model, policy="best")
-    refused("k_format was 'f8'", SinkCache, model, kv_format="f8")
+    refused("the format of keys was 'f8'", SinkCache, model, kv_format="f8")
     refused("window was 0", SinkCache, model, window=0)
     refused("num_sink_tokens was -1", SinkCache, model, num_sink_tokens=-1)
     refused("window was 2.5", SinkCache, model, window=2.5)
