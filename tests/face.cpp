@@ -327,7 +327,7 @@ TEST_CASE("face: bad input is a status, with exceptions and without") {
 
   // A format that is named at run time, and a cache that was moved from.
   std::unique_ptr<sc::any_kv_cache> chosen;
-  const auto make = [&](auto k_format, auto v_format) {
+  const auto make = [&](sc::viewed_format auto k_format, sc::viewed_format auto v_format) {
     using cache_type = sc::kv_cache<decltype(k_format), decltype(v_format)>;
     sc::status made_it;
     if (auto optional = cache_type::try_create(full_config(), made_it))

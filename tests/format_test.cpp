@@ -1,6 +1,6 @@
 // Storage formats against plain arithmetic in double: every 16-bit pattern, and every place where rounding turns.
 
-#include <sinkcache/format.hpp>
+#include <sinkcache/with_formats.hpp>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -297,18 +297,21 @@ TEST_CASE("formats: two names choose two types") {
       return std::string(decltype(k_format)::name) + "/" + std::string(decltype(v_format)::name);
     });
   };
-  for (const std::string k : {"f32", "f16", "bf16"})
-    for (const std::string v : {"f32", "f16", "bf16"}) CHECK(chosen(k, v) == k + "/" + v);
+  for (const std::string k : {"f32", "f16", "bf16", "q8", "q6", "q4", "q2"})
+    for (const std::string v : {"f32", "f16", "bf16", "q8", "q6", "q4", "q2"}) CHECK(chosen(k, v) == k + "/" + v);
   CHECK(with_formats("f16", "f32",
                      [](auto k, auto v) { return std::same_as<decltype(k), f16> && std::same_as<decltype(v), f32>; }));
   int calls = 0;
   with_formats("f16", "bf16", [&](auto, auto) { ++calls; });
   CHECK(calls == 1);
-  CHECK_THROWS_WITH(chosen("q8_0", "f16"), "sinkcache: the format of keys was 'q8_0', had to be f32, f16 or bf16");
-  CHECK_THROWS_WITH(chosen("f16", "F16"), "sinkcache: the format of values was 'F16', had to be f32, f16 or bf16");
-  CHECK_THROWS_WITH(chosen("", ""), "sinkcache: the format of keys was '', had to be f32, f16 or bf16");
-  CHECK_THROWS_WITH(chosen("f16", std::string(300, 'x')),
-                    "sinkcache: the format of values was '" + std::string(32, 'x') + "', had to be f32, f16 or bf16");
+  CHECK_THROWS_WITH(chosen("q8_0", "f16"),
+                    "sinkcache: the format of keys was 'q8_0', had to be f32, f16, bf16, q8, q6, q4 or q2");
+  CHECK_THROWS_WITH(chosen("f16", "F16"),
+                    "sinkcache: the format of values was 'F16', had to be f32, f16, bf16, q8, q6, q4 or q2");
+  CHECK_THROWS_WITH(chosen("", ""), "sinkcache: the format of keys was '', had to be f32, f16, bf16, q8, q6, q4 or q2");
+  CHECK_THROWS_WITH(
+      chosen("f16", std::string(300, 'x')),
+      "sinkcache: the format of values was '" + std::string(32, 'x') + "', had to be f32, f16, bf16, q8, q6, q4 or q2");
 }
 
 TEST_CASE("formats: a wrong name is a status for who asks") {
@@ -317,7 +320,7 @@ TEST_CASE("formats: a wrong name is a status for who asks") {
   CHECK(try_with_formats("bf16", "f32", count).ok());
   CHECK(calls == 1);
   CHECK(try_with_formats("bf16", "half", count).message() ==
-        "sinkcache: the format of values was 'half', had to be f32, f16 or bf16");
+        "sinkcache: the format of values was 'half', had to be f32, f16, bf16, q8, q6, q4 or q2");
   CHECK(calls == 1);
   const status passed_on = try_with_formats("f32", "f32", [](auto k, auto) {
     status found;
@@ -331,7 +334,17 @@ TEST_CASE("formats: one's own can be chosen too") {
   CHECK(with_formats<eighths>("eighths", "f32", [](auto k, auto) { return std::same_as<decltype(k), eighths>; }));
   CHECK(with_formats<eighths>("f16", "bf16", [](auto k, auto) { return std::same_as<decltype(k), f16>; }));
   CHECK(try_with_formats<eighths>("f16", "ninths", [](auto, auto) {}).message() ==
-        "sinkcache: the format of values was 'ninths', had to be f32, f16, bf16 or eighths");
+        "sinkcache: the format of values was 'ninths', had to be f32, f16, bf16, q8, q6, q4, q2 or eighths");
+}
+
+TEST_CASE("formats: a call that takes some refuses the others by name") {
+  const auto viewed = [](viewed_format auto, viewed_format auto) {};
+  CHECK(try_with_formats("f16", "f32", viewed));
+  CHECK(try_with_formats("f16", "q8", viewed).message() ==
+        "sinkcache: the format of values was 'q8', had to be f32, f16 or bf16");
+  CHECK(try_with_formats<q8, eighths>("q4", "eighths", [](auto, auto) {}));
+  CHECK(try_with_formats<q8>("q9", "q8", [](auto, auto) {}).message() ==
+        "sinkcache: the format of keys was 'q9', had to be f32, f16, bf16, q8, q6, q4 or q2");
 }
 
 }  // namespace

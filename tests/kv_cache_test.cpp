@@ -806,9 +806,10 @@ TEST_CASE("kv_cache: everything but its making works through any_kv_cache") {
   config.rollback = 2;
   for (const char* k_name : {"f32", "f16", "bf16"})
     for (const char* v_name : {"f32", "f16", "bf16"}) {
-      const auto cache = with_formats(k_name, v_name, [&](auto k, auto v) -> std::unique_ptr<any_kv_cache> {
-        return std::make_unique<kv_cache<decltype(k), decltype(v)>>(config);
-      });
+      const auto cache = with_formats(k_name, v_name,
+                                      [&](viewed_format auto k, viewed_format auto v) -> std::unique_ptr<any_kv_cache> {
+                                        return std::make_unique<kv_cache<decltype(k), decltype(v)>>(config);
+                                      });
       CHECK((cache->kind().k_format == k_name && cache->kind().v_format == v_name));
       append(*cache, numbers(0, 20));
       CHECK((cache->seen() == 20 && cache->size() == 7 && cache->capacity() == 7 && cache->min_truncate() == 18));
@@ -818,7 +819,7 @@ TEST_CASE("kv_cache: everything but its making works through any_kv_cache") {
       append(*cache, numbers(50, 53));
       std::vector<int> stream = numbers(0, 18);
       for (int id : numbers(50, 53)) stream.push_back(id);
-      const std::vector<float> direct = with_formats(k_name, v_name, [&](auto k, auto v) {
+      const std::vector<float> direct = with_formats(k_name, v_name, [&](viewed_format auto k, viewed_format auto v) {
         kv_cache<decltype(k), decltype(v)> fresh(config);
         append(fresh, stream);
         return attend(fresh);

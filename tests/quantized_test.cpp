@@ -183,6 +183,30 @@ TEST_CASE("Hadamard transform: orthogonal, its own inverse, the largest blocks f
   }
 }
 
+TEST_CASE("Hadamard transform: overflows where a result is no float, and nowhere else") {
+  for (index_t dim : {2, 8, 16, 64, 80, 128, 512, 576})
+    for (float x : {3e38f, -3e38f, 1e36f}) {
+      INFO("head_dim " << dim << ", x " << x);
+      const auto n = static_cast<index_t>(std::bit_floor(as_size(dim)));
+      std::vector<float> y(as_size(dim), 0.f);
+      // Of the first two elements sums and differences: one of them is no float in between.
+      y[0] = x, y[1] = x / 2;
+      hadamard.apply(y.data(), dim);
+      const double factor = static_cast<double>(x) / std::sqrt(static_cast<double>(n));
+      for (index_t i = 0; i < n; ++i) {
+        const double expected = factor * (i % 2 == 0 ? 1.5 : 0.5);
+        REQUIRE(std::abs(static_cast<double>(y[as_size(i)]) - expected) <= std::abs(expected) * 1e-6);
+      }
+      hadamard.undo(y.data(), dim);
+      REQUIRE(std::abs(y[0] - x) <= std::abs(x) * 1e-6f);
+      REQUIRE(std::abs(y[1] - x / 2) <= std::abs(x) * 1e-6f);
+    }
+  std::vector<float> constant(64, 3e38f);
+  hadamard.apply(constant.data(), 64);
+  CHECK(std::isinf(constant[0]));
+  for (std::size_t i = 1; i < 64; ++i) CHECK(constant[i] == 0);
+}
+
 TEST_CASE("Hadamard transform: the same bits on every processor") {
   std::vector<float> y(80);
   for (std::size_t i = 0; i < y.size(); ++i) y[i] = std::sqrt(static_cast<float>(i * i % 101) + 0.3f) - 4;

@@ -520,5 +520,52 @@ TEST_CASE("scored tiers: behind a prefix, in a batch, and beside a cache of floa
     }
 }
 
+// A token's row: from its position alone.
+void fill_row(position_t p, matrix& block, index_t i) {
+  effort::dice dice(static_cast<std::uint64_t>(p) + 1);
+  for (index_t d = 0; d < block.cols(); ++d) block(i, d) = dice.signed_unit();
+}
+
+// So many tokens; now and then what is stored is compared: with the plain encoder, and encoded rows with what they
+// were.
+template <class Cache>
+void run_stream(Cache& cache, position_t tokens, index_t pinned, index_t recent) {
+  constexpr index_t dim = 16;
+  effort::dice dice(60);
+  std::map<position_t, read_row> before;
+  while (cache.seen() < tokens) {
+    matrix rows(dice.from_to(1, 200), dim);
+    for (index_t i = 0; i < rows.rows(); ++i) fill_row(cache.seen() + i, rows, i);
+    cache.append(rows, rows);
+    if (!dice.one_in(20)) continue;
+    const position_t query = cache.seen() - 1;
+    const auto stored = read(cache, query, 0, nullptr, nullptr);
+    matrix row(1, dim);
+    for (const auto& [p, read] : stored) {
+      fill_row(p, row, 0);
+      const bool whole = p < pinned || query - p < recent;
+      if (read.k != (whole ? plain_whole(row.data(), dim) : plain_few(8, row.data(), dim, true)) ||
+          read.v != (whole ? plain_whole(row.data(), dim) : plain_few(4, row.data(), dim, true)))
+        FAIL("position " << p << " after " << cache.seen());
+      const auto then = before.find(p);
+      if (then != before.end() && then->second.formats == read.formats && then->second != read)
+        FAIL("position " << p << " has changed after " << cache.seen());
+    }
+    before = stored;
+  }
+  CHECK(cache.seen() >= tokens);
+}
+void run_streams(position_t tokens) {
+  cache_config config = plain_config(1, 16, 24, 63);
+  scored_kv_cache<q8, q4> scored(config, {.budget = 80, .recent = 8, .interval = 64}, policy("random"));
+  run_stream(scored, tokens, 3, 24);
+  config.window = 90;
+  kv_cache<q8, q4> window(config);
+  run_stream(window, tokens, 3, 24);
+}
+
+TEST_CASE("tiers hold the right bytes along a stream") { run_streams(20'000); }
+TEST_CASE("tiers hold the right bytes along ten million tokens", "[.long]") { run_streams(10'000'000); }
+
 }  // namespace
 }  // namespace proof

@@ -666,8 +666,8 @@ TEST_CASE("tiers: sources that were transformed join with those that were alike,
 }
 
 TEST_CASE("tiers: formats chosen at run time") {
-  with_formats<q8, q4>("q8", "q4", [](auto k, auto v) {
-    const kv_cache<decltype(k), decltype(v)> cache(small_config(1, 16, 0, 4, 2, 0));
+  with_formats("q8", "q4", []<tiered_format K, tiered_format V>(K, V) {
+    const kv_cache<K, V> cache(small_config(1, 16, 0, 4, 2, 0));
     CHECK(cache.kind().k_format == "q8");
     CHECK(cache.kind().v_format == "q4");
   });

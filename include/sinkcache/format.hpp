@@ -24,7 +24,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 //   decode(from, row, dim, out)  one row of the block `from` into `dim` floats.
 // A `name` is for messages and with_formats; a format of your own does without it. A format may also say what stored
 // rows go through before they are encoded, `transform`, a pointer to a row_transform; and what pinned and the newest
-// tokens are stored in, `spared`, a format that they lose little in. kv_cache heeds both.
+// tokens are stored in, `spared`, a format that they lose little in. kv_cache and scored_kv_cache heed both.
 template <class F>
 concept kv_format = requires(const float* rows, index_t dim, std::byte* to, const std::byte* from, float* out) {
   { F::block_rows } -> std::convertible_to<index_t>;
@@ -191,69 +191,7 @@ constexpr std::string_view format_name() noexcept {
     return "custom";
 }
 
-// That one of the formats has that name.
-template <named_format... F>
-void require_format(status& found, const char* argument, std::string_view name) noexcept {
-  if (((name == std::string_view(F::name)) || ...)) return;
-  char names[128];
-  std::size_t length = 0, left = sizeof...(F);
-  const auto add = [&](std::string_view text) { length += text.copy(names + length, sizeof names - length); };
-  ((add(F::name), add(--left > 1 ? ", " : left == 1 ? " or " : "")), ...);
-  found.refuse("{} was '{}', had to be {}", argument, name.substr(0, 32), std::string_view(names, length));
-}
-
-// Calls f with the format of that name, which is there.
-template <class First, class... Rest, class F>
-decltype(auto) call_with_format(std::string_view name, F&& f) {
-  if constexpr (sizeof...(Rest) > 0) {
-    if (name != std::string_view(First::name)) return call_with_format<Rest...>(name, f);
-  }
-  return f(First());
-}
-
-template <named_format... Formats>
-struct format_choice {
-  static status validate(std::string_view k, std::string_view v) noexcept {
-    status found;
-    require_format<Formats...>(found, "the format of keys", k);
-    require_format<Formats...>(found, "the format of values", v);
-    return found;
-  }
-  template <class F>
-  static decltype(auto) call(std::string_view k, std::string_view v, F&& f) {
-    return call_with_format<Formats...>(k, [&](auto k_format) -> decltype(auto) {
-      return call_with_format<Formats...>(v, [&](auto v_format) -> decltype(auto) { return f(k_format, v_format); });
-    });
-  }
-};
-
 }  // namespace detail
-
-// Formats chosen at run time: returns f(K(), V()) for the formats of these names. `Own` are formats of yours that can
-// be chosen too; each has a `name`.
-//   auto cache = with_formats("f16", "bf16", [&](auto k, auto v) -> std::unique_ptr<any_kv_cache> {
-//     return std::make_unique<kv_cache<decltype(k), decltype(v)>>(config);
-//   });
-template <detail::named_format... Own, class F>
-decltype(auto) with_formats(std::string_view k, std::string_view v, F&& f) {
-  using choice = detail::format_choice<f32, f16, bf16, Own...>;
-  choice::validate(k, v).or_fail();
-  return choice::call(k, v, f);
-}
-
-// The same for an f that returns a status, or nothing: a wrong name is a status, and throws only what f throws.
-template <detail::named_format... Own, class F>
-status try_with_formats(std::string_view k, std::string_view v, F&& f) {
-  using choice = detail::format_choice<f32, f16, bf16, Own...>;
-  status found = choice::validate(k, v);
-  if (!found) return found;
-  if constexpr (std::same_as<decltype(f(f32(), f32())), status>)
-    return choice::call(k, v, f);
-  else
-    choice::call(k, v, f);
-  return found;
-}
-
 }  // namespace sinkcache::inline SINKCACHE_TAG
 
 #include "detail/macros_on.hpp"

@@ -16,12 +16,12 @@
 #include <vector>
 
 #include "detail/macros_off.hpp"
-#include "format.hpp"
 #include "kv_cache.hpp"
 #include "layer_caches.hpp"
 #include "named_policies.hpp"
 #include "quantized.hpp"
 #include "scored_kv_cache.hpp"
+#include "with_formats.hpp"
 
 namespace sinkcache::inline SINKCACHE_TAG {
 

@@ -17,7 +17,8 @@
 //
 // Codes lie in the order of elements, from the low bits of a byte to the high ones; those of q6 in two planes, the low
 // four bits of all, then the high two. They are padded to 16 elements: a row of 33 takes as many bytes as one of 48.
-// A row that holds a NaN or an infinity has a scale of NaN, and codes of 0.
+// A row that holds a NaN or an infinity has a scale of NaN, and codes of 0; so has one with a norm above 3.4e38, the
+// transform of which may be no floats.
 
 #include <algorithm>
 #include <bit>
@@ -39,9 +40,35 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 namespace detail {
 
+// The largest magnitude of a row, NaN where one is not finite.
+inline float largest_magnitude(const float* y, index_t dim) noexcept {
+  vfloat mosts{}, zeros{};
+  const auto take = [&](vfloat x) {
+    mosts = max(max(x, -x), mosts);
+    zeros += x * 0.f;
+  };
+  index_t i = 0;
+  for (; i + lanes <= dim; i += lanes) take(load(y + i));
+  float last[lanes] = {};
+  std::copy_n(y + i, dim - i, last);
+  take(load(last));
+  float most = 0, zero = 0;
+  for (int lane = 0; lane < lanes; ++lane) most = std::max(most, mosts[lane]), zero += zeros[lane];
+  return most + zero;
+}
+
+inline void scale_row(float* row, index_t n, float by) noexcept {
+  index_t i = 0;
+  for (; i + lanes <= n; i += lanes) store(row + i, load(row + i) * by);
+  for (; i < n; ++i) row[i] *= by;
+}
+
 // A Hadamard transform of n floats, a power of two: its own inverse. Additions alone, then one factor: no two compilers
-// round it differently.
+// round it differently. Where sums might not be floats a power of two is taken out before: what is infinite then is so
+// because it is no float, as of a constant row of 3e38.
 inline void hadamard_block(float* row, index_t n) noexcept {
+  const bool large = largest_magnitude(row, n) > 0x1p117f;  // sums of up to 512
+  if (large) scale_row(row, n, 0x1p-10f);
   index_t h = 1;
   if (n >= lanes) {
     const auto within = [&]<int Half>(vfloat v) {
@@ -80,10 +107,8 @@ inline void hadamard_block(float* row, index_t n) noexcept {
         row[j] = a + b;
         row[j + h] = a - b;
       }
-  const float scale = 1 / std::sqrt(static_cast<float>(n));
-  index_t i = 0;
-  for (; i + lanes <= n; i += lanes) store(row + i, load(row + i) * scale);
-  for (; i < n; ++i) row[i] *= scale;
+  scale_row(row, n, 1 / std::sqrt(static_cast<float>(n)));
+  if (large) scale_row(row, n, 0x1p10f);
 }
 
 // Of any number of floats: blocks of the largest powers of two first, 80 = 64 + 16.
@@ -128,23 +153,6 @@ void unpack_codes(const std::byte* from, index_t n, std::uint8_t* codes) noexcep
     for (int j = 0; j < in_byte; ++j)
       codes[i * in_byte + j] =
           static_cast<std::uint8_t>(static_cast<unsigned>(from[i]) >> Bits * j & ((1 << Bits) - 1));
-}
-
-// The largest magnitude of a row, NaN where one is not finite.
-inline float largest_magnitude(const float* y, index_t dim) noexcept {
-  vfloat mosts{}, zeros{};
-  const auto take = [&](vfloat x) {
-    mosts = max(max(x, -x), mosts);
-    zeros += x * 0.f;
-  };
-  index_t i = 0;
-  for (; i + lanes <= dim; i += lanes) take(load(y + i));
-  float last[lanes] = {};
-  std::copy_n(y + i, dim - i, last);
-  take(load(last));
-  float most = 0, zero = 0;
-  for (int lane = 0; lane < lanes; ++lane) most = std::max(most, mosts[lane]), zero += zeros[lane];
-  return most + zero;
 }
 
 // Of squares, summed eight ways: the same on every processor.

@@ -15,6 +15,7 @@
 //   softmax.hpp           the mathematics: partial states, how they merge, where the sink enters
 //   rope.hpp              rotary positions, exact at any distance from the start
 //   format.hpp            how keys and values are stored: f32, f16, bf16, or a format of yours
+//   with_formats.hpp      formats chosen at run time, by their names
 //   quantized.hpp         rows of few bits, q8, q6, q4, q2, and the Hadamard transform that goes with them
 //   ggml_formats.hpp      rows as ggml lays them out, q8_0 and q4_0, for a kv_view
 //   workspace.hpp         scratch memory, and the hook for your threads
@@ -57,4 +58,5 @@
 #include "tiered_kv_cache.hpp"
 #include "tiered_storage.hpp"
 #include "version.hpp"
+#include "with_formats.hpp"
 #include "workspace.hpp"

@@ -82,14 +82,17 @@ inline void refuse_memory(status& found, std::size_t bytes) noexcept {
 }
 
 // What is read element by element is read sixteen at a time, in lines of its own.
-template <kv_format F>
-index_t checked_block_bytes(status& found, index_t dim) noexcept {
-  const index_t bytes = F::block_bytes(dim);
-  if constexpr (elementwise_format<F>)
+inline index_t checked_block_bytes(status& found, const kv_reader& of, index_t dim) noexcept {
+  const index_t bytes = of.block_bytes(dim);
+  if (of.element_bytes > 0)
     found.require(bytes > 0 && bytes % 64 == 0, "a format's block_bytes(dim)", bytes, "a positive multiple of 64");
   else
     found.require(bytes > 0, "a format's block_bytes(dim)", bytes, "at least 1");
   return bytes;
+}
+template <kv_format F>
+index_t checked_block_bytes(status& found, index_t dim) noexcept {
+  return checked_block_bytes(found, reader_of<F>, dim);
 }
 
 // [num_kv_heads, rows] blocks of keys, then as many of values; a head's rows lie together (HND).

@@ -102,59 +102,79 @@ struct tier_shape<sink_window> {
   }
 };
 
+// Formats of tokens, and of those that are spared.
+struct tier_formats {
+  row_format k, v, whole_k, whole_v;
+  const row_transform *k_transform, *v_transform;
+  bool spares;  // whether either spares any
+};
+template <kv_format K, kv_format V>
+inline constexpr tier_formats tier_formats_of{
+    row_format_of<K>,  row_format_of<V>,  row_format_of<spared_format<K>>,     row_format_of<spared_format<V>>,
+    transform_of<K>(), transform_of<V>(), tiered_format<K> || tiered_format<V>};
+
 // [num_kv_heads, rows] blocks of keys and of values of the spared tokens, then of the others; each of the four begins a
 // line, and a head's rows lie together.
-template <kv_format K, kv_format V>
 class tiered_storage {
  public:
-  using full_k = spared_format<K>;
-  using full_v = spared_format<V>;
-
   struct shape {
     index_t num_kv_heads, head_dim, v_head_dim, full_rows, few_rows;
   };
 
   // Holds no memory where the resource had none, and exceptions are off.
-  tiered_storage(const shape& of, std::pmr::memory_resource* resource)
-      : full_k_{0, full_k::block_bytes(of.head_dim), of.full_rows},
-        full_v_{0, full_v::block_bytes(of.v_head_dim), of.full_rows},
-        few_k_{0, K::block_bytes(of.head_dim), of.few_rows},
-        few_v_{0, V::block_bytes(of.v_head_dim), of.few_rows} {
+  tiered_storage(const tier_formats& formats, const shape& of, std::pmr::memory_resource* resource)
+      : whole_k_(formats.whole_k, of.head_dim, of.full_rows),
+        whole_v_(formats.whole_v, of.v_head_dim, of.full_rows),
+        k_(formats.k, of.head_dim, of.few_rows),
+        v_(formats.v, of.v_head_dim, of.few_rows) {
     status found;
-    const std::size_t bytes = required_bytes(found, of);
+    const std::size_t bytes = required_bytes(found, formats, of);
     found.or_fail();
     index_t at = 0;
-    for (section* s : {&full_k_, &full_v_, &few_k_, &few_v_}) {
+    for (section* s : {&whole_k_, &whole_v_, &k_, &v_}) {
       s->offset = at;
       at += round_up(of.num_kv_heads * s->rows * s->block, alignment);
     }
     memory_ = take_memory(bytes, resource);
   }
 
-  static std::size_t required_bytes(status& found, const shape& of) noexcept {
+  static std::size_t required_bytes(status& found, const tier_formats& formats, const shape& of) noexcept {
     index_t bytes = 0;
-    const auto add = [&](index_t block, index_t rows) {
+    const auto add = [&](const row_format& format, index_t dim, index_t rows) {
+      const index_t block = checked_block_bytes(found, *format.reader, dim);
       const index_t all = checked_product(found, "num_kv_heads * tokens", of.num_kv_heads, rows);
       const index_t size = checked_product(found, "bytes of the cache", all, block);
       const index_t padded = checked_sum(found, "bytes of the cache", size, alignment - 1) & -alignment;
       bytes = checked_sum(found, "bytes of the cache", bytes, padded);
     };
-    add(checked_block_bytes<full_k>(found, of.head_dim), of.full_rows);
-    add(checked_block_bytes<full_v>(found, of.v_head_dim), of.full_rows);
-    add(checked_block_bytes<K>(found, of.head_dim), of.few_rows);
-    add(checked_block_bytes<V>(found, of.v_head_dim), of.few_rows);
+    add(formats.whole_k, of.head_dim, of.full_rows);
+    add(formats.whole_v, of.v_head_dim, of.full_rows);
+    add(formats.k, of.head_dim, of.few_rows);
+    add(formats.v, of.v_head_dim, of.few_rows);
     return static_cast<std::size_t>(bytes);
   }
 
-  std::byte* spared_k(index_t kv_head, index_t row) const { return data() + full_k_.at(kv_head, row); }
-  std::byte* spared_v(index_t kv_head, index_t row) const { return data() + full_v_.at(kv_head, row); }
-  std::byte* k(index_t kv_head, index_t row) const { return data() + few_k_.at(kv_head, row); }
-  std::byte* v(index_t kv_head, index_t row) const { return data() + few_v_.at(kv_head, row); }
+  void encode_whole(index_t kv_head, index_t row, const float* key, const float* value) const noexcept {
+    whole_k_.encode(key, data() + whole_k_.at(kv_head, row));
+    whole_v_.encode(value, data() + whole_v_.at(kv_head, row));
+  }
+  void encode(index_t kv_head, index_t row, const float* key, const float* value) const noexcept {
+    k_.encode(key, data() + k_.at(kv_head, row));
+    v_.encode(value, data() + v_.at(kv_head, row));
+  }
+  // A whole row becomes one of the others, from what is stored.
+  void encode_stored(index_t kv_head, index_t whole, index_t row) const noexcept {
+    alignas(64) float key[max_head_dim], value[max_head_dim];
+    whole_k_.load(whole_rows_k(kv_head), whole, key);
+    whole_v_.load(whole_rows_v(kv_head), whole, value);
+    encode(kv_head, row, key, value);
+  }
+
   // As parts name them.
-  kv_rows spared_k_rows(index_t kv_head) const { return rows_of<full_k>(full_k_, kv_head); }
-  kv_rows spared_v_rows(index_t kv_head) const { return rows_of<full_v>(full_v_, kv_head); }
-  kv_rows k_rows(index_t kv_head) const { return rows_of<K>(few_k_, kv_head); }
-  kv_rows v_rows(index_t kv_head) const { return rows_of<V>(few_v_, kv_head); }
+  kv_rows whole_rows_k(index_t kv_head) const { return whole_k_.of_head(data(), kv_head); }
+  kv_rows whole_rows_v(index_t kv_head) const { return whole_v_.of_head(data(), kv_head); }
+  kv_rows k_rows(index_t kv_head) const { return k_.of_head(data(), kv_head); }
+  kv_rows v_rows(index_t kv_head) const { return v_.of_head(data(), kv_head); }
 
   std::size_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
   std::byte* data() const { return memory_.get(); }
@@ -164,17 +184,23 @@ class tiered_storage {
   static constexpr index_t alignment = cache_alignment;
 
   struct section {
-    index_t offset, block, rows;
+    row_format format;
+    index_t dim, rows, block, offset = 0;
+
+    section(const row_format& of, index_t of_dim, index_t n)
+        : format(of), dim(of_dim), rows(n), block(of.reader->block_bytes(of_dim)) {}
 
     index_t at(index_t kv_head, index_t row) const { return offset + (kv_head * rows + row) * block; }
+    void encode(const float* row, std::byte* to) const noexcept { format.encode(row, dim, to); }
+    void load(const kv_rows& from, index_t row, float* to) const noexcept {
+      format.reader->load(from, row, 1, dim, round_up(dim, 16), to);
+    }
+    kv_rows of_head(const std::byte* data, index_t kv_head) const {
+      return {.reader = format.reader, .base = data + at(kv_head, 0), .block = block, .head = rows * block};
+    }
   };
 
-  template <kv_format F>
-  kv_rows rows_of(const section& s, index_t kv_head) const {
-    return {.reader = &reader_of<F>, .base = data() + s.at(kv_head, 0), .block = s.block, .head = s.rows * s.block};
-  }
-
-  section full_k_, full_v_, few_k_, few_v_;
+  section whole_k_, whole_v_, k_, v_;
   cache_memory memory_;
 };
 

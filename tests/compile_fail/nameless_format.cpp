@@ -1,7 +1,7 @@
 // A format can only be chosen by its name if it has one.
 // expect: named_format
 
-#include <sinkcache/format.hpp>
+#include <sinkcache/with_formats.hpp>
 
 struct nameless {
   static constexpr sinkcache::index_t block_rows = 1;

@@ -81,7 +81,8 @@ class ggml_attention {
   template <class F>
   status with_view(const ggml_tensor* k, const ggml_tensor* v, F&& f) const noexcept {
     return sinkcache::try_with_formats<sinkcache::q8_0, sinkcache::q4_0>(
-        ggml_type_name(k->type), ggml_type_name(v->type), [&]<class K, class V>(K, V) -> status {
+        ggml_type_name(k->type), ggml_type_name(v->type),
+        [&]<sinkcache::viewed_format K, sinkcache::viewed_format V>(K, V) -> status {
           status found;
           sinkcache::cache_config config = config_;
           config.num_kv_heads = k->ne[2];

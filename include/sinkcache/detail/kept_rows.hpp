@@ -18,16 +18,6 @@
 
 namespace sinkcache::inline SINKCACHE_TAG::detail {
 
-// How rows of one format are written and read.
-struct row_format {
-  const kv_reader* reader = nullptr;
-  void (*encode)(const float* row, index_t dim, std::byte* to) noexcept = nullptr;
-};
-
-template <kv_format F>
-inline constexpr row_format row_format_of{
-    &reader_of<F>, [](const float* row, index_t dim, std::byte* to) noexcept { F::encode(row, dim, to); }};
-
 // Lays arrays one after the other: without memory it only counts their bytes.
 class carver {
  public:

@@ -48,6 +48,19 @@ namespace sinkcache::inline SINKCACHE_TAG {
 template <kv_format F>
 inline constexpr kv_reader reader_of = detail::make_reader<F>();
 
+namespace detail {
+
+// How rows of one format are written and read: what caches that are compiled once for all formats know of theirs.
+struct row_format {
+  const kv_reader* reader = nullptr;
+  void (*encode)(const float* row, index_t dim, std::byte* to) noexcept = nullptr;
+};
+
+template <kv_format F>
+inline constexpr row_format row_format_of{
+    &reader_of<F>, [](const float* row, index_t dim, std::byte* to) noexcept { F::encode(row, dim, to); }};
+
+}  // namespace detail
 }  // namespace sinkcache::inline SINKCACHE_TAG
 
 #include "macros_on.hpp"

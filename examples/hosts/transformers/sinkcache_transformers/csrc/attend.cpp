@@ -81,61 +81,64 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   const sinkcache::attention attention(attention_params(heads, scaling, softcap, sinks));
   sinkcache::workspace& workspace = torch_workspace();
 
-  require(sinkcache::try_with_formats(format_name(k), format_name(v), [&]<class K, class V>(K, V) -> status {
-    using view = sinkcache::kv_view<K, V>;
-    std::vector<view> views;
-    views.reserve(static_cast<std::size_t>(batch));
-    const auto at = [](const at::Tensor& t, int64_t sequence, int64_t column) {
-      return static_cast<const std::byte*>(t.data_ptr()) +
-             (sequence * t.stride(0) + column * t.stride(2)) * t.element_size();
-    };
-    status view_found;
-    std::vector<int64_t> first_row;
-    for (int64_t i = 0; i < batch; ++i) {
-      // Of what is there alone: padding has no place, so the first key that is none has position 0.
-      const span_of& span = seen[static_cast<std::size_t>(i)];
-      first_row.push_back(std::clamp<int64_t>(span.first - span.query, 0, q_len));
-      const sinkcache::cache_config config{.num_kv_heads = k.size(1),
-                                           .head_dim = dim,
-                                           .v_head_dim = v.size(3),
-                                           .num_sink_tokens = std::max<int64_t>(0, num_sink_tokens - span.first),
-                                           .window = span.window,
-                                           .positions = sinkcache::positions::absolute,
-                                           .inputs = sinkcache::inputs::rotated};
-      const sinkcache::kv_piece keys{0, span.end - span.first, at(k, i, span.first), at(v, i, span.first)};
-      const int64_t until = std::min(span.query + q_len, span.end);
-      std::optional<view> one = view::try_create(config, {strides(k), strides(v)}, keys,
-                                                 std::max<int64_t>(0, until - span.first), view_found);
-      if (!one) return view_found;
-      views.push_back(std::move(*one));
-    }
-    const auto q_of = [&](int64_t i, int64_t row) { return rows.data_ptr<float>() + (i * q_len + row) * heads * dim; };
-    const auto out_of = [&](int64_t i, int64_t row) {
-      return out.data_ptr<float>() + (i * q_len + row) * heads * v.size(3);
-    };
-    if (q_len == 1) {  // all sequences at once
-      std::vector<sinkcache::decode_item> items;
-      const auto floats = [](auto* row, int64_t n) { return std::span(row, static_cast<std::size_t>(n)); };
-      for (int64_t i = 0; i < batch; ++i) {
-        const span_of& span = seen[static_cast<std::size_t>(i)];
-        if (span.first <= span.query && span.query < span.end)
-          items.push_back({.q = floats(static_cast<const float*>(q_of(i, 0)), heads * dim),
-                           .keys = &views[static_cast<std::size_t>(i)],
-                           .out = floats(out_of(i, 0), heads * v.size(3))});
-      }
-      return attention.try_decode(items, workspace);
-    }
-    for (int64_t i = 0; i < batch && view_found; ++i) {
-      const view& keys = views[static_cast<std::size_t>(i)];
-      const int64_t row = first_row[static_cast<std::size_t>(i)];
-      const span_of& span = seen[static_cast<std::size_t>(i)];
-      const int64_t n = std::max<int64_t>(0, std::min(q_len, span.end - span.query) - row);
-      if (n > 0)
-        view_found = attention.try_attend({q_of(i, row), n, heads * dim}, keys, {out_of(i, row), n, heads * v.size(3)},
-                                          workspace);
-    }
-    return view_found;
-  }));
+  require(sinkcache::try_with_formats(
+      format_name(k), format_name(v), [&]<sinkcache::viewed_format K, sinkcache::viewed_format V>(K, V) -> status {
+        using view = sinkcache::kv_view<K, V>;
+        std::vector<view> views;
+        views.reserve(static_cast<std::size_t>(batch));
+        const auto at = [](const at::Tensor& t, int64_t sequence, int64_t column) {
+          return static_cast<const std::byte*>(t.data_ptr()) +
+                 (sequence * t.stride(0) + column * t.stride(2)) * t.element_size();
+        };
+        status view_found;
+        std::vector<int64_t> first_row;
+        for (int64_t i = 0; i < batch; ++i) {
+          // Of what is there alone: padding has no place, so the first key that is none has position 0.
+          const span_of& span = seen[static_cast<std::size_t>(i)];
+          first_row.push_back(std::clamp<int64_t>(span.first - span.query, 0, q_len));
+          const sinkcache::cache_config config{.num_kv_heads = k.size(1),
+                                               .head_dim = dim,
+                                               .v_head_dim = v.size(3),
+                                               .num_sink_tokens = std::max<int64_t>(0, num_sink_tokens - span.first),
+                                               .window = span.window,
+                                               .positions = sinkcache::positions::absolute,
+                                               .inputs = sinkcache::inputs::rotated};
+          const sinkcache::kv_piece keys{0, span.end - span.first, at(k, i, span.first), at(v, i, span.first)};
+          const int64_t until = std::min(span.query + q_len, span.end);
+          std::optional<view> one = view::try_create(config, {strides(k), strides(v)}, keys,
+                                                     std::max<int64_t>(0, until - span.first), view_found);
+          if (!one) return view_found;
+          views.push_back(std::move(*one));
+        }
+        const auto q_of = [&](int64_t i, int64_t row) {
+          return rows.data_ptr<float>() + (i * q_len + row) * heads * dim;
+        };
+        const auto out_of = [&](int64_t i, int64_t row) {
+          return out.data_ptr<float>() + (i * q_len + row) * heads * v.size(3);
+        };
+        if (q_len == 1) {  // all sequences at once
+          std::vector<sinkcache::decode_item> items;
+          const auto floats = [](auto* row, int64_t n) { return std::span(row, static_cast<std::size_t>(n)); };
+          for (int64_t i = 0; i < batch; ++i) {
+            const span_of& span = seen[static_cast<std::size_t>(i)];
+            if (span.first <= span.query && span.query < span.end)
+              items.push_back({.q = floats(static_cast<const float*>(q_of(i, 0)), heads * dim),
+                               .keys = &views[static_cast<std::size_t>(i)],
+                               .out = floats(out_of(i, 0), heads * v.size(3))});
+          }
+          return attention.try_decode(items, workspace);
+        }
+        for (int64_t i = 0; i < batch && view_found; ++i) {
+          const view& keys = views[static_cast<std::size_t>(i)];
+          const int64_t row = first_row[static_cast<std::size_t>(i)];
+          const span_of& span = seen[static_cast<std::size_t>(i)];
+          const int64_t n = std::max<int64_t>(0, std::min(q_len, span.end - span.query) - row);
+          if (n > 0)
+            view_found = attention.try_attend({q_of(i, row), n, heads * dim}, keys,
+                                              {out_of(i, row), n, heads * v.size(3)}, workspace);
+        }
+        return view_found;
+      }));
   return out.to(q.scalar_type());
 }
 

@@ -1,0 +1,241 @@
+#pragma once
+
+// A cache whose formats spare some tokens: pinned tokens and the newest `recent` are stored in another format, those
+// between go to the formats of few bits once, when they leave the newest, from the row as it is stored. Where a token
+// is read from is a pure function of how many were seen; whole rows of the newest lie `rollback` tokens longer, so that
+// the queries of a chunk, and those after a rollback, find what decode would. Compiled once for all formats of a
+// policy.
+
+#include <algorithm>
+#include <concepts>
+#include <cstring>
+#include <memory_resource>
+#include <utility>
+
+#include "../any_kv_cache.hpp"
+#include "../tiered_storage.hpp"
+#include "macros_off.hpp"
+
+namespace sinkcache::inline SINKCACHE_TAG::detail {
+
+template <eviction_policy Policy>
+class tiered_cache : public any_kv_cache {
+ public:
+  index_t room() const noexcept override { return shape_.room(seen_); }
+
+  void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
+             index_t n) noexcept override {
+    const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
+    key_rotation rotation(geometry_);
+    for (index_t i = 0; i < n; ++i) {
+      const position_t position = seen_ + i;
+      rotation.go_to(position);
+      for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
+        move_to_few(head, position - shape_.recent);  // before its row is written over
+        alignas(64) float rotated[max_head_dim], k_row[max_head_dim], v_row[max_head_dim];
+        const float* const key =
+            transformed_row(geometry_.k_transform, rotation(k.row(first_row + i) + head * dim, rotated), dim, k_row);
+        const float* const value =
+            transformed_row(geometry_.v_transform, v.row(first_row + i) + head * v_dim, v_dim, v_row);
+        if (position < shape_.pinned() || shape_.recent > 0) {
+          rows_.encode_whole(head, spared_row(position), key, value);
+        } else {
+          rows_.encode(head, shape_.place(position).slot, key, value);
+        }
+      }
+    }
+  }
+
+  void advance(index_t n) noexcept override {
+    seen_ += n;
+    high_ = std::max(high_, seen_);
+    encoded_ = std::max(encoded_, seen_ - shape_.recent);
+  }
+
+  void clear() noexcept override { seen_ = high_ = encoded_ = 0; }
+
+  status try_truncate(position_t seen) noexcept override {
+    status found;
+    require_truncate(found, seen);
+    if (!found) return found;
+    seen_ = seen;
+    encoded_ = std::min(encoded_, seen);
+    if (seen <= shape_.pinned()) high_ = seen;  // nothing else is left that could have been written over
+    return found;
+  }
+  void require_truncate(status& found, position_t seen) const noexcept override {
+    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
+    if (found && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
+  }
+  position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
+
+  index_t capacity() const noexcept override { return nbytes() > 0 ? max_visible(shape_.policy) : 0; }
+  std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
+  cache_kind kind() const noexcept override { return {formats_->k.reader->name, formats_->v.reader->name}; }
+  const Policy& policy() const { return shape_.policy; }
+
+  cache_config config() const {
+    const kv_geometry& of = geometry_;
+    cache_config config{.num_kv_heads = of.num_kv_heads,
+                        .head_dim = of.head_dim,
+                        .v_head_dim = of.v_head_dim,
+                        .positions = of.positions,
+                        .inputs = of.inputs,
+                        .rope = of.rope,
+                        .first_position = of.first_position,
+                        .rollback = shape_.rollback,
+                        .recent = config_recent_};
+    if constexpr (is_window) {
+      config.num_sink_tokens = shape_.policy.num_sink_tokens;
+      config.window = shape_.policy.window;
+    }
+    return config;
+  }
+
+  index_t num_visible(position_t query) const noexcept override {
+    return nbytes() > 0 && query >= 0 ? shape_.policy.visible(query + 1).num_tokens() : 0;
+  }
+
+  // Pinned tokens, then both rings where they wrap; of a user-defined policy for each span, and a run for each slot.
+  index_t max_parts() const noexcept override {
+    if (nbytes() == 0) return 0;
+    return is_window ? 5 : 3 * span_list::max_spans + shape_.few();
+  }
+
+  plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
+    plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
+    if (nbytes() == 0) return end;
+    if constexpr (is_window) {
+      push_span(kv_head, {0, std::min<position_t>(shape_.pinned(), last + 1)}, first, last, kv_part::always, parts);
+      push_span(kv_head, {shape_.first_visible(first + 1), last + 1}, first, last, shape_.policy.window, parts);
+    } else {
+      end.queries = planned_queries(shape_.policy, first, last);
+      for (const position_span& span : shape_.policy.visible(first + end.queries))
+        push_span(kv_head, span, first, first + end.queries - 1, kv_part::always, parts);
+    }
+    return end;
+  }
+
+ protected:
+  static constexpr bool is_window = std::same_as<Policy, sink_window>;
+
+  // Without memory where the resource had none, and exceptions are off.
+  tiered_cache(const tier_formats& formats, const cache_config& config, Policy&& policy,
+               std::pmr::memory_resource* resource)
+      : any_kv_cache(geometry_of(formats, config)),
+        formats_(&formats),
+        config_recent_(config.recent),
+        shape_(shape_of(formats, config, std::move(policy))),
+        rows_(formats, storage_shape(config, shape_), resource) {}
+  tiered_cache(tiered_cache&& from) noexcept
+      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
+        formats_(from.formats_),
+        high_(std::exchange(from.high_, 0)),
+        encoded_(std::exchange(from.encoded_, 0)),
+        config_recent_(from.config_recent_),
+        shape_(std::move(from.shape_)),
+        rows_(std::move(from.rows_)) {}
+  tiered_cache& operator=(tiered_cache&& from) noexcept {
+    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
+    formats_ = from.formats_;
+    high_ = std::exchange(from.high_, 0);
+    encoded_ = std::exchange(from.encoded_, 0);
+    config_recent_ = from.config_recent_;
+    shape_ = std::move(from.shape_);
+    rows_ = std::move(from.rows_);
+    return *this;
+  }
+  ~tiered_cache() override = default;
+
+  static status validate_with(const tier_formats& formats, const cache_config& config, const Policy& policy) noexcept {
+    status found;
+    if constexpr (is_window) require_window(found, policy);
+    if (found) found.require(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
+    found.require(config.rollback >= 0, "rollback", config.rollback, "at least 0");
+    found.require(config.recent >= 0, "recent", config.recent, "at least 0");
+    require_geometry(found, geometry_of(formats, config));
+    if (!is_window) checked_sum(found, "recent + rollback", config.recent, config.rollback);
+    if (found) bytes_of(found, formats, config, policy);
+    return found;
+  }
+  static std::size_t bytes_of(status& found, const tier_formats& formats, const cache_config& config,
+                              const Policy& policy) noexcept {
+    return tiered_storage::required_bytes(found, formats,
+                                          storage_shape(config, shape_of(formats, config, Policy(policy))));
+  }
+  status got_memory() const noexcept {
+    status found;
+    if (nbytes() == 0) refuse_memory(found, bytes_of(found, *formats_, config(), shape_.policy));
+    return found;
+  }
+  std::pmr::memory_resource* resource() const { return rows_.resource(); }
+
+  void copy_tokens(const tiered_cache& from) noexcept {
+    std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
+    seen_ = from.seen_;
+    high_ = from.high_;
+    encoded_ = from.encoded_;
+  }
+
+ private:
+  using shape = tier_shape<Policy>;
+
+  static kv_geometry geometry_of(const tier_formats& formats, const cache_config& config) noexcept {
+    kv_geometry geometry = detail::geometry_of(config);
+    geometry.k_transform = formats.k_transform;
+    geometry.v_transform = formats.v_transform;
+    return geometry;
+  }
+  // Where neither format spares any, a window is whole, and of a user-defined policy what it pins.
+  static shape shape_of(const tier_formats& formats, const cache_config& config, Policy policy) noexcept {
+    return {std::move(policy), formats.spares ? config.recent : is_window ? index_t{max_position} : 0, config.rollback};
+  }
+  static tiered_storage::shape storage_shape(const cache_config& config, const shape& of) noexcept {
+    return {config.num_kv_heads, config.head_dim, detail::geometry_of(config).v_head_dim, of.full_rows(), of.few()};
+  }
+
+  index_t spared_row(position_t position) const noexcept {
+    if (position < shape_.pinned()) return static_cast<index_t>(position);
+    return shape_.pinned() + static_cast<index_t>((position - shape_.pinned()) % shape_.spared());
+  }
+
+  // What leaves the newest tokens, unless it is there already: of tokens that were taken back, those after them were.
+  void move_to_few(index_t head, position_t position) const noexcept {
+    if (shape_.recent == 0 || shape_.few() == 0 || position < shape_.pinned() || position < encoded_) return;
+    rows_.encode_stored(head, spared_row(position), shape_.place(position).slot);
+  }
+
+  // A span as the queries [first, last] may see it: what is pinned, what is encoded, then what is among the newest.
+  void push_span(index_t kv_head, const position_span& span, position_t first, position_t last, position_t seen_until,
+                 part_list& parts) const noexcept {
+    const auto whole_row = [&](position_t p) {
+      const index_t row = spared_row(p);
+      return placed{row, (p < shape_.pinned() ? shape_.pinned() : shape_.full_rows()) - 1 - row};
+    };
+    const position_t pinned = shape_.pinned(), newest = std::max(pinned, first + 1 - shape_.recent);
+    kv_part whole, few;
+    whole.k = rows_.whole_rows_k(kv_head);
+    whole.v = rows_.whole_rows_v(kv_head);
+    few.k = rows_.k_rows(kv_head);
+    few.v = rows_.v_rows(kv_head);
+    few.seen_from = shape_.recent;
+    few.seen_until = seen_until;
+    push_runs(whole, {span.first, std::min(span.last, pinned)}, pinned, parts, whole_row);
+    if (shape_.few() > 0)
+      push_runs(few, {std::max(span.first, pinned), std::min(span.last, last + 1 - shape_.recent)}, 0, parts,
+                [&](position_t p) { return shape_.place(p); });
+    whole.seen_until = shape_.recent;
+    if (shape_.recent > 0) push_runs(whole, {std::max(span.first, newest), span.last}, 0, parts, whole_row);
+  }
+
+  const tier_formats* formats_;
+  position_t high_ = 0;     // how far the stream got before it was last taken back: what was overwritten
+  position_t encoded_ = 0;  // those before this, and not pinned, are in the formats of few bits
+  index_t config_recent_;
+  shape shape_;
+  tiered_storage rows_;
+};
+
+}  // namespace sinkcache::inline SINKCACHE_TAG::detail
+
+#include "macros_on.hpp"
