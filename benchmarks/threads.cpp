@@ -1,7 +1,7 @@
 // How much faster are two threads than one, and a batch of sequences than one after the other? Method and reading:
 // README.md.
 
-#include "../examples/threads/thread_pool.hpp"
+#include <sinkcache/thread_pool.hpp>
 #include "suite.hpp"
 
 namespace {
@@ -19,20 +19,20 @@ void two_threads(suite::row& row, const rounds& rounds) {
 }
 
 struct thread_pools {
-  threads::thread_pool one{1}, two{2};
+  sinkcache::thread_pool one{1}, two{2};
 
   // The limits as contenders.
   template <class F>
   std::vector<rounds::contender> with_limits(rounds::contender one_thread, rounds::contender two_threads, double flops,
                                              const layers<F>& caches) {
-    const auto add = [flops](threads::thread_pool& pool) {
+    const auto add = [flops](sinkcache::thread_pool& pool) {
       return [&pool, flops](std::size_t) {
         constexpr index_t parts = 16;
         auto part = [=](index_t, index_t) { measure::multiply_add(flops / parts); };
         pool.run(parts, sinkcache::work_ref(part));
       };
     };
-    const auto read = [&caches](threads::thread_pool& pool) {
+    const auto read = [&caches](sinkcache::thread_pool& pool) {
       return [&pool, &caches](std::size_t) {
         constexpr std::size_t parts = 16;
         auto part = [&](index_t i, index_t) {

@@ -44,8 +44,8 @@ function(sinkcache_tell_generic)
   if(found)
     list(JOIN found ", " found)
     message(NOTICE "sinkcache: compiled without -march, which leaves the kernel SSE2: ${found}. Add -march=native, "
-                   "-march=x86-64-v3 or what the engine has; -march=x86-64 says that it is meant. sinkcache::isa() tells "
-                   "what a file was built for.")
+                   "-march=x86-64-v3 or what the engine has; -march=x86-64 says that it is meant. sinkcache::built_for() "
+                   "tells what a file was built for, and what the processor has.")
   endif()
 endfunction()
 

@@ -1,8 +1,9 @@
 // One decode step and one prompt, on the caller's thread, on a pool of threads, and on an engine's own pool: the same
 // bits. `threads [NUMBER]`, 4 unless given.
 
-#include "threads/thread_pool.hpp"
+#include <sinkcache/thread_pool.hpp>
 
+#include <sinkcache/host_threads.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <cstdio>
@@ -59,12 +60,12 @@ int main(int argc, char** argv) {
   workspace alone;
   const matrix expected = layer.run(alone, cache);
 
-  threads::thread_pool pool(number);
+  sinkcache::thread_pool pool(number);
   workspace on_pool(pool);
   bool good = report("a pool of threads", layer.run(on_pool, others) == expected);
 
   engine_pool engine{number};
-  threads::engine_executor executor(engine);
+  pool_executor executor(engine);
   workspace on_engine(executor);
   others.clear();
   good &= report("an engine's pool, as the executor", layer.run(on_engine, others) == expected);
@@ -73,9 +74,8 @@ int main(int argc, char** argv) {
   std::vector<workspace> workspaces(static_cast<std::size_t>(number));
   matrix out(1, num_qo_heads * 64);
   engine.run([&](index_t ith, index_t nth) {
-    threads::with_part(ith, nth, config.num_kv_heads, [&](const call_part& part) {
-      layer.attention.attend(layer.q.bottomRows(1), cache, out, workspaces[static_cast<std::size_t>(ith)], {}, part);
-    });
+    layer.attention.attend(layer.q.bottomRows(1), cache, out, workspaces[static_cast<std::size_t>(ith)], {},
+                           part_of_thread(ith, nth, config.num_kv_heads, 1));
   });
   good &= report("threads that share a call by KV heads", out == expected.bottomRows(1));
   return good ? 0 : 1;

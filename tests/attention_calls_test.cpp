@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <sinkcache/attention.hpp>
+#include <sinkcache/host_threads.hpp>
 
 #include <algorithm>
 #include <cstring>
@@ -15,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "../examples/threads/thread_pool.hpp"
+#include <sinkcache/thread_pool.hpp>
 #include "catch.hpp"
 #include "effort.hpp"
 
@@ -106,10 +107,10 @@ struct engine_pool {
 template <class F>
 void for_executors(const F& f) {
   for (const index_t size : {1, 2, 3, 7}) {
-    threads::thread_pool pool(size);
+    sinkcache::thread_pool pool(size);
     f("pool of " + std::to_string(size), pool);
     engine_pool engine{size};
-    threads::engine_executor on_engine(engine);
+    pool_executor on_engine(engine);
     f("engine's pool of " + std::to_string(size), on_engine);
   }
   reversing reversed;
@@ -147,10 +148,10 @@ struct batch {
     queries.push_back(random_matrix(dice, 1, 12 * c.head_dim));
     caches.push_back(std::move(cache));
   }
-  // Empty, one token, a slice, a few slices, longer slices; each of its own shape.
+  // One token, a slice, a few slices, longer slices; each of its own shape.
   void add_all() {
     const rope turns = rope::plain(16, 1e4);
-    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 0);
+    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 1);
     add<bf16>({.num_kv_heads = 2, .head_dim = 33, .num_sink_tokens = 4, .window = 9000, .rope = turns}, 12000);
     add<f16>({.num_kv_heads = 12, .head_dim = 16, .v_head_dim = 40, .window = 600, .rope = turns}, 1);
     add<f32>({.num_kv_heads = 1, .head_dim = 64, .num_sink_tokens = 2, .window = 510, .rope = turns}, 700);
@@ -162,7 +163,7 @@ struct batch {
                     .positions = positions::absolute,
                     .inputs = inputs::rotated},
                    1500);
-    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 0);
+    add<f32>({.num_kv_heads = 3, .head_dim = 16, .window = 50, .rope = turns}, 1);
     add<bf16, f16>({.num_kv_heads = 6,
                     .head_dim = 20,
                     .num_sink_tokens = 1,
@@ -252,9 +253,9 @@ TEST_CASE("calls: a batch of hundreds, on every executor", "[threads]") {
   for (int i = 0; i < 300; ++i) {
     const cache_config config{.num_kv_heads = i % 3 + 1, .head_dim = i % 20 + 1, .window = 600, .rope = rope::none()};
     if (i % 2 == 0)
-      b.add<bf16>(config, i % 7 == 0 ? 700 : i % 50);
+      b.add<bf16>(config, i % 7 == 0 ? 700 : i % 50 + 1);
     else
-      b.add<f32>(config, i % 11 == 0 ? 700 : i % 50);
+      b.add<f32>(config, i % 11 == 0 ? 700 : i % 50 + 1);
   }
   workspace alone;
   const std::vector<result> expected = b.alone(alone);
@@ -297,7 +298,9 @@ TEST_CASE("calls: a bad item refuses the whole batch, and nothing is written") {
   counting executor;
   workspace scratch(executor);
   std::vector<result> results = b.blank();
-  const kv_cache<f32> five({.num_kv_heads = 5, .head_dim = 16, .window = 5, .rope = rope::none()});
+  kv_cache<f32> five({.num_kv_heads = 5, .head_dim = 16, .window = 5, .rope = rope::none()});
+  const matrix row = matrix::Zero(1, 5 * 16);
+  five.append(row, row);
   const auto refused = [&](const auto& spoil, const char* message) {
     for (const std::size_t at : {std::size_t{0}, b.caches.size() / 2, b.caches.size() - 1}) {
       std::vector<decode_item> items = b.items(results, 0, b.caches.size());
@@ -450,7 +453,6 @@ TEST_CASE("calls: parts of one token may be slices of a long cache") {
   workspace scratch;
   const std::vector<result> expected = b.alone(scratch);
   for (std::size_t i = 0; i < b.caches.size(); ++i) {
-    if (b.caches[i]->seen() == 0) continue;  // attend is asked for stored tokens
     CAPTURE(i);
     result whole(b.attention, *b.caches[i], 1), parts = whole, past_the_end = whole;
     b.attention.attend(b.queries[i], *b.caches[i], whole.out, scratch, {.lse = whole.lse});
@@ -464,6 +466,25 @@ TEST_CASE("calls: parts of one token may be slices of a long cache") {
       b.attention.attend(b.queries[i], *b.caches[i], past_the_end.out, scratch, {.lse = past_the_end.lse}, empty);
     CHECK(past_the_end.untouched());
   }
+}
+
+TEST_CASE("calls: decode before anything was stored is refused, and changes nothing") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 4, .window = 3, .rope = rope::none()});
+  const attention attention({.num_qo_heads = 1});
+  workspace scratch;
+  const matrix q = matrix::Ones(1, 4);
+  result one(attention, cache, 1);
+  const char* const message =
+      "sinkcache: keys.seen() was 0, had to be at least 1: its newest token is the one that attends";
+  CHECK(attention.try_decode(q, cache, one.out, scratch, {.lse = one.lse}).message() == message);
+  CHECK_THROWS_WITH(attention.decode(q, cache, one.out, scratch), message);
+  const std::vector<decode_item> batch = {{.q = row_of(q), .keys = &cache, .out = row_of(one.out), .lse = one.lse}};
+  CHECK(attention.try_decode(batch, scratch).message() == message);
+  CHECK(one.untouched());
+  // A state takes what there is, of a rank that has no tokens too.
+  attention_state state(1, 4);
+  attention.attend(q, cache, state, scratch);
+  CHECK(state.data()[1] == 0);
 }
 
 TEST_CASE("calls: bad parts are refused in exact words") {
@@ -533,10 +554,10 @@ TEST_CASE("calls: threads of the host share a call, each with its workspace", "[
       result by_heads(attention, cache, c.rows), by_rows(attention, cache, c.rows), one(attention, cache, 1);
       engine_pool{number}.run([&](index_t ith, index_t nth) {
         workspace& own = workspaces[as_size(ith)];
-        threads::with_part(ith, nth, c.config.num_kv_heads, [&](const call_part& part) {
-          attention.attend(c.q, cache, by_heads.out, own, {.lse = by_heads.lse}, part);
-          attention.attend(c.q.bottomRows(1), cache, one.out, own, {.lse = one.lse}, part);
-        });
+        attention.attend(c.q, cache, by_heads.out, own, {.lse = by_heads.lse},
+                         part_of_thread(ith, nth, c.config.num_kv_heads, c.rows));
+        attention.attend(c.q.bottomRows(1), cache, one.out, own, {.lse = one.lse},
+                         part_of_thread(ith, nth, c.config.num_kv_heads, 1));
         const index_t rows = (c.rows + nth - 1) / nth, first = std::min(c.rows, ith * rows);
         attention.attend(c.q, cache, by_rows.out, own, {.lse = by_rows.lse},
                          {0, call_part::rest, first, std::min(rows, c.rows - first)});
@@ -676,7 +697,7 @@ TEST_CASE("calls: the same bits on any executor, in any order", "[threads]") {
 }
 
 TEST_CASE("calls: a pool that is used over and over", "[threads]") {
-  threads::thread_pool pool(3);
+  sinkcache::thread_pool pool(3);
   CHECK(pool.concurrency() == 3);
   for (const index_t n : {0, 1, 2, 3, 4, 100})
     for (int round = 0; round < 200; ++round) {
@@ -685,7 +706,7 @@ TEST_CASE("calls: a pool that is used over and over", "[threads]") {
       pool.run(n, work_ref(work));
       REQUIRE(done == std::vector<int>(as_size(n), 1));
     }
-  { threads::thread_pool unused(5); }
+  { sinkcache::thread_pool unused(5); }
 }
 
 TEST_CASE("calls: concurrent calls on one cache and layer", "[threads]") {
@@ -695,7 +716,7 @@ TEST_CASE("calls: concurrent calls on one cache and layer", "[threads]") {
   const std::vector<result> expected = b.alone(scratch);
   std::vector<int> wrong(4);
   engine_pool{4}.run([&](index_t ith, index_t) {
-    threads::thread_pool pool(ith % 2 + 1);
+    sinkcache::thread_pool pool(ith % 2 + 1);
     workspace own(pool);
     for (int round = 0; round < 3; ++round) {
       std::vector<result> together = b.blank(), single = b.alone(own);

@@ -400,8 +400,11 @@ TEST_CASE("attention: a decode long enough to be cut into slices") {
   }
 }
 
-TEST_CASE("attention: an empty cache gives zeros, and the sink's lse") {
-  const kv_cache<f32> cache(small_config());
+TEST_CASE("attention: a cache of which all was dropped gives zeros, and the sink's lse") {
+  kv_cache<f32> cache(small_config());
+  const matrix k = matrix::Ones(1, 2 * 5), v = matrix::Ones(1, 2 * 3);
+  cache.append(k, v);
+  cache.erase(0, 1);
   workspace scratch;
   const matrix q = matrix::Ones(1, 4 * 5);
   const auto lse_of = [&](const softmax_variant& variant) {

@@ -1,7 +1,9 @@
 // Every template of the library once, all members of the class templates included: what clang-tidy reads.
 
 #include <sinkcache/fmt.hpp>
+#include <sinkcache/host_threads.hpp>
 #include <sinkcache/named_caches.hpp>
+#include <sinkcache/rope_keys.hpp>
 #include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 

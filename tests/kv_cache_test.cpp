@@ -139,11 +139,14 @@ TEST_CASE("kv_cache: a bad configuration is refused in exact words, before memor
       {[](auto& c) { c.first_position = (position_t{1} << 62) + 1; },
        "first_position was 4611686018427387905, had to be from 0 to 4611686018427387904"},
       {[](auto& c) { c.rope.reset(); },
-       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+       "rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions "
+       "are absolute and inputs rotated"},
       {[](auto& c) { c.rope.reset(), c.positions = positions::absolute; },
-       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+       "rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions "
+       "are absolute and inputs rotated"},
       {[](auto& c) { c.rope.reset(), c.inputs = inputs::rotated; },
-       "rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs rotated"},
+       "rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions "
+       "are absolute and inputs rotated"},
       {[](auto& c) { c.rope = rope::plain(6, 100.0); }, "rope's width was 6, had to be at most head_dim, 4"},
   };
   for (const bad& row : table) {
@@ -478,7 +481,7 @@ struct simulation {
     counting_resource fresh_resource;
     auto fresh = make_cache(config, policy, &fresh_resource);
     append(fresh, stream);
-    REQUIRE(attend(cache) == attend(fresh));
+    if (!stream.empty()) REQUIRE(attend(cache) == attend(fresh));
   }
 };
 
@@ -673,7 +676,6 @@ TEST_CASE("kv_cache: clear forgets all, and keeps the memory") {
   append(cache, numbers(0, 33));
   cache.clear();
   CHECK((cache.seen() == 0 && cache.size() == 0 && cache.min_truncate() == 0 && cache.capacity() == 7));
-  CHECK(attend(cache) == attend(fresh));
   append(cache, numbers(50, 54));
   append(fresh, numbers(50, 54));
   CHECK(attend(cache) == attend(fresh));
@@ -884,8 +886,7 @@ void check_moved_from(Cache& from, Cache other) {
   matrix q = matrix::Ones(3, 16), out(3, 12);
   CHECK_THROWS_WITH(attention.prefill(q, rows.k, rows.v, from, out, scratch), refused);
   CHECK(attention.try_prefill(q, rows.k, rows.v, from, out, scratch).message() == refused);
-  const std::vector<float> nothing = attend(from);
-  CHECK(std::all_of(nothing.begin(), nothing.begin() + 12, [](float x) { return x == 0; }));
+  CHECK(attention.try_decode(q.topRows(1), from, out.topRows(1), scratch).message() == refused);
 
   const std::vector<float> before = attend(other);
   from = std::move(other);

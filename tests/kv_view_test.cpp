@@ -7,6 +7,7 @@
 
 #include <sinkcache/attention.hpp>
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -473,11 +474,13 @@ TEST_CASE("kv_view: mlx RotatingKVCache, kept tokens and a ring in one [head][ma
       const auto at = [&](index_t t, index_t h, index_t d) { return (h * max_size + slot(t)) * dim + d; };
       mlx.put_keys(k, at);
       mlx.put_values(v, at);
-      constexpr position_t turn = tokens - (tokens - keep) % ring;  // lies at the ring's start
-      const auto piece = [&](position_t first, position_t last) {
-        return kv_piece{first, static_cast<index_t>(last - first), k.at(at(first, 0, 0)), v.at(at(first, 0, 0))};
-      };
-      const kv_piece pieces[] = {piece(0, keep), piece(tokens - ring, turn), piece(turn, tokens)};
+      const auto pieces = ring_pieces({.k = k.at(0),
+                                       .v = v.at(0),
+                                       .k_row = dim * index_t{sizeof(std::uint16_t)},
+                                       .v_row = dim * index_t{sizeof(std::uint16_t)},
+                                       .pinned = keep,
+                                       .rows = ring},
+                                      tokens);
       const kv_strides strides{.head = max_size * dim, .token = dim};
       kv_view<bf16, f16> view(mlx.config, {strides, strides}, pieces, tokens);
       CHECK(mlx.check(view, 1) == "");
@@ -487,6 +490,49 @@ TEST_CASE("kv_view: mlx RotatingKVCache, kept tokens and a ring in one [head][ma
       CHECK(shorter.min_truncate() == tokens - 16);
       for (index_t rows : {1, 3, 17}) CHECK(mlx.check(shorter, rows) == "");
     }
+}
+
+TEST_CASE("kv_view: the pieces of a ring, with pinned rows or without, are what it holds") {
+  for (index_t pinned = 0; pinned <= 3; ++pinned)
+    for (index_t rows = 1; rows <= 5; ++rows) {
+      std::vector<position_t> memory(as_size(pinned + rows), -1);  // as keys and as values
+      for (position_t seen = 0; seen <= 14; ++seen) {
+        CAPTURE(pinned, rows, seen);
+        std::vector<position_t> found, expected;
+        for (position_t p = 0; p < seen; ++p)
+          if (p < pinned || p >= seen - rows) expected.push_back(p);
+        const kv_ring ring{memory.data(), memory.data(), sizeof memory[0], sizeof memory[0], pinned, rows};
+        for (const kv_piece& piece : ring_pieces(ring, seen)) {
+          CHECK(piece.k == piece.v);
+          for (index_t i = 0; i < piece.tokens; ++i) {
+            found.push_back(static_cast<const position_t*>(piece.k)[i]);
+            CHECK(found.back() == piece.first + i);
+          }
+        }
+        CHECK(found == expected);
+        memory[as_size(seen < pinned ? seen : pinned + (seen - pinned) % rows)] = seen;
+      }
+    }
+  CHECK_THROWS_WITH(ring_pieces({.rows = 0}, 1), "sinkcache: rows was 0, had to be at least 1");
+  CHECK_THROWS_WITH(ring_pieces({.rows = 1}, -1), "sinkcache: seen was -1, had to be from 0 to 4611686018427387904");
+  status found;
+  try_ring_pieces({.pinned = max_position + (max_position - 1), .rows = 1}, 0, found);
+  CHECK(!found.ok());
+}
+
+TEST_CASE("kv_view: pieces come as a span, a vector or an array") {
+  const float row[4] = {};
+  kv_view<f32> view({.num_kv_heads = 1, .head_dim = 4, .rope = rope::none()}, {{0, 4}, {0, 4}});
+  std::vector<kv_piece> pieces = {{0, 1, row, row}};
+  view.assign(std::span(pieces.data(), 1), 1);
+  CHECK(view.size() == 1);
+  view.assign(pieces, 1);
+  view.assign(std::span<const kv_piece>(pieces), 1);
+  const std::array<kv_piece, 1> one = {pieces[0]};
+  view.assign(one, 1);
+  CHECK(view.size() == 1);
+  static_assert(!std::is_convertible_v<std::vector<kv_piece>, kv_memory> &&
+                !std::is_convertible_v<std::array<kv_piece, 1>, kv_memory>);
 }
 
 TEST_CASE("kv_view: queries [head][token][dim] go head by head") {
@@ -808,6 +854,7 @@ TEST_CASE("kv_view: a view without tokens, or moved from, sees nothing") {
   matrix q = matrix::Ones(1, 4), out = matrix::Ones(1, 4);
   workspace scratch;
   float lse = 0;
+  view.set_seen(3);  // known, and held by nobody here
   attention({.num_qo_heads = 1}).decode(q, view, out, scratch, {.lse = {&lse, 1}});
   CHECK(out.isZero(0));
   CHECK(lse == -std::numeric_limits<float>::infinity());
@@ -825,7 +872,7 @@ TEST_CASE("kv_view: a view without tokens, or moved from, sees nothing") {
 }
 
 TEST_CASE("kv_view: a batch of views without tokens needs no memory for them") {
-  const kv_view<f32> nothing(engine_rotated(1, 64), {{.token = 64}, {.token = 64}});
+  const kv_view<f32> nothing(engine_rotated(1, 64), {{.token = 64}, {.token = 64}}, kv_memory(), 1);
   constexpr index_t heads = 256, views = 200;
   const attention layer({.num_qo_heads = heads});
   const matrix q = matrix::Ones(1, heads * 64);
@@ -862,9 +909,10 @@ TEST_CASE("kv_view: bad configurations and layouts are refused in exact words") 
         "sinkcache: num_sink_tokens was -2, had to be at least 0");
   CHECK(changed(&cache_config::num_kv_heads, index_t{0}) == "sinkcache: num_kv_heads was 0, had to be at least 1");
   CHECK(changed(&cache_config::head_dim, index_t{577}) == "sinkcache: head_dim was 577, had to be from 1 to 576");
-  CHECK(changed(&cache_config::positions, positions::in_cache) ==
-        "sinkcache: rope was absent, had to be given (rope::none() counts) unless positions are absolute and inputs "
-        "rotated");
+  CHECK(
+      changed(&cache_config::positions, positions::in_cache) ==
+      "sinkcache: rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless "
+      "positions are absolute and inputs rotated");
   CHECK(words(good, {{.head = -8, .token = 16}, layout.v}) == "sinkcache: layout.k.head was -8, had to be at least 0");
   CHECK(words(good, {layout.k, {.head = 8, .token = -16}}) ==
         "sinkcache: layout.v.token was -16, had to be at least 1");
@@ -872,6 +920,13 @@ TEST_CASE("kv_view: bad configurations and layouts are refused in exact words") 
   CHECK(words(good, {layout.k, {.head = 8, .token = 16, .dim = 0}}) ==
         "sinkcache: layout.v.dim was 0, had to be at least 1");
   constexpr index_t huge = std::numeric_limits<index_t>::max();
+  CHECK(changed(&cache_config::num_sink_tokens, huge) ==
+        fmt::format("sinkcache: num_sink_tokens was {}, had to be below {}", huge, max_position));
+  cache_config most = good;
+  most.num_sink_tokens = max_position - 1;
+  kv_part memory[2];
+  part_list parts(memory, 2);
+  CHECK(kv_view<f32>(most, layout).plan(0, -1, -1, parts).queries == 1);
   CHECK(words(good, {{.head = huge, .token = 16}, layout.v}) ==
         fmt::format("sinkcache: bytes of a stride was {} * 4, had to fit 63 bits", huge));
 }

@@ -921,4 +921,127 @@ TEST_CASE("rope: errors name the argument, its value and what it had to be") {
   CHECK_THROWS_WITH(rope::plain(64, HUGE_VAL), "sinkcache: theta was inf, had to be finite and at least 1");
 }
 
+TEST_CASE("rope: what the factories refuse, the try_ functions return, and they make the same") {
+  status found;
+  const std::vector<float> inv_freq = {1, 0.1f}, bad = {1, -1};
+  CHECK(rope::try_create(inv_freq, found, rope_pairing::interleaved, 2) ==
+        rope(inv_freq, rope_pairing::interleaved, 2));
+  CHECK(rope::try_plain(64, 1e4, found) == rope::plain(64, 1e4));
+  CHECK(rope::try_linear(64, 1e4, 2, found, rope_pairing::interleaved) ==
+        rope::linear(64, 1e4, 2, rope_pairing::interleaved));
+  CHECK(rope::try_llama3(64, 1e4, {8, 1, 4, 8192}, found) == rope::llama3(64, 1e4, {8, 1, 4, 8192}));
+  CHECK(rope::try_yarn(64, 1e4, {8, 4096}, found) == rope::yarn(64, 1e4, {8, 4096}));
+  CHECK(found.ok());
+  CHECK(!rope::try_create(bad, found));
+  CHECK(found.message() == "sinkcache: an inv_freq was -1, had to be from 0 to 2^32");
+  CHECK(!rope::try_plain(63, 1e4, found));
+  CHECK(found.message() == "sinkcache: head_dim was 63, had to be even and from 2 to 512");
+  CHECK(!rope::try_linear(64, 1e4, 0.5, found));
+  CHECK(found.message() == "sinkcache: factor was 0.5, had to be from 1 to 2^64");
+  CHECK(!rope::try_llama3(64, 1e4, {8, 4, 1, 8192}, found));
+  CHECK(found.message() == "sinkcache: low_freq_factor was 4, had to be above 0 and below high_freq_factor, 1");
+  CHECK(!rope::try_yarn(64, 1, {8, 4096}, found));
+  CHECK(found.message() == "sinkcache: theta was 1, had to be above 1");
+}
+
+// Gemma 4's full layers: a quarter of the pairs of the whole head rotate, dimension i with i + half the head.
+TEST_CASE("rope: proportional is inv_freq with zeros") {
+  constexpr index_t dim = 32, rotated = 4;
+  std::vector<float> inv_freq(dim / 2, 0.f);
+  for (index_t i = 0; i < rotated; ++i)
+    inv_freq[static_cast<std::size_t>(i)] = static_cast<float>(std::pow(1e6, -2. * static_cast<double>(i) / dim));
+  const rope proportional(inv_freq);
+  effort::dice dice(5);
+  std::array<float, dim> from, to;
+  for (float& x : from) x = dice.signed_unit();
+  for (const position_t position : {position_t{1}, position_t{777}, position_t{100000}}) {
+    rope::angles at;
+    proportional.angles_at(position, true, at);
+    proportional.turn(at, from.data(), dim, to.data());
+    for (std::size_t i = 0; i < dim / 2; ++i) {
+      const double a = static_cast<double>(from[i]), b = static_cast<double>(from[i + dim / 2]);
+      const double angle = static_cast<double>(position) * static_cast<double>(inv_freq[i]);
+      CHECK(std::abs(static_cast<double>(to[i]) - (a * std::cos(angle) - b * std::sin(angle))) < 1e-6);
+      CHECK(std::abs(static_cast<double>(to[i + dim / 2]) - (b * std::cos(angle) + a * std::sin(angle))) < 1e-6);
+      if (i >= rotated) CHECK((to[i] == from[i] && to[i + dim / 2] == from[i + dim / 2]));
+    }
+  }
+}
+
+// M-RoPE (Qwen2-VL): a token has three positions, and pairs go by one of them each. The engine rotates; what comes out
+// has to be attention by the differences of all three, whatever the window evicts.
+TEST_CASE("rope: M-RoPE is served where inputs come rotated and positions are absolute") {
+  constexpr index_t dim = 32, pairs = dim / 2, kv_heads = 2, heads = 4;
+  constexpr std::array<index_t, 3> sections = {4, 6, 6};
+  using place = std::array<double, 3>;
+  std::vector<place> places;  // some text, an image of 5 x 4 patches, more text
+  for (double t = 0; t < 6; ++t) places.push_back({t, t, t});
+  for (double y = 0; y < 5; ++y)
+    for (double x = 0; x < 4; ++x) places.push_back({6, 6 + y, 6 + x});
+  for (double t = 11; t < 19; ++t) places.push_back({t, t, t});
+  const auto angle = [&](index_t pair, const place& at) {
+    const std::size_t axis = pair < sections[0] ? 0 : pair < sections[0] + sections[1] ? 1 : 2;
+    return at[axis] * std::pow(1e4, -2. * static_cast<double>(pair) / dim);
+  };
+  const auto rotated = [&](const float* from, const place& at, double* to) {
+    for (index_t i = 0; i < pairs; ++i) {
+      const double a = static_cast<double>(from[i]), b = static_cast<double>(from[i + pairs]), by = angle(i, at);
+      to[i] = a * std::cos(by) - b * std::sin(by);
+      to[i + pairs] = b * std::cos(by) + a * std::sin(by);
+    }
+  };
+  effort::dice dice(6);
+  const auto tokens = static_cast<index_t>(places.size());
+  const auto random = [&](index_t cols) {
+    matrix m(tokens, cols);
+    for (index_t i = 0; i < m.size(); ++i) m.data()[i] = 2 * dice.signed_unit();
+    return m;
+  };
+  const matrix q = random(heads * dim), k = random(kv_heads * dim), v = random(kv_heads * dim);
+  const auto by_engine = [&](const matrix& from) {
+    matrix to = from;
+    for (index_t t = 0; t < tokens; ++t)
+      for (index_t head = 0; head < from.cols() / dim; ++head) {
+        std::array<double, dim> row;
+        rotated(from.row(t).data() + head * dim, places[static_cast<std::size_t>(t)], row.data());
+        for (index_t d = 0; d < dim; ++d) to(t, head * dim + d) = static_cast<float>(row[static_cast<std::size_t>(d)]);
+      }
+    return to;
+  };
+  const cache_config config{.num_kv_heads = kv_heads,
+                            .head_dim = dim,
+                            .num_sink_tokens = 2,
+                            .window = 15,
+                            .positions = positions::absolute,
+                            .inputs = inputs::rotated};
+  kv_cache<f32> cache(config);
+  const attention attention({.num_qo_heads = heads});
+  workspace scratch;
+  matrix out(tokens, heads * dim);
+  attention.prefill(by_engine(q), by_engine(k), v, cache, out, scratch);
+  for (index_t t = 0; t < tokens; ++t)
+    for (index_t head = 0; head < heads; ++head) {
+      std::array<double, dim> expected{};
+      double sum = 0;
+      for (index_t p = 0; p <= t; ++p) {
+        if (p >= config.num_sink_tokens && p <= t - config.window) continue;
+        // The query, rotated by how far the key is off in each direction.
+        place apart = places[static_cast<std::size_t>(t)];
+        for (std::size_t axis = 0; axis < 3; ++axis) apart[axis] -= places[static_cast<std::size_t>(p)][axis];
+        std::array<double, dim> row;
+        rotated(q.row(t).data() + head * dim, apart, row.data());
+        double logit = 0;
+        for (index_t d = 0; d < dim; ++d)
+          logit += row[static_cast<std::size_t>(d)] * static_cast<double>(k(p, head / 2 * dim + d));
+        const double weight = std::exp(logit / std::sqrt(static_cast<double>(dim)));
+        sum += weight;
+        for (index_t d = 0; d < dim; ++d)
+          expected[static_cast<std::size_t>(d)] += weight * static_cast<double>(v(p, head / 2 * dim + d));
+      }
+      for (index_t d = 0; d < dim; ++d)
+        CHECK(std::abs(static_cast<double>(out(t, head * dim + d)) - expected[static_cast<std::size_t>(d)] / sum) <
+              1e-5);
+    }
+}
+
 }  // namespace

@@ -6,7 +6,9 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <fstream>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "catch.hpp"
@@ -40,6 +42,20 @@ TEST_CASE("simd: as wide as the instruction set says") {
   const std::string set = isa();
   CHECK(lanes == (set == "avx512" ? 16 : set == "avx2" || set == "avx" ? 8 : 4));
   CHECK(sizeof(vfloat) == lanes * sizeof(float));
+}
+
+// What Linux says that the processor has.
+TEST_CASE("simd: what the processor has beside what this was built for") {
+  CHECK(built_for().file == std::string(isa()));
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  std::string line, best;
+  while (std::getline(cpuinfo, line))
+    if (line.rfind("flags", 0) == 0) {
+      const auto has = [&](const char* flag) { return (line + " ").find(std::string(" ") + flag + " ") != line.npos; };
+      best = has("avx512f") && has("avx512dq") ? "avx512" : has("avx2") ? "avx2" : has("avx") ? "avx" : "sse4";
+      break;
+    }
+  if (!best.empty()) CHECK(built_for().processor == best);
 }
 
 TEST_CASE("simd: load, store, broadcast") {

@@ -315,6 +315,7 @@ TEST_CASE("softmax: errors name the argument, its value and what it had to be") 
   CHECK_THROWS_WITH(attention_state(1, 577), "sinkcache: v_head_dim was 577, had to be from 1 to 576");
   CHECK_NOTHROW(attention_state(1, 576));
   CHECK_THROWS_AS(attention_state(std::numeric_limits<index_t>::max(), 4), std::invalid_argument);
+  CHECK_THROWS_AS(attention_state(index_t{1} << 60, 4), std::invalid_argument);
 
   attention_state state(2, 4);
   state.data()[1] = 5.f;

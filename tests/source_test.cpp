@@ -260,6 +260,10 @@ TEST_CASE("source: static tokens hold what they were given, and say what does no
   CHECK(static_tokens<f32>::validate(config, k, v.topRows(2)).message() ==
         "sinkcache: v.rows() was 2, had to be exactly 3");
   CHECK_THROWS_AS((static_tokens<f32>(config, k.leftCols(8), v)), std::invalid_argument);
+  cache_config many = config;
+  many.num_kv_heads = index_t{1} << 61;
+  CHECK(static_tokens<f32>::validate(many, k, v).message() ==
+        "sinkcache: floats of a token was 2305843009213693952 * 8, had to fit 63 bits");
 }
 
 TEST_CASE("source: prefill over keys that do not end with the cache is refused, and changes nothing") {

@@ -675,7 +675,7 @@ TEST_CASE("joined_source: sources that do not fit are refused by name") {
             .positions = sinkcache::positions::absolute,
             .inputs = sinkcache::inputs::rotated};
   CHECK(sinkcache::static_tokens<f32>::validate(config, rows, rows).message() ==
-        "sinkcache: rope was absent, had to be given (rope::none() counts)");
+        "sinkcache: rope was absent, had to be given, say .rope = rope::plain(head_dim, theta), or rope::none()");
 }
 
 // (d) Keys in groups of 32 tokens with a scale for each channel, newer tokens as floats.

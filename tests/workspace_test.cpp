@@ -1,6 +1,9 @@
 // Executors of every kind give the same bits; scratch memory grows once and is then left alone.
 
 #include <sinkcache/attention.hpp>
+#include <sinkcache/joined.hpp>
+#include <sinkcache/policies.hpp>
+#include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/workspace.hpp>
 
 #include <algorithm>
@@ -297,10 +300,175 @@ TEST_CASE("workspace: workspace_bytes counts the partial states of a decode in s
     scratch.reserve(bytes);
     attention.decode(q, cache, out, scratch);
     CHECK(executor.runs.front() > 1);  // there are slices
-    // Not exact yet: what a batch says of its one sequence, a cache line, is not counted.
-    CHECK(scratch.nbytes() <= bytes + 64);
+    CHECK(scratch.nbytes() == bytes);
     CHECK(out == matrix::Ones(1, heads * dim));
   }
+}
+
+struct wants_all final : weight_reader {
+  bool wants(position_t) const noexcept override { return true; }
+  void read(const weight_tile&) noexcept override {}
+};
+
+// Workers in turn, and no notes: those would be allocated.
+struct in_turns {
+  index_t workers;
+
+  index_t concurrency() const { return workers; }
+  void run(index_t n, const work_ref& work) const {
+    for (index_t item = 0; item < n; ++item) work(item, item % workers);
+  }
+};
+
+// A workspace that holds nothing yet: what was moved from.
+workspace empty_workspace(in_turns& executor) {
+  workspace from(executor);
+  const workspace to(std::move(from));
+  return from;  // NOLINT(bugprone-use-after-move)
+}
+
+// Calls with as much memory as was said to be enough; then, if it is exact, with none.
+template <class Call>
+void check_enough(index_t workers, index_t bytes, const Call& call, bool exact = true) {
+  in_turns executor{workers};
+  workspace said = empty_workspace(executor);
+  REQUIRE(said.nbytes() == 0);
+  said.reserve(bytes);
+  const long before = allocations;
+  call(said);
+  CHECK((said.nbytes() == bytes && (!COUNTS_ALLOCATIONS || allocations == before)));
+  if (!exact) return;
+  workspace grows = empty_workspace(executor);
+  call(grows);
+  CHECK(grows.nbytes() == bytes);
+}
+
+TEST_CASE("workspace: what workspace_bytes says is what every call takes, to the byte") {
+  effort::dice dice(31);
+  for (int i = 0; i < effort::cases(60); ++i) {
+    const index_t workers = dice.from_to(1, 4), dim = dice.from_to(1, 90), kv_heads = dice.from_to(1, 3);
+    const index_t heads = kv_heads * (dice.one_in(4) ? dice.from_to(30, 70) : dice.from_to(1, 5));
+    const index_t n = dice.one_in(3) ? 1100 : dice.from_to(1, 60), rows = dice.from_to(1, std::min<index_t>(n, 50));
+    CAPTURE(i, workers, dim, kv_heads, heads, n, rows);
+    const cache_config config{.num_kv_heads = kv_heads,
+                              .head_dim = dim,
+                              .v_head_dim = dice.from_to(1, 90),
+                              .num_sink_tokens = dice.from_to(0, 4),
+                              .window = n + 5,
+                              .rope = rope::none()};
+    kv_cache<f32> cache(config), other(config);
+    const matrix k = random_matrix(dice, n, kv_heads * dim), v = random_matrix(dice, n, kv_heads * config.v_head_dim);
+    const matrix q = random_matrix(dice, n, heads * dim);
+    cache.append(k, v);
+    other.append(k.topRows(1), v.topRows(1));
+    const attention attention({.num_qo_heads = heads});
+    matrix out(n, heads * config.v_head_dim);
+    wants_all reader;
+    const auto one_q = q.topRows(1);
+    auto one_out = out.topRows(1);
+    for (weight_reader* weights : {static_cast<weight_reader*>(nullptr), static_cast<weight_reader*>(&reader)}) {
+      const index_t one = attention.workspace_bytes(cache, 1, workers, weights),
+                    some = attention.workspace_bytes(cache, rows, workers, weights);
+      check_enough(workers, one,
+                   [&](workspace& w) { attention.decode(one_q, cache, one_out, w, {.weights = weights}); });
+      const auto q_rows = q.topRows(rows);
+      auto out_rows = out.topRows(rows);
+      check_enough(workers, some,
+                   [&](workspace& w) { attention.attend(q_rows, cache, out_rows, w, {.weights = weights}); });
+      kv_cache<f32> grows = cache.clone();
+      const auto k_rows = k.topRows(rows), v_rows = v.topRows(rows);
+      check_enough(workers, some, [&](workspace& w) {
+        attention.prefill(q_rows, k_rows, v_rows, grows, out_rows, w, {.weights = weights});
+      });
+      std::vector<decode_item> batch;
+      for (index_t item = dice.from_to(1, 5); item > 0; --item)
+        batch.push_back({{q.data(), static_cast<std::size_t>(q.cols())},
+                         dice.one_in(2) ? &cache : &other,
+                         {out.data(), static_cast<std::size_t>(out.cols())},
+                         {},
+                         dice.one_in(2) ? weights : nullptr});
+      check_enough(workers, attention.workspace_bytes(batch, workers),
+                   [&](workspace& w) { attention.decode(batch, w); });
+    }
+    attention_state state(heads, config.v_head_dim);
+    check_enough(workers, attention.workspace_bytes(cache, 1, workers),
+                 [&](workspace& w) { attention.attend(one_q, cache, state, w); });
+    cache_config behind = config;
+    behind.first_position = n;
+    kv_cache<f32> own(behind);
+    const joined_source joined({&cache, &own});
+    const auto k_rows = k.topRows(rows), v_rows = v.topRows(rows), q_rows = q.topRows(rows);
+    auto out_rows = out.topRows(rows);
+    check_enough(workers, attention.workspace_bytes(joined, rows, workers),
+                 [&](workspace& w) { attention.prefill(q_rows, k_rows, v_rows, own, joined, out_rows, w); });
+  }
+}
+
+TEST_CASE("workspace: caches that learn say what they need, those that look back too") {
+  effort::dice dice(32);
+  constexpr index_t dim = 16, kv_heads = 2, heads = 6, n = 400;
+  const matrix q = random_matrix(dice, n, heads * dim), k = random_matrix(dice, n, kv_heads * dim);
+  matrix out(n, heads * dim);
+  const attention attention({.num_qo_heads = heads});
+  const std::shared_ptr<const token_scorer> scorers[] = {
+      std::make_shared<policies::random>(), std::make_shared<policies::h2o>(), std::make_shared<policies::tova>(),
+      std::make_shared<policies::snapkv>()};
+  for (const auto& scorer : scorers)
+    for (const index_t workers : {1, 3}) {
+      INFO(scorer->name() << ", " << workers << " workers");
+      const auto make = [&] {
+        return scored_kv_cache<f32>(
+            {.num_kv_heads = kv_heads, .head_dim = dim, .num_sink_tokens = 1, .rope = rope::plain(dim, 100.0)},
+            {.budget = 90, .recent = 16, .interval = 8, .num_qo_heads = heads}, scorer);
+      };
+      const auto decode_all = [&](scored_kv_cache<f32>& cache, workspace& w, bool as_batch) {
+        for (index_t i = 0; i < 200; ++i) {
+          cache.append(k.middleRows(i, 1), k.middleRows(i, 1));
+          if (as_batch) {
+            const decode_item item{
+                {q.row(i).data(), heads * dim}, &cache, {out.data(), heads * dim}, {}, cache.learner()};
+            attention.decode({&item, 1}, w);
+          } else {
+            attention.decode(q.middleRows(i, 1), cache, out.topRows(1), w);
+          }
+        }
+      };
+      for (const bool as_batch : {false, true}) {
+        scored_kv_cache<f32> cache = make();
+        const decode_item item{{}, &cache, {}, {}, cache.learner()};
+        const index_t bytes =
+            as_batch ? attention.workspace_bytes({&item, 1}, workers) : attention.workspace_bytes(cache, 1, workers);
+        check_enough(workers, bytes, [&](workspace& w) { cache.clear(), decode_all(cache, w, as_batch); });
+      }
+      scored_kv_cache<f32> cache = make();
+      check_enough(workers, attention.workspace_bytes(cache, n, workers),
+                   [&](workspace& w) { cache.clear(), attention.prefill(q, k, k, cache, out, w); });
+    }
+}
+
+TEST_CASE("workspace: sizes that cannot be are refused by name") {
+  const layer layer;
+  const attention& a = layer.layer_attention;
+  constexpr index_t huge = index_t{1} << 62;
+  CHECK_THROWS_WITH(a.workspace_bytes(layer.cache, -1000),
+                    "sinkcache: tokens was -1000, had to be from 0 to 4611686018427387904");
+  CHECK_THROWS_WITH(a.workspace_bytes(layer.cache, huge + 1),
+                    "sinkcache: tokens was 4611686018427387905, had to be from 0 to 4611686018427387904");
+  CHECK_THROWS_WITH(a.workspace_bytes(layer.cache, 1, -5), "sinkcache: concurrency was -5, had to be at least 1");
+  CHECK_THROWS_WITH(a.workspace_bytes(layer.cache, 1, 0), "sinkcache: concurrency was 0, had to be at least 1");
+  CHECK_THROWS_AS(a.workspace_bytes(layer.cache, 1, huge), std::invalid_argument);
+  CHECK(a.workspace_bytes(layer.cache, huge) >= a.workspace_bytes(layer.cache, 1000));
+  wants_all reader;
+  CHECK(a.workspace_bytes(std::as_const(layer.cache), huge, 1, &reader) > 0);
+  const kv_cache<f32> one_head({.num_kv_heads = 1, .head_dim = 8, .window = 4, .rope = rope::none()});
+  for (const index_t heads : {huge, huge / 2 + 1, huge / 4})
+    CHECK_THROWS_AS(attention({.num_qo_heads = heads}).workspace_bytes(one_head, 1), std::invalid_argument);
+  CHECK_THROWS_AS(attention({.num_qo_heads = huge}).workspace_bytes(layer.cache, 1), std::invalid_argument);
+  const decode_item none{};
+  CHECK_THROWS_WITH(a.workspace_bytes({&none, 1}), "sinkcache: a batch's keys was null, had to be a cache or view");
+  const decode_item one{{}, &layer.cache, {}};
+  CHECK_THROWS_WITH(a.workspace_bytes({&one, 1}, -5), "sinkcache: concurrency was -5, had to be at least 1");
+  CHECK(a.workspace_bytes(std::span<const decode_item>()) == 0);
 }
 
 TEST_CASE("workspace: decode never allocates, batches and prefill not after as large a one, append never") {

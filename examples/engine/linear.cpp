@@ -86,7 +86,7 @@ void linear::row(index_t i, float* to) const {
     dequantise(it->coded, at * cols_, cols_, to);
 }
 
-void linear::multiply(const const_rows_view& x, rows_view y, threads::thread_pool* pool) const {
+void linear::multiply(const const_rows_view& x, rows_view y, sinkcache::thread_pool* pool) const {
   auto item = [&](index_t i, index_t) { multiply(panels_[static_cast<std::size_t>(i)], x, y); };
   const sinkcache::work_ref work(item);
   const auto n = static_cast<index_t>(panels_.size());

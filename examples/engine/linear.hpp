@@ -4,8 +4,8 @@
 #include <sinkcache/matrix.hpp>
 #include <vector>
 
+#include <sinkcache/thread_pool.hpp>
 #include "../loaders/file.hpp"
-#include "../threads/thread_pool.hpp"
 
 namespace engine {
 
@@ -30,7 +30,7 @@ class linear {
   void row(index_t i, float* to) const;
 
   // y = x * w^T. A single row of x reads w once and allocates nothing. `pool` may be null.
-  void multiply(const const_rows_view& x, rows_view y, threads::thread_pool* pool) const;
+  void multiply(const const_rows_view& x, rows_view y, sinkcache::thread_pool* pool) const;
 
  private:
   struct part {

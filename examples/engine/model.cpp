@@ -194,7 +194,7 @@ layer_info model::info(index_t layer_number) const {
 }
 
 session::session(const model& m, const cache_factory& make_cache, const session_config& config)
-    : model_(&m), pool_(config.threads > 1 ? std::make_unique<threads::thread_pool>(config.threads) : nullptr) {
+    : model_(&m), pool_(config.threads > 1 ? std::make_unique<sinkcache::thread_pool>(config.threads) : nullptr) {
   if (pool_) workspace_ = sinkcache::workspace(*pool_);
   const model_config& c = m.config_;
   layers_.reserve(m.layers_.size());

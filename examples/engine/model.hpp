@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
+#include <sinkcache/thread_pool.hpp>
 #include "../loaders/weights.hpp"
-#include "../threads/thread_pool.hpp"
 #include "linear.hpp"
 
 namespace engine {
@@ -102,7 +102,7 @@ class session {
   void attend(layer_state&, index_t rows, sinkcache::weight_reader* weights = nullptr);
 
   const model* model_;
-  std::unique_ptr<threads::thread_pool> pool_;  // null: the caller's thread alone
+  std::unique_ptr<sinkcache::thread_pool> pool_;  // null: the caller's thread alone
   std::vector<layer_state> layers_;
   sinkcache::workspace workspace_;
   matrix hidden_, normed_, qkv_, attended_, gate_up_;  // [rows, ...]

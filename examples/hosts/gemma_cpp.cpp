@@ -1,4 +1,4 @@
-// gemma.cpp: one row of floats a token, for every layer and head K and behind it V; a ring of rows.
+// gemma.cpp: one row of floats a token, for every layer and head K and after it V; a ring of rows.
 
 #include "hosts.hpp"
 
@@ -20,14 +20,13 @@ bool hosts::gemma_cpp() {
         to[h * 2 * head_dim + d] = key(pos, h, d);
         to[h * 2 * head_dim + head_dim + d] = value(pos, h, d);
       }
-    // The ring holds [pos + 1 - seq_len, pos], in two pieces: before and behind its end.
-    const index_t seen = pos + 1, turn = seen / seq_len * seq_len, oldest = std::max<index_t>(0, seen - seq_len);
-    const auto piece = [&](index_t first, index_t last) {
-      const float* const at = cache.data() + first % seq_len * row + in_row;
-      return kv_piece{first, last - first, at, at + head_dim};
-    };
-    const kv_piece pieces[] = {piece(oldest, turn), piece(turn, seen)};
-    view.assign(pieces, seen);
+    const auto pieces = ring_pieces({.k = cache.data() + in_row,
+                                     .v = cache.data() + in_row + head_dim,
+                                     .k_row = row * index_t{sizeof(float)},
+                                     .v_row = row * index_t{sizeof(float)},
+                                     .rows = seq_len},
+                                    pos + 1);
+    view.assign(pieces, pos + 1);
     q = query(pos);
     attention.decode(q, view, out, workspace);
   }

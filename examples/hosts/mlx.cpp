@@ -1,4 +1,4 @@
-// mlx-lm's RotatingKVCache: [head][max_size][dim], the first `keep` tokens and behind them a ring. The same three
+// mlx-lm's RotatingKVCache: [head][max_size][dim], the first `keep` tokens and after them a ring. The same three
 // pieces serve any buffer of sinks and a window (StreamingLLM's start_size and recent_size).
 
 #include "hosts.hpp"
@@ -22,13 +22,14 @@ bool hosts::mlx() {
         k[static_cast<std::size_t>((h * max_size + slot(t)) * head_dim + d)] = half(key(t, h, d));
         v[static_cast<std::size_t>((h * max_size + slot(t)) * head_dim + d)] = half(value(t, h, d));
       }
-    const index_t seen = t + 1, pinned = std::min(seen, keep), oldest = std::max(pinned, seen - ring);
-    const index_t turn = seen - (seen - pinned) % ring;  // the oldest token that lies behind the ring's end again
-    const auto piece = [&](index_t first, index_t last) {
-      return kv_piece{first, last - first, k.data() + slot(first) * head_dim, v.data() + slot(first) * head_dim};
-    };
-    const kv_piece pieces[] = {piece(0, pinned), piece(oldest, turn), piece(turn, seen)};
-    view.assign(pieces, seen);
+    const auto pieces = ring_pieces({.k = k.data(),
+                                     .v = v.data(),
+                                     .k_row = head_dim * index_t{sizeof k[0]},
+                                     .v_row = head_dim * index_t{sizeof v[0]},
+                                     .pinned = keep,
+                                     .rows = ring},
+                                    t + 1);
+    view.assign(pieces, t + 1);
     q = query(t);
     attention.decode(q, view, out, workspace);
   }

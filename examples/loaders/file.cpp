@@ -26,8 +26,7 @@ struct open_file {
 
 void fail(const std::string& file, const std::string& what) { throw file_error(file + ": " + what); }
 
-std::string printable(std::string_view text) {
-  constexpr std::size_t longest = 60;
+std::string printable(std::string_view text, std::size_t longest) {
   std::string out;
   for (const char c : text.substr(0, longest)) {
     if (c >= 0x20 && c <= 0x7e) {

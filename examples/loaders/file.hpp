@@ -44,7 +44,7 @@ byte_source memory_source(std::span<const std::byte> bytes);  // a copy of them
 [[noreturn]] void fail(const std::string& file, const std::string& what);
 
 // A hostile name must neither flood the terminal nor send it control sequences.
-std::string printable(std::string_view text);
+std::string printable(std::string_view text, std::size_t longest = 60);
 std::string quote(std::string_view text);  // printable, between quotation marks
 
 std::string listed(const std::vector<std::int64_t>& shape);  // [2, 3]

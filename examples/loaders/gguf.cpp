@@ -502,6 +502,13 @@ std::string gguf::described(const value& v) const {
   return fmt::format("{} ({})", little_endian<std::uint64_t>(at(v.at)), type);
 }
 
+std::string gguf::text(const std::string& key) const {
+  const value& v = metadata_.at(key);
+  if (!v.is_array && v.type == kind::string) return std::string(*string(key));
+  const std::string all = described(v);
+  return v.is_array ? all : all.substr(0, all.find(' '));
+}
+
 void gguf::refuse(const std::string& key, const std::string& had_to_be) const {
   const auto found = metadata_.find(key);
   if (found == metadata_.end()) fail(fmt::format("metadata: {} is missing, had to be {}", key, had_to_be));

@@ -43,6 +43,7 @@ class gguf {
   std::optional<std::int64_t> integer(const std::string& key, std::int64_t min, std::int64_t max) const;
   std::optional<double> number(const std::string& key, double min, double max) const;
   std::optional<bool> flag(const std::string& key) const;
+  std::string text(const std::string& key) const;  // of any kind, as one writes it; the key has to be there
   std::optional<std::vector<std::string_view>> strings(const std::string& key) const;
   std::optional<std::vector<std::int64_t>> integers(const std::string& key) const;
   std::optional<std::vector<double>> numbers(const std::string& key) const;
@@ -59,6 +60,7 @@ class gguf {
   // "FILE: metadata: KEY is VALUE, had to be ..."; and "FILE: what".
   [[noreturn]] void refuse(const std::string& key, const std::string& had_to_be) const;
   [[noreturn]] void fail(const std::string& what) const { loaders::fail(file_, what); }
+  const std::string& path() const { return file_; }
 
  private:
   enum class kind : std::uint32_t { u8, i8, u16, i16, u32, i32, f32, boolean, string, array, u64, i64, f64 };

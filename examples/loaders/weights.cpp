@@ -71,6 +71,13 @@ bool is_shard(const std::string& path) {
 
 }  // namespace
 
+void fail_rope(const std::string& path, const sinkcache::status& found) {
+  constexpr auto whose = "sinkcache: "sv;
+  std::string_view what = found.message();
+  if (what.starts_with(whose)) what.remove_prefix(whose.size());
+  fail(path, "metadata: " + printable(what, what.size()));
+}
+
 std::unique_ptr<weights> weights::open(const std::string& path) {
   const byte_source file = open_source(path);
   const std::string begin = first_bytes(file, 64);

@@ -55,6 +55,9 @@ class weights {
   std::map<std::string, std::string> metadata;  // a safetensors file's
 };
 
+// What the library found wrong with a file's rope.
+[[noreturn]] void fail_rope(const std::string& path, const sinkcache::status& found);
+
 std::unique_ptr<weights> open_safetensors_weights(const std::string& path);
 std::unique_ptr<weights> open_gguf_weights(const std::string& path);
 

@@ -4,7 +4,7 @@
 #include <limits>
 #include <map>
 #include <set>
-#include <stdexcept>
+#include <sinkcache/rope_keys.hpp>
 #include <utility>
 
 #include "gguf.hpp"
@@ -41,36 +41,21 @@ void check_nothing_else_is_asked_for(const gguf& file) {
                                        "expert_count",
                                        "expert_used_count",
                                        "feed_forward_length",
-                                       "rope.dimension_count",
-                                       "rope.freq_base",
-                                       "rope.scaling.attn_factor",
-                                       "rope.scaling.factor",
-                                       "rope.scaling.finetuned",
-                                       "rope.scaling.original_context_length",
-                                       "rope.scaling.type",
-                                       "rope.scaling.yarn_attn_factor",
-                                       "rope.scaling.yarn_beta_fast",
-                                       "rope.scaling.yarn_beta_slow",
-                                       "rope.scaling.yarn_ext_factor",
                                        "tensor_data_layout",
                                        "vocab_size"};
   const std::map<std::string, std::string> why = {
-      {"rope.dimension_sections", "M-RoPE gives each token three positions, and no single phase turns it"},
-      {"rope.scaling.alpha", "dynamic NTK changes its frequencies with the length of the sequence"},
       {"attention.kv_lora_rank", "multi-head latent attention (MLA) caches a latent row, not a key per head"},
       {"attention.key_length_mla", "multi-head latent attention (MLA) caches a latent row, not a key per head"},
       {"attention.sliding_window", "every layer attends to all that its cache holds"}};
   for (const std::string& key : file.keys()) {
     if (!key.starts_with("llama.") || known.contains(key.substr(6))) continue;
+    if (key.starts_with("llama.rope.")) continue;  // read_rope knows those
     const auto reason = why.find(key.substr(6));
     file.refuse(
         key, reason == why.end() ? "absent: this decoder does not know what it asks for" : "absent: " + reason->second);
   }
   for (const char* key : {"llama.expert_count", "llama.expert_used_count"})
     if (file.integer(key, 0, 1 << 20).value_or(0) != 0) file.refuse(key, "0: mixtures of experts (MoE) are not done");
-  for (const char* key :
-       {"llama.rope.scaling.attn_factor", "llama.rope.scaling.yarn_attn_factor", "llama.rope.scaling.yarn_ext_factor"})
-    if (file.number(key, -any, any).value_or(1) != 1) file.refuse(key, "1");
   for (const char* key : {"rope_factors_long.weight", "rope_factors_short.weight"})
     if (file.contains(key))
       file.fail(
@@ -131,51 +116,23 @@ model_config read_config(const gguf& file) {
   return c;
 }
 
-// llama.cpp turns neighbouring dimensions of this architecture, and its converter has reordered the rows of q and k to
-// suit: the other pairing than in Hugging Face's file of the same model.
-constexpr auto pairing = sinkcache::rope_pairing::interleaved;
-
+// llama.cpp rotates neighbouring dimensions of this architecture, and its converter has reordered the rows of q and k
+// to suit: the other pairing than in Hugging Face's file of the same model.
 sinkcache::rope read_rope(const gguf& file, const model_config& c) {
-  using sinkcache::rope;
-  const index_t width = file.integer("llama.rope.dimension_count", 2, c.head_dim).value_or(c.head_dim);
-  if (width % 2 != 0) file.refuse("llama.rope.dimension_count", "even: pairs turn");
-  const std::string type(file.string("llama.rope.scaling.type").value_or("linear"));
-  if (type != "none" && type != "linear" && type != "yarn")
-    file.refuse("llama.rope.scaling.type",
-                type == "longrope" ? "none, linear or yarn: longrope switches between two sets of frequencies as the "
-                                     "sequence grows"
-                                   : "none, linear or yarn");
-  const double factor = type == "none" ? 1 : file.number("llama.rope.scaling.factor", 1, 1e6).value_or(1);
-  // Llama 3.1's scaling comes as what its frequencies are divided by.
+  sinkcache::model_keys keys;
+  for (const std::string& key : file.keys())
+    if (key == "general.architecture" || key == "llama.context_length" || key.starts_with("llama.rope."))
+      keys[key] = file.text(key);
+  std::vector<float> rope_freqs;
   if (file.contains("rope_freqs.weight")) {
-    if (type == "yarn" || factor != 1)
-      file.fail("tensor rope_freqs.weight had to be absent beside llama.rope.scaling.factor");
-    if (file.shape("rope_freqs.weight") != std::vector<std::int64_t>{width / 2})
-      file.fail(fmt::format("tensor rope_freqs.weight is {}, had to be [{}]", listed(file.shape("rope_freqs.weight")),
-                            width / 2));
-    std::vector<float> inv_freq = file.read("rope_freqs.weight").values;
-    for (std::size_t i = 0; i < inv_freq.size(); ++i) {
-      if (!(inv_freq[i] >= 1e-3f && inv_freq[i] <= 1e6f))
-        file.fail(fmt::format("tensor rope_freqs.weight holds {}, had to hold numbers from 0.001 to 1e6", inv_freq[i]));
-      const double exponent = static_cast<double>(2 * i) / static_cast<double>(width);
-      inv_freq[i] = static_cast<float>(1 / (std::pow(c.rope_theta, exponent) * inv_freq[i]));
-    }
-    return rope(inv_freq, pairing);
+    rope_freqs = file.read("rope_freqs.weight").values;
+    if (file.shape("rope_freqs.weight").size() != 1 || rope_freqs.empty())
+      file.fail("tensor rope_freqs.weight had to be a row of numbers");
   }
-  if (type != "yarn")
-    return factor == 1 ? rope::plain(width, c.rope_theta, pairing) : rope::linear(width, c.rope_theta, factor, pairing);
-  try {
-    const auto original = file.integer("llama.rope.scaling.original_context_length", 1, index_t{1} << 40);
-    return rope::yarn(width, c.rope_theta,
-                      {.factor = factor,
-                       .original_max_position_embeddings = static_cast<double>(
-                           original ? *original : size(file, "llama.context_length", index_t{1} << 40)),
-                       .beta_fast = file.number("llama.rope.scaling.yarn_beta_fast", 0, 1e6).value_or(32),
-                       .beta_slow = file.number("llama.rope.scaling.yarn_beta_slow", 0, 1e6).value_or(1)},
-                      pairing);
-  } catch (const std::invalid_argument& error) {
-    file.fail(fmt::format("metadata: llama.rope.scaling: {}", error.what()));
-  }
+  sinkcache::status found;
+  const auto rope = sinkcache::try_rope_of_gguf(keys, c.head_dim, rope_freqs, found);
+  if (!rope) fail_rope(file.path(), found);
+  return *rope;
 }
 
 class gguf_weights final : public weights {

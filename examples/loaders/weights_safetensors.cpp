@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <set>
+#include <sinkcache/rope_keys.hpp>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -133,159 +134,49 @@ void check_nothing_else_is_asked_for(const metadata_reader& metadata) {
           "not a key per head");
 }
 
-// Hugging Face's rope_parameters or, before transformers 5, rope_scaling: a JSON object, or none.
-class rope_reader {
- public:
-  explicit rope_reader(const metadata_reader& metadata) : metadata_(metadata) {
-    for (const char* key : {"rope_parameters", "rope_scaling"}) {
-      const std::string* text = metadata.find(key);
-      if (!text || *text == "null" || *text == "None") continue;
-      if (!object_.empty()) metadata.refuse(key, *text, fmt::format("null beside {}", key_));
-      key_ = key;
-      try {
-        object_ = parse_json(*text);
-      } catch (const std::runtime_error& error) {
-        metadata.refuse(key, *text, fmt::format("null or a JSON object, is {}", error.what()));
-      }
-      if (!object_.is_object()) metadata.refuse(key, *text, "null or a JSON object");
-      for (const auto& [name, value] : object_.items())
-        if (value.is_object())
-          metadata.refuse("a key of " + key_, name, "one that its type has: ropes that differ by layer are not done");
+// What a file says of rope, as the library reads it: rope_parameters or, before transformers 5, rope_scaling are
+// objects.
+sinkcache::model_keys rope_keys(const metadata_reader& metadata) {
+  sinkcache::model_keys keys;
+  for (const char* key : {"rope_theta", "partial_rotary_factor", "rotary_pct", "max_position_embeddings"})
+    if (const std::string* text = metadata.find(key)) keys[key] = *text;
+  std::string object;
+  for (const std::string key : {"rope_parameters", "rope_scaling"}) {
+    const std::string* text = metadata.find(key);
+    if (!text || *text == "null" || *text == "None") continue;
+    if (!object.empty()) metadata.refuse(key, *text, fmt::format("null beside {}", object));
+    object = key;
+    nlohmann::json parsed;
+    try {
+      parsed = parse_json(*text);
+    } catch (const std::runtime_error& error) {
+      metadata.refuse(key, *text, fmt::format("null or a JSON object, is {}", error.what()));
+    }
+    if (!parsed.is_object()) metadata.refuse(key, *text, "null or a JSON object");
+    for (const auto& [name, value] : parsed.items()) {
+      if (value.is_object())
+        metadata.refuse("a key of " + key, name, "one that its type has: ropes that differ by layer are not done");
+      keys[key + "." + name] = value.dump();
     }
   }
-
-  const std::string& key() const { return key_; }
-
-  // Absent means the same as null.
-  std::optional<double> number(const std::string& name) {
-    const nlohmann::json* value = find(name);
-    if (!value) return {};
-    if (!value->is_number()) refuse(name, "a number");
-    return value->get<double>();
-  }
-
-  double required(const std::string& name) {
-    const std::optional<double> value = number(name);
-    if (!value) fail(metadata_.path(), fmt::format("metadata: {}.{} is missing", key_, name));
-    return *value;
-  }
-
-  bool flag(const std::string& name, bool otherwise) {
-    const nlohmann::json* value = find(name);
-    if (value && !value->is_boolean()) refuse(name, "true or false");
-    return value ? value->get<bool>() : otherwise;
-  }
-
-  // One of those that frequencies can tell; what they cannot is refused by name (docs/rope.md).
-  std::string type() {
-    const std::string m_rope = "M-RoPE gives each token three positions, and no single phase turns it";
-    for (const char* name : {"mrope_section", "mrope_interleaved"})
-      if (find(name)) refuse(name, "absent: " + m_rope);
-    const std::map<std::string, std::string> refused = {
-        {"dynamic", ": dynamic NTK changes its frequencies with the length of the sequence"},
-        {"longrope", ": longrope switches between two sets of frequencies as the sequence grows"},
-        {"su", ": su (longrope) switches between two sets of frequencies as the sequence grows"},
-        {"mrope", ": " + m_rope}};
-    std::string type = "default";
-    for (const char* name : {"type", "rope_type"}) {
-      const nlohmann::json* value = find(name);
-      if (!value) continue;
-      type = value->is_string() ? value->get<std::string>() : "";
-      if (type == "default" || type == "linear" || type == "llama3" || type == "yarn") continue;
-      const auto why = refused.find(type);
-      refuse(name, "default, linear, llama3 or yarn" + (why == refused.end() ? "" : why->second));
-    }
-    return type;
-  }
-
-  // A key that nobody asked for would silently change the result.
-  void refuse_others() const {
-    for (const auto& [name, value] : object_.items())
-      if (!names_.contains(name)) metadata_.refuse("a key of " + key_, name, "one that its type has");
-  }
-
-  [[noreturn]] void refuse(const std::string& name, const std::string& had_to_be) const {
-    const nlohmann::json& value = object_.at(name);
-    metadata_.refuse(key_ + "." + name, value.is_string() ? value.get<std::string>() : value.dump(), had_to_be);
-  }
-
- private:
-  const nlohmann::json* find(const std::string& name) {
-    names_.insert(name);
-    const auto it = object_.find(name);
-    return it == object_.end() || it->is_null() ? nullptr : &*it;
-  }
-
-  const metadata_reader& metadata_;
-  std::string key_;
-  nlohmann::json object_ = nlohmann::json::object();
-  std::set<std::string> names_;
-};
-
-double read_rope_theta(const metadata_reader& metadata) {
-  const std::optional<double> theta = rope_reader(metadata).number("rope_theta");
-  return theta && !metadata.find("rope_theta") ? *theta : metadata.number("rope_theta", 1, 1e12);
+  return keys;
 }
 
-// How many dimensions of a head turn.
-index_t read_rotary_width(const metadata_reader& metadata, rope_reader& rope, index_t head_dim) {
-  double factor = rope.number("partial_rotary_factor").value_or(1);
-  for (const char* key : {"partial_rotary_factor", "rotary_pct"})  // the second is GPT-NeoX's word
-    if (metadata.find(key)) factor = metadata.number(key, 0, 1);
-  const index_t width = factor > 0 && factor <= 1 ? static_cast<index_t>(static_cast<double>(head_dim) * factor) : 0;
-  if (width == head_dim && width % 2 != 0)
-    metadata.refuse("head_dim", std::to_string(head_dim), "even: its halves turn together");
-  if (width < 2 || width % 2 != 0)
-    metadata.refuse("partial_rotary_factor", fmt::format("{}", factor),
-                    fmt::format("such that an even number of the {} dimensions of a head turns, at least 2", head_dim));
-  return width;
+double read_rope_theta(const metadata_reader& metadata) {
+  const sinkcache::model_keys keys = rope_keys(metadata);
+  const auto within = keys.find("rope_parameters.rope_theta");
+  if (metadata.find("rope_theta") || within == keys.end()) return metadata.number("rope_theta", 1, 1e12);
+  const std::optional<double> theta = decimal_number(within->second, 1, 1e12);
+  if (!theta) metadata.refuse(within->first, within->second, "a number from 1 to 1e12");
+  return *theta;
 }
 
 sinkcache::rope read_rope(const metadata_reader& metadata, const model_config& c) {
-  using sinkcache::rope;
-  rope_reader from(metadata);
-  const std::string type = from.type();
-  const index_t width = read_rotary_width(metadata, from, c.head_dim);
-  const double theta = c.rope_theta;
-  if (from.number("rope_theta").value_or(theta) != theta)
-    from.refuse("rope_theta", fmt::format("{} as beside it", theta));
+  sinkcache::status found;
   const auto pairing = static_cast<sinkcache::rope_pairing>(metadata.one_of("rope_style", {"neox", "interleaved"}));
-  const auto original = [&] {
-    const auto given = from.number("original_max_position_embeddings");
-    if (!given && c.max_position_embeddings) return static_cast<double>(*c.max_position_embeddings);
-    return from.required("original_max_position_embeddings");
-  };
-  try {
-    rope r = rope::none();
-    if (type == "default") {
-      r = rope::plain(width, theta, pairing);
-    } else if (type == "linear") {
-      r = rope::linear(width, theta, from.required("factor"), pairing);
-    } else if (type == "llama3") {
-      r = rope::llama3(width, theta,
-                       {.factor = from.required("factor"),
-                        .low_freq_factor = from.required("low_freq_factor"),
-                        .high_freq_factor = from.required("high_freq_factor"),
-                        .original_max_position_embeddings = original()},
-                       pairing);
-    } else {
-      r = rope::yarn(width, theta,
-                     {.factor = from.required("factor"),
-                      .original_max_position_embeddings = original(),
-                      .beta_fast = from.number("beta_fast").value_or(32),
-                      .beta_slow = from.number("beta_slow").value_or(1),
-                      .truncate = from.flag("truncate", true),
-                      .mscale = from.number("mscale").value_or(0),
-                      .mscale_all_dim = from.number("mscale_all_dim").value_or(0),
-                      .attention_factor = from.number("attention_factor")},
-                     pairing);
-    }
-    from.flag("finetuned", false);  // says nothing about what to compute
-    from.refuse_others();
-    return r;
-  } catch (const std::invalid_argument& error) {
-    fail(metadata.path(), fmt::format("metadata: {}: {}", from.key(), error.what()));
-  }
+  const auto rope = sinkcache::try_rope_of_config(rope_keys(metadata), c.head_dim, found, pairing);
+  if (!rope) fail_rope(metadata.path(), found);
+  return *rope;
 }
 
 model_config read_config(const metadata_reader& metadata, bool has_lm_head) {

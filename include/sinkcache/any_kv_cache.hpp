@@ -52,7 +52,9 @@ inline void require_geometry(status& found, const kv_geometry& of) noexcept {
   found.require(of.first_position >= 0 && of.first_position <= max_position, "first_position", of.first_position,
                 "from 0 to", max_position);
   found.require(of.rope.has_value() || (of.positions == positions::absolute && of.inputs == inputs::rotated), "rope",
-                "absent", "given (rope::none() counts) unless positions are absolute and inputs rotated");
+                "absent",
+                "given, say .rope = rope::plain(head_dim, theta), or rope::none(), unless positions are absolute and "
+                "inputs rotated");
   if (of.rope)
     found.require(of.rope->width() <= of.head_dim, "rope's width", of.rope->width(), "at most head_dim,", of.head_dim);
 }
@@ -210,6 +212,27 @@ class any_kv_cache : public kv_source {
   // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
   position_t min_truncate() const noexcept override = 0;
 
+  // Drops the tokens at positions [first, last), counted from the start of the stream, pinned ones too: old frames,
+  // finished thinking. From now on queries see what is before and after them, under in_cache as neighbours, under
+  // absolute at its true distance. Nothing moves and nothing is rotated: a window goes on counting positions, so
+  // dropped tokens keep their place in it until it has passed them. truncate takes tokens back as before; what was
+  // dropped before `seen` stays dropped. kv_cache serves this, in formats that spare no tokens; others refuse it.
+  void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
+  virtual status try_erase(position_t first, position_t last) noexcept {
+    status found;
+    require_erase(found, first, last);
+    return found;
+  }
+  virtual bool can_erase() const noexcept { return false; }
+
+  // Adds to `found` why erase would be refused.
+  void require_erase(status& found, position_t first, position_t last) const noexcept {
+    if (!can_erase()) found.refuse("this cache cannot drop a range of its tokens, had to be a kv_cache");
+    require_memory(found);
+    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
+  }
+
   // Forgets all tokens.
   virtual void clear() noexcept = 0;
 
@@ -241,8 +264,7 @@ class any_kv_cache : public kv_source {
   // tokens has to have learned from all of them where it evicts.
   virtual void require_learned(status& /*found*/, index_t /*tokens*/) const noexcept {}
 
-  // Adds to `found` that this cache was moved from, if so.
-  void require_memory(status& found) const noexcept {
+  void require_memory(status& found) const noexcept override {
     found.require(nbytes() > 0, "the cache", "moved from", "one that holds memory");
   }
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "attention_params.hpp"
+#include "detail/call_bytes.hpp"
 #include "detail/learning.hpp"
 #include "detail/macros_off.hpp"
 #include "detail/schedule.hpp"
@@ -17,41 +18,20 @@
 
 namespace sinkcache::inline SINKCACHE_TAG {
 
-// What a call gives beside its output, where it is asked for: lse, natural, the sink included [tokens, num_qo_heads];
-// and the weights of the queries that a reader wants. Those go the way of decode, one by one.
-struct extra_outputs {
-  std::span<float> lse = {};
-  weight_reader* weights = nullptr;
-};
-
-// One sequence of a batch: q [num_qo_heads * head_dim] of its newest token, already stored, out [num_qo_heads *
-// v_head_dim], lse [num_qo_heads] or empty, and who wants the weights, or null. A cache that learns is its own reader:
-// cache.learner().
-struct decode_item {
-  std::span<const float> q;
-  const kv_source* keys = nullptr;
-  std::span<float> out;
-  std::span<float> lse = {};
-  weight_reader* weights = nullptr;
-};
-
-// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q; none
-// of them if a count is 0. What is not given goes to the end. Parts that do not overlap may run at the same time, each
-// with its own workspace, and give the same bits as the whole.
-struct call_part {
-  static constexpr index_t rest = -1;
-
-  index_t first_kv_head = 0, num_kv_heads = rest, first_row = 0, num_rows = rest;
-};
-
 // Attention of one layer. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Calls are const and may run
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
 // with its arguments, and then has changed nothing; the others throw it.
+//
+// One that was moved from refuses every call, and can be assigned to.
 //
 // A cache that is not const learns from the queries it wants (any_kv_cache::learner); a const one is only read.
 class attention {
  public:
   explicit attention(attention_params params) : params_(std::move(params)) { validate(params_).or_fail(); }
+  static std::optional<attention> try_create(attention_params params, status& found) noexcept {
+    found = validate(params);
+    return detail::created(found, "attention", [&] { return attention(std::move(params)); });
+  }
 
   const attention_params& params() const { return params_; }
 
@@ -89,19 +69,30 @@ class attention {
   }
 
   // The same for the newest token of each of several sequences, as one call of the executor. Every sequence gets the
-  // bits that it would get by itself.
-  void decode(std::span<const decode_item> batch, workspace& workspace) const {
-    try_decode(batch, workspace).or_fail();
+  // bits that it would get by itself. A part by KV heads is one of sequences that have as many.
+  void decode(std::span<const decode_item> batch, workspace& workspace, const call_part& part = {}) const {
+    try_decode(batch, workspace, part).or_fail();
   }
-  status try_decode(std::span<const decode_item> batch, workspace& workspace) const noexcept {
+  status try_decode(std::span<const decode_item> batch, workspace& workspace,
+                    const call_part& part = {}) const noexcept {
     status found;
     for (const decode_item& item : batch) detail::require_item(found, params_, item.q, item.keys, item.out, item.lse);
     if (!found || batch.empty()) return found;
+    const index_t kv_heads = batch.front().keys->geometry().num_kv_heads;
+    const bool all_heads = part.first_kv_head == 0 && part.num_kv_heads == call_part::rest;
+    for (const decode_item& item : batch)
+      found.require(all_heads || item.keys->geometry().num_kv_heads == kv_heads, "a batch's num_kv_heads",
+                    item.keys->geometry().num_kv_heads, "that of the first, in a part by KV heads,", kv_heads);
+    const call_part whole = detail::whole_part(found, part, kv_heads, static_cast<index_t>(batch.size()));
+    if (!found || whole.num_rows == 0 || whole.num_kv_heads == 0) return found;
+    batch = batch.subspan(static_cast<std::size_t>(whole.first_row), static_cast<std::size_t>(whole.num_rows));
     const auto learners = [&](const auto& tell) {
       for (const decode_item& item : batch)
         if (item.weights != nullptr) {
           const const_matrix_view q(item.q.data(), 1, static_cast<index_t>(item.q.size()));
-          tell(*item.weights, call_of(q, *item.keys, item.keys->seen() - 1));
+          attention_call call = call_of(q, *item.keys, item.keys->seen() - 1);
+          if (!all_heads) call.first_kv_head = whole.first_kv_head, call.num_kv_heads = whole.num_kv_heads;
+          tell(*item.weights, call);
         }
     };
     learners([&](const weight_reader& reader, const attention_call& call) { reader.require(found, call); });
@@ -116,7 +107,8 @@ class attention {
               .lse = lse_of(item.lse),
               .weights = item.weights};
     };
-    decode_all(static_cast<index_t>(batch.size()), job, workspace, found);
+    decode_all(static_cast<index_t>(batch.size()), job, workspace, found, whole.first_kv_head,
+               all_heads ? call_part::rest : whole.num_kv_heads);
     if (found) learners([&](weight_reader& reader, const attention_call& call) { reader.end(call, *this, workspace); });
     return found;
   }
@@ -193,7 +185,7 @@ class attention {
     detail::schedule schedule(params_, workspace);
     for (index_t row = 0, n; row < tokens; row += n) {
       if (row == 0 || reader != nullptr)  // a reader's own calls may have taken the memory
-        found = reserve(schedule, keys, tokens, reader == nullptr ? -1 : most_kept(keys, tokens));
+        found = reserve(schedule, keys, tokens, reader == nullptr ? -1 : detail::most_kept(keys, tokens));
       if (!found) return found;
       n = cache.next_block(tokens - row);
       schedule.for_heads(kv_heads, [&](index_t head) { cache.write(head, 1, k, v, row, n); });
@@ -207,13 +199,34 @@ class attention {
     return found;
   }
 
-  // What a workspace needs for decode (tokens = 1), or attend or prefill of so many tokens, with an executor of that
-  // concurrency; with weights: where somebody wants those.
-  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1, bool weights = false) const {
+  // What a workspace needs, to the byte, for decode (tokens = 1), attend or prefill of so many tokens with an executor
+  // of that concurrency and somebody who may want weights. Of a view as long as it reads what it does now.
+  index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1,
+                          const weight_reader* weights = nullptr) const {
+    status found = detail::check_sizes(params_, &keys, tokens, concurrency);
+    const index_t bytes = found ? detail::call_bytes(found, params_, keys, tokens, concurrency, weights != nullptr) : 0;
+    const index_t again = found ? detail::bytes_again(found, params_, keys, concurrency, weights) : 0;
+    found.or_fail();
+    return std::max(bytes, again);
+  }
+  index_t workspace_bytes(any_kv_cache& cache, index_t tokens, index_t concurrency = 1,
+                          weight_reader* weights = nullptr) const {
+    const detail::learning both(cache, weights);
+    return workspace_bytes(std::as_const(cache), tokens, concurrency, both.reader());
+  }
+  // For decode of a batch, of which keys and weights are read.
+  index_t workspace_bytes(std::span<const decode_item> batch, index_t concurrency = 1) const {
     status found;
-    const index_t shared = shared_bytes(found, keys, weights ? most_kept(keys, tokens) : -1);
-    const index_t bytes =
-        detail::schedule::bytes(found, concurrency, detail::schedule::shape_of(params_, keys, tokens), shared);
+    for (const decode_item& item : batch)
+      if (found) found = detail::check_sizes(params_, item.keys, 1, concurrency);
+    if (batch.empty()) return 0;
+    found.or_fail();
+    const auto item = [&](index_t i) { return batch[static_cast<std::size_t>(i)]; };
+    const auto kept = [&](index_t i) { return item(i).weights != nullptr ? item(i).keys->capacity() : -1; };
+    const auto [of, shared] = detail::batch_needs(found, params_, static_cast<index_t>(batch.size()), item, kept);
+    index_t bytes = detail::schedule::bytes(found, concurrency, of, shared);
+    for (const decode_item& each : batch)
+      bytes = std::max(bytes, detail::bytes_again(found, params_, *each.keys, concurrency, each.weights));
     found.or_fail();
     return bytes;
   }
@@ -223,46 +236,28 @@ class attention {
                          index_t following = 0) const noexcept {
     return {params_, keys, q, first, 0, keys.geometry().num_kv_heads, following};
   }
-  // Sums are of so many queries at a time, so that they see few rows more than one of them does.
-  static constexpr index_t sum_queries = 512;
   static bool wants_any(const weight_reader& reader, position_t query) noexcept {
     return reader.wants(query) || reader.wants_sums(query, query);
   }
-  // Rows of parts that so many neighbouring queries see, at most.
-  static index_t most_kept(const kv_source& keys, index_t tokens) noexcept {
-    return keys.capacity() + keys.max_parts() * std::max<index_t>(0, std::min(tokens, sum_queries) - 1);
-  }
-
   static float* lse_of(std::span<float> lse) { return lse.empty() ? nullptr : lse.data(); }
 
-  // What workers share in a call over one source, with so many logits kept per query head; -1: none.
-  index_t shared_bytes(status& found, const kv_source& keys, index_t kept) const noexcept {
-    return detail::checked_sum(found, "bytes of a batch", detail::schedule::batch_bytes(1),
-                               detail::schedule::decode_bytes(found, params_, keys, kept));
-  }
   status reserve(detail::schedule& schedule, const kv_source& keys, index_t tokens, index_t kept) const noexcept {
     status found;
-    const index_t shared = shared_bytes(found, keys, kept);
+    const index_t shared = detail::shared_bytes(found, params_, keys, kept);
     return found ? schedule.reserve(detail::schedule::shape_of(params_, keys, tokens), shared) : found;
   }
 
   template <class Job>
-  void decode_all(index_t size, const Job& job, workspace& workspace, status& found) const noexcept {
+  void decode_all(index_t size, const Job& job, workspace& workspace, status& found, index_t first_kv_head = 0,
+                  index_t num_kv_heads = call_part::rest) const noexcept {
     const auto kept = [&](index_t i) {
       const detail::decode_job one = job(i);
       return one.weights != nullptr && wants_any(*one.weights, one.query) ? one.keys->capacity() : -1;
     };
-    index_t shared = detail::schedule::batch_bytes(static_cast<std::size_t>(size));
-    detail::schedule::shape of{16, 1, 1, 0};
-    for (index_t i = 0; i < size; ++i) {
-      const kv_source& keys = *job(i).keys;
-      shared = detail::checked_sum(found, "bytes of a batch", shared,
-                                   detail::schedule::decode_bytes(found, params_, keys, kept(i)));
-      of = of.with(detail::schedule::shape_of(params_, keys, 1));
-    }
+    const auto [of, shared] = detail::batch_needs(found, params_, size, job, kept);
     detail::schedule schedule(params_, workspace);
     if (found) found = schedule.reserve(of, shared);
-    if (found) schedule.decode(size, job, kept, 0, call_part::rest);
+    if (found) schedule.decode(size, job, kept, first_kv_head, num_kv_heads);
   }
   void decode_one(const detail::decode_job& job, workspace& workspace, status& found) const noexcept {
     decode_all(
@@ -273,7 +268,8 @@ class attention {
   void attend_rows(const_matrix_view q, const kv_source& keys, matrix_view out, position_t first, workspace& workspace,
                    const extra_outputs& extra, const call_part& part, status& found) const noexcept {
     detail::schedule schedule(params_, workspace);
-    found = reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : most_kept(keys, part.num_rows));
+    found =
+        reserve(schedule, keys, part.num_rows, extra.weights == nullptr ? -1 : detail::most_kept(keys, part.num_rows));
     if (found) attend_block(schedule, q, keys, out, first, extra, part, q.rows());
   }
 
@@ -292,7 +288,7 @@ class attention {
       if (!keeps) {
         while (row + n < end && !wanted(row + n)) ++n;
         n = schedule.num_planned(keys, first + row, first + row + n - 1);
-        const index_t some = std::min(n, in_panels ? sum_queries : 1);
+        const index_t some = std::min(n, in_panels ? detail::sum_queries : 1);
         sums = extra.weights != nullptr && extra.weights->wants_sums(first + row, first + row + some - 1);
         if (sums) n = some;
         keeps = sums && (!in_panels || together == 1);
@@ -320,7 +316,7 @@ class attention {
                          .num_kv_heads = part.num_kv_heads,
                          .in_panels = in_panels,
                          .sums = sums ? extra.weights : nullptr,
-                         .kept = sums ? most_kept(keys, n) : 0});
+                         .kept = sums ? detail::most_kept(keys, n) : 0});
       }
     }
   }

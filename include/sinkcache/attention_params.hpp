@@ -15,7 +15,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 // Order within a row: scale, soft cap, ALiBi, sink bias, then the sink. Errors stay within 16 u (1 + A) max|v|, where u
 // is 2^-24 and A the row's largest sum of |q| |k| sm_scale, |alibi_slope| times distance and |sink_bias|: float32 holds
-// a logit of size A to u A, whatever it is made of.
+// a logit of size A to u A, whatever it is made of. docs/architecture.md has what infinities and NaN become.
 struct attention_params {
   index_t num_qo_heads = 0;  // query and output heads, a multiple of the cache's num_kv_heads; at least 1
   softmax_variant softmax = softmax_variant::standard();
@@ -33,6 +33,7 @@ inline status validate(const attention_params& params) noexcept {
     found.require(size == 0 || size == heads, what, size, "one per query head,", heads);
   };
   found.require(heads >= 1, "num_qo_heads", heads, "at least 1");
+  params.softmax.require_given(found);
   require_per_head("sink_logits.size()", params.softmax.num_sink_logits());
   require_per_head("alibi_slopes.size()", static_cast<index_t>(params.alibi_slopes.size()));
   require_per_head("sink_bias.size()", static_cast<index_t>(params.sink_bias.size()));
@@ -44,9 +45,38 @@ inline status validate(const attention_params& params) noexcept {
   return found;
 }
 
+// What a call gives beside its output, where it is asked for: lse, natural, the sink included [tokens, num_qo_heads];
+// and the weights of the queries that a reader wants. Those go the way of decode, one by one.
+struct extra_outputs {
+  std::span<float> lse = {};
+  weight_reader* weights = nullptr;
+};
+
+// One sequence of a batch: q [num_qo_heads * head_dim] of its newest token, already stored, out [num_qo_heads *
+// v_head_dim], lse [num_qo_heads] or empty, and who wants the weights, or null. A cache that learns is its own reader:
+// cache.learner().
+struct decode_item {
+  std::span<const float> q;
+  const kv_source* keys = nullptr;
+  std::span<float> out;
+  std::span<float> lse = {};
+  weight_reader* weights = nullptr;
+};
+
+// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q, or
+// its sequences of a batch; none of them if a count is 0. What is not given goes to the end. Parts that do not overlap
+// may run at the same time, each with its own workspace, and give the same bits as the whole. host_threads.hpp cuts
+// them.
+struct call_part {
+  static constexpr index_t rest = -1;
+
+  index_t first_kv_head = 0, num_kv_heads = rest, first_row = 0, num_rows = rest;
+};
+
 namespace detail {
 
 inline void require_heads(status& found, const attention_params& params, const kv_geometry& of) noexcept {
+  params.softmax.require_given(found);
   found.require(params.num_qo_heads % of.num_kv_heads == 0, "num_qo_heads", params.num_qo_heads,
                 "a multiple of the cache's num_kv_heads,", of.num_kv_heads);
 }
@@ -71,7 +101,13 @@ inline void require_lse(status& found, const attention_params& params, std::span
 }
 
 inline void require_seen(status& found, const kv_source& keys) noexcept {
+  keys.require_memory(found);
   found.require(keys.seen() <= max_position, "keys.seen()", keys.seen(), "at most", max_position);
+}
+
+inline void require_token(status& found, const kv_source& keys) noexcept {
+  require_seen(found, keys);
+  found.require(keys.seen() >= 1, "keys.seen()", keys.seen(), "at least 1: its newest token is the one that attends");
 }
 
 inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
@@ -80,7 +116,7 @@ inline status check_decode(const attention_params& params, const_matrix_view q, 
   require_queries(found, params, q, 1, keys.geometry());
   require_outputs(found, params, out, 1, keys.geometry());
   require_lse(found, params, lse, 1);
-  require_seen(found, keys);
+  require_token(found, keys);
   return found;
 }
 
@@ -88,7 +124,7 @@ inline void require_item(status& found, const attention_params& params, std::spa
                          std::span<const float> out, std::span<const float> lse) noexcept {
   found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
   if (!found) return;
-  require_seen(found, *keys);
+  require_token(found, *keys);
   const kv_geometry& of = keys->geometry();
   require_heads(found, params, of);
   const auto require_row = [&](const char* what, std::span<const float> row, index_t dim) {
@@ -122,6 +158,7 @@ inline status check_attend(const attention_params& params, const_matrix_view q, 
                            const attention_state& state) noexcept {
   status found;
   require_queries(found, params, q, 1, keys.geometry());
+  require_seen(found, keys);
   found.require(state.num_heads() == params.num_qo_heads, "state.num_heads()", state.num_heads(), "exactly",
                 params.num_qo_heads);
   found.require(state.v_head_dim() == keys.geometry().v_head_dim, "state.v_head_dim()", state.v_head_dim(), "exactly",
@@ -134,6 +171,7 @@ inline status check_prefill(const attention_params& params, const_matrix_view q,
                             std::span<const float> lse) noexcept {
   status found;
   require_queries(found, params, q, q.rows(), keys.geometry());
+  require_seen(found, keys);
   cache.require_tokens(found, q.rows(), k, v);
   require_outputs(found, params, out, q.rows(), keys.geometry());
   require_lse(found, params, lse, q.rows());
@@ -150,13 +188,22 @@ inline status check_prefill(const attention_params& params, const_matrix_view q,
   return found;
 }
 
+inline status check_sizes(const attention_params& params, const kv_source* keys, index_t tokens,
+                          index_t concurrency) noexcept {
+  status found;
+  found.require(tokens >= 0 && tokens <= max_position, "tokens", tokens, "from 0 to", max_position);
+  found.require(concurrency >= 1, "concurrency", concurrency, "at least 1");
+  found.require(keys != nullptr, "a batch's keys", "null", "a cache or view");
+  if (found) require_heads(found, params, keys->geometry());
+  return found;
+}
+
 // The part with its ends filled in.
-template <class Part>
-Part whole_part(status& found, Part part, index_t num_kv_heads, index_t num_rows) noexcept {
+inline call_part whole_part(status& found, call_part part, index_t num_kv_heads, index_t num_rows) noexcept {
   const auto fill = [&](const char* first_name, const char* size_name, index_t first, index_t& size, index_t all) {
     found.require(first >= 0 && first <= all, first_name, first, "from 0 to", all);
     if (!found) return;
-    if (size == Part::rest) size = all - first;
+    if (size == call_part::rest) size = all - first;
     found.require(size >= 0 && size <= all - first, size_name, size, "from 0 to", all - first);
   };
   fill("first_kv_head", "num_kv_heads", part.first_kv_head, part.num_kv_heads, num_kv_heads);

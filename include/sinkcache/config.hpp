@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -185,6 +186,22 @@ inline index_t checked_sum(const char* what, index_t a, index_t b) {
   const index_t sum = checked_sum(found, what, a, b);
   found.or_fail();
   return sum;
+}
+
+// What `make` makes; or nothing, and in `found` why: what it says already, or that there was no memory.
+template <class Make>
+auto created(status& found, const char* what, const Make& make) noexcept -> std::optional<decltype(make())> {
+  if (!found) return std::nullopt;
+#if defined(__cpp_exceptions)
+  try {
+    return make();
+  } catch (...) {
+    found.refuse("there was no memory for {}", what);
+    return std::nullopt;
+  }
+#else
+  return make();
+#endif
 }
 
 // To a multiple of a power of two.

@@ -93,6 +93,8 @@ inline std::vector<index_t> pyramid_budgets(index_t num_layers, index_t budget, 
   detail::check(fixed >= 0 && budget > fixed, "budget", budget, "above the rows that never leave,", fixed);
   detail::check(std::isfinite(beta) && beta >= 1, "beta", beta, "finite and at least 1");
   const index_t total = detail::checked_product("num_layers * budget", num_layers, budget - fixed);
+  constexpr index_t most = index_t{1} << 53;  // shares of it are exact
+  detail::check(total <= most, "num_layers * budget", total, "at most", most);
   std::vector<double> shares(static_cast<std::size_t>(num_layers), 1.0);
   for (index_t i = 0; i < num_layers && num_layers > 1; ++i)
     shares[static_cast<std::size_t>(i)] =
@@ -108,6 +110,7 @@ inline std::vector<index_t> duo_budgets(const std::vector<bool>& short_heads, in
                                         index_t newest) {
   detail::check(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "at least 0");
   detail::check(newest >= 1, "newest", newest, "at least 1");
+  detail::checked_sum("num_sink_tokens + newest", num_sink_tokens, newest);
   std::vector<index_t> budgets;
   budgets.reserve(short_heads.size());
   for (const bool is_short : short_heads) budgets.push_back(is_short ? num_sink_tokens + newest : budget);

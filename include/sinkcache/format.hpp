@@ -139,7 +139,8 @@ struct half_row {
 
 }  // namespace detail
 
-// IEEE half precision: 11 bits of significand, magnitudes to 65504; larger ones become infinity.
+// IEEE half precision: 11 bits of significand, magnitudes to 65504; those of 65520 and more become infinity, and append
+// does not look. num_not_finite(cache) tells (not_finite.hpp); docs/architecture.md has what attention makes of them.
 struct f16 : detail::half_row<f16> {
   static constexpr std::string_view name = "f16";
   [[gnu::always_inline]] static detail::vfloat load(const std::byte* from) noexcept { return detail::load_f16(from); }

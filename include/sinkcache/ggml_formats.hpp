@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <string_view>
 
 #include "detail/macros_off.hpp"
@@ -19,7 +20,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 namespace detail {
 
 // Blocks of 32 elements in `Bytes` bytes, as F encodes and decodes one. Strides of a view are in elements, multiples of
-// a block's.
+// a block's. What holds a NaN or an infinity gets a scale of NaN, and codes of 0.
 template <class F, index_t Bytes>
 struct ggml_row {
   static constexpr index_t block_rows = 1, unit_elements = 32, unit_bytes = Bytes;
@@ -29,7 +30,12 @@ struct ggml_row {
     for (index_t d = 0; d < dim; d += 32, to += Bytes) {
       float elements[32] = {};
       std::copy_n(row + d, std::min<index_t>(32, dim - d), elements);
-      F::encode_unit(elements, to);
+      if (all_finite(elements, 32)) {
+        F::encode_unit(elements, to);
+      } else {
+        std::memset(to, 0, Bytes);
+        put_scale(std::numeric_limits<float>::quiet_NaN(), to);
+      }
     }
   }
   static void decode(const std::byte* from, index_t, index_t dim, float* out) noexcept {
@@ -41,6 +47,7 @@ struct ggml_row {
   }
 
  protected:
+  static constexpr float smallest_step = 0x1p-126f;  // its inverse is finite; far below the smallest f16
   static void put_scale(float d, std::byte* to) noexcept {
     std::byte halves[2 * lanes];
     f16::store(halves, broadcast(d));
@@ -56,7 +63,7 @@ struct q8_0 : detail::ggml_row<q8_0, 34> {
   static void encode_unit(const float* x, std::byte* to) noexcept {
     float most = 0;
     for (int i = 0; i < 32; ++i) most = std::max(most, std::abs(x[i]));
-    const float d = most / 127, per_unit = d > 0 ? 1 / d : 0;
+    const float d = most / 127, per_unit = d >= smallest_step ? 1 / d : 0;
     put_scale(d, to);
     for (int i = 0; i < 32; ++i)
       to[2 + i] = static_cast<std::byte>(static_cast<std::int8_t>(std::lround(x[i] * per_unit)));
@@ -74,7 +81,7 @@ struct q4_0 : detail::ggml_row<q4_0, 18> {
     float most = 0;
     for (int i = 0; i < 32; ++i)
       if (std::abs(x[i]) > std::abs(most)) most = x[i];
-    const float d = most / -8, per_unit = d != 0 ? 1 / d : 0;
+    const float d = most / -8, per_unit = std::abs(d) >= smallest_step ? 1 / d : 0;
     put_scale(d, to);
     const auto code = [&](float element) {
       return static_cast<unsigned>(std::min(15, static_cast<int>(element * per_unit + 8.5f)));

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <initializer_list>
 #include <memory_resource>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "any_kv_cache.hpp"
@@ -29,6 +31,14 @@ class static_tokens final : public kv_source {
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource = default_resource())
       : static_tokens(checked(config, k, v, resource), k, v, resource, 0) {}
+  // The same, or nothing and in `found` why.
+  static std::optional<static_tokens> try_create(const cache_config& config, const_matrix_view k, const_matrix_view v,
+                                                 status& found,
+                                                 std::pmr::memory_resource* resource = default_resource()) noexcept {
+    found = validate(config, k, v);
+    detail::require_resource(found, resource);
+    return detail::created(found, "static_tokens", [&] { return static_tokens(config, k, v, resource); });
+  }
   static_tokens(static_tokens&&) noexcept = default;
   static_tokens& operator=(static_tokens&&) noexcept = default;
 
@@ -36,17 +46,24 @@ class static_tokens final : public kv_source {
     status found;
     const kv_geometry of = detail::geometry_of(config);
     detail::require_geometry(found, of);
-    found.require(of.rope.has_value(), "rope", "absent", "given (rope::none() counts)");
+    found.require(of.rope.has_value(), "rope", "absent",
+                  "given, say .rope = rope::plain(head_dim, theta), or rope::none()");
     found.require(k.rows() >= 1, "k.rows()", k.rows(), "at least 1");
-    detail::require_shape(found, "k", k, k.rows(), of.num_kv_heads * of.head_dim);
-    detail::require_shape(found, "v", v, k.rows(), of.num_kv_heads * of.v_head_dim);
+    const auto floats = [&](index_t dim) {
+      return detail::checked_product(found, "floats of a token", of.num_kv_heads, dim);
+    };
+    detail::require_shape(found, "k", k, k.rows(), floats(of.head_dim));
+    detail::require_shape(found, "v", v, k.rows(), floats(of.v_head_dim));
     if (found) detail::storage<K, V>::required_bytes(found, of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim);
     return found;
   }
 
   std::size_t nbytes() const noexcept { return rows_.nbytes(); }
-  index_t capacity() const noexcept override { return num_tokens_; }
-  index_t num_visible(position_t) const noexcept override { return num_tokens_; }
+  void require_memory(status& found) const noexcept override {
+    found.require(nbytes() > 0, "static_tokens", "moved from", "tokens");
+  }
+  index_t capacity() const noexcept override { return nbytes() > 0 ? num_tokens_ : 0; }
+  index_t num_visible(position_t) const noexcept override { return capacity(); }
   position_t min_truncate() const noexcept override { return 0; }
   index_t max_parts() const noexcept override { return 1; }
 
@@ -99,6 +116,11 @@ class joined_source final : public kv_source {
  public:
   joined_source(std::initializer_list<const kv_source*> sources) : joined_source(std::vector(sources)) {}
   explicit joined_source(std::vector<const kv_source*> sources) : joined_source(std::move(sources), checked(sources)) {}
+  static std::optional<joined_source> try_create(std::span<const kv_source* const> sources, status& found) noexcept {
+    found = validate(sources);
+    return detail::created(found, "a joined_source",
+                           [&] { return joined_source(std::vector(sources.begin(), sources.end())); });
+  }
 
   // Whether these can be joined.
   static status validate(std::span<const kv_source* const> sources) noexcept {
@@ -136,6 +158,10 @@ class joined_source final : public kv_source {
   position_t seen() const noexcept override { return sources_.empty() ? 0 : before_ + sources_.back()->seen(); }
   bool ends_with(const kv_source& cache) const noexcept override {
     return this == &cache || (!sources_.empty() && sources_.back()->ends_with(cache));
+  }
+  void require_memory(status& found) const noexcept override {
+    found.require(!sources_.empty(), "a joined_source", "moved from", "one that has sources");
+    for (const kv_source* source : sources_) source->require_memory(found);
   }
   index_t capacity() const noexcept override {
     return sum([](const kv_source& s) { return s.capacity(); });

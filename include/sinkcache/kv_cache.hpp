@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "any_kv_cache.hpp"
+#include "detail/erased.hpp"
 #include "detail/macros_off.hpp"
 #include "format.hpp"
 #include "storage.hpp"
@@ -45,12 +46,14 @@ class kv_cache final : public any_kv_cache {
       : any_kv_cache(static_cast<any_kv_cache&&>(from)),
         high_(std::exchange(from.high_, 0)),
         policy_(std::move(from.policy_)),
-        rows_(std::move(from.rows_)) {}
+        rows_(std::move(from.rows_)),
+        erased_(std::exchange(from.erased_, {})) {}
   kv_cache& operator=(kv_cache&& from) noexcept {
     any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
     high_ = std::exchange(from.high_, 0);
     policy_ = std::move(from.policy_);
     rows_ = std::move(from.rows_);
+    erased_ = std::exchange(from.erased_, {});
     return *this;
   }
 
@@ -98,6 +101,7 @@ class kv_cache final : public any_kv_cache {
       const position_t oldest = std::max<position_t>(policy_.num_sink_tokens, seen_ + 1 - policy_.window);
       return static_cast<index_t>(std::max<position_t>(1, policy_.window + policy_.rollback + oldest - seen_));
     } else {
+      if (nbytes() == 0) return 1;  // the policy may be moved from, too
       constexpr index_t most = 64;
       span_list kept = policy_.visible(seen_ + 1);
       index_t n = 1;
@@ -128,14 +132,26 @@ class kv_cache final : public any_kv_cache {
     high_ = std::max(high_, seen_);
   }
 
-  void clear() noexcept override { seen_ = high_ = 0; }
+  void clear() noexcept override { seen_ = high_ = 0, erased_.clear(); }
+
+  bool can_erase() const noexcept override { return true; }
+  status try_erase(position_t first, position_t last) noexcept override {
+    status found;
+    require_erase(found, first, last);
+    position_t from = 0;  // before it nobody sees anything but pinned tokens again
+    if constexpr (std::same_as<Policy, sink_window>) from = min_truncate() - policy_.window;
+    if (found) erased_.add(found, {first, last}, detail::num_pinned(policy_), from);
+    return found;
+  }
 
   status try_truncate(position_t seen) noexcept override {
     status found;
     require_truncate(found, seen);
     if (!found) return found;
     seen_ = seen;
-    if (size() == seen) high_ = seen;  // all there ever was is still here, so what came after no longer matters
+    erased_.truncate(seen);
+    if (nbytes() > 0 && policy_.visible(seen).num_tokens() == seen)
+      high_ = seen;  // all there ever was is still here, so what came after no longer matters
     return found;
   }
   void require_truncate(status& found, position_t seen) const noexcept override {
@@ -155,7 +171,8 @@ class kv_cache final : public any_kv_cache {
     found.or_fail();
     kv_cache copy(checked(found, rows_.resource()), config(), Policy(policy_), rows_.resource());
     copy.got_memory().or_fail();
-    copy.copy_tokens(*this);
+    copy.copy_tokens(*this, found);
+    found.or_fail();
     return copy;
   }
   std::optional<kv_cache> try_clone(status& found) const noexcept {
@@ -163,7 +180,8 @@ class kv_cache final : public any_kv_cache {
     require_memory(found);
     if (!found) return std::nullopt;
     std::optional<kv_cache> copy = make(config(), Policy(policy_), found, rows_.resource());
-    if (copy) copy->copy_tokens(*this);
+    if (copy) copy->copy_tokens(*this, found);
+    if (!found) copy.reset();
     return copy;
   }
   std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
@@ -194,15 +212,16 @@ class kv_cache final : public any_kv_cache {
   }
 
   index_t num_visible(position_t query) const noexcept override {
-    return nbytes() > 0 && query >= 0 ? policy_.visible(query + 1).num_tokens()
-                                      : 0;  // the policy may be moved from, too
+    if (nbytes() == 0 || query < 0) return 0;  // the policy may be moved from, too
+    const span_list visible = policy_.visible(query + 1);
+    return visible.num_tokens() - erased_.count(visible);
   }
 
   // Pinned tokens, then the ring before and after the row where it wraps; a user-defined policy may have as many runs
-  // as slots.
+  // as slots. What was erased cuts one in two.
   index_t max_parts() const noexcept override {
     if (nbytes() == 0) return 0;
-    return std::same_as<Policy, sink_window> ? 3 : policy_.capacity();
+    return (std::same_as<Policy, sink_window> ? 3 : policy_.capacity()) + erased_.size();
   }
 
   plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
@@ -275,7 +294,8 @@ class kv_cache final : public any_kv_cache {
                                 detail::geometry_of(config).v_head_dim);
   }
 
-  void copy_tokens(const kv_cache& from) noexcept {
+  void copy_tokens(const kv_cache& from, status& found) noexcept {
+    erased_.assign(found, from.erased_);
     std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
     seen_ = from.seen_;
     high_ = from.high_;
@@ -300,12 +320,15 @@ class kv_cache final : public any_kv_cache {
     part.k = rows_.k_rows(kv_head);
     part.v = rows_.v_rows(kv_head);
     part.seen_until = seen_until;
-    detail::push_runs(part, span, detail::num_pinned(policy_), parts, [&](position_t p) { return policy_.place(p); });
+    erased_.for_each_kept(span, [&](const position_span& kept) {
+      detail::push_runs(part, kept, detail::num_pinned(policy_), parts, [&](position_t p) { return policy_.place(p); });
+    });
   }
 
   position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
   Policy policy_;
   rows rows_;
+  detail::erased_spans erased_;
 };
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

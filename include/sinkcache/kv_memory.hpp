@@ -2,6 +2,8 @@
 
 // How an engine's own memory is described to a kv_view: strides, and pieces or pages of tokens.
 
+#include <algorithm>
+#include <array>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -29,6 +31,46 @@ struct kv_piece {
   const void *k = nullptr, *v = nullptr;  // element 0 of head 0 of the first token; of any alignment
 };
 
+// A ring of rows: the first `pinned` tokens lie in the first rows for ever, those after them by turns in the `rows`
+// rows after those (gemma.cpp, llama2.c's windows; mlx-lm's RotatingKVCache with its `keep`).
+struct kv_ring {
+  const void *k = nullptr, *v = nullptr;  // element 0 of head 0 of row 0
+  index_t k_row = 0, v_row = 0;           // bytes from row to row
+  index_t pinned = 0, rows = 0;           // rows is at least 1
+};
+
+// What such a ring holds after `seen` tokens, as pieces of a view: pinned tokens, then the ring before and after the
+// row where it wraps; some may be empty. Keep them as long as the view reads them:
+//   const auto pieces = ring_pieces(ring, seen);
+//   view.assign(pieces, seen);
+inline std::array<kv_piece, 3> try_ring_pieces(const kv_ring& ring, position_t seen, status& found) noexcept {
+  found = status();
+  found.require(ring.pinned >= 0, "pinned", ring.pinned, "at least 0");
+  found.require(ring.rows >= 1, "rows", ring.rows, "at least 1");
+  found.require(seen >= 0 && seen <= max_position, "seen", seen, "from 0 to", max_position);
+  found.require(ring.k_row >= 0 && ring.v_row >= 0, "bytes from row to row", std::min(ring.k_row, ring.v_row),
+                "at least 0");
+  const index_t all = detail::checked_sum(found, "pinned + rows", ring.pinned, ring.rows);
+  detail::checked_product(found, "bytes of the ring", all, std::max(ring.k_row, ring.v_row));
+  if (!found) return {};
+  const auto piece = [&](position_t first, position_t last, index_t row) -> kv_piece {
+    const auto at = [row](const void* memory, index_t bytes) {
+      return memory == nullptr ? nullptr : static_cast<const std::byte*>(memory) + row * bytes;
+    };
+    return {first, static_cast<index_t>(last - first), at(ring.k, ring.k_row), at(ring.v, ring.v_row)};
+  };
+  const position_t pinned = std::min<position_t>(seen, ring.pinned), oldest = std::max(pinned, seen - ring.rows);
+  const auto row = static_cast<index_t>((oldest - pinned) % ring.rows);
+  const position_t wrap = std::min<position_t>(seen, oldest + ring.rows - row);
+  return {piece(0, pinned, 0), piece(oldest, wrap, ring.pinned + row), piece(wrap, seen, ring.pinned)};
+}
+inline std::array<kv_piece, 3> ring_pieces(const kv_ring& ring, position_t seen) {
+  status found;
+  const std::array<kv_piece, 3> pieces = try_ring_pieces(ring, seen, found);
+  found.or_fail();
+  return pieces;
+}
+
 // Pages of a pool: page table[i] holds the positions from first + i * page_tokens on.
 struct kv_pages {
   const void *k = nullptr, *v = nullptr;  // element 0 of head 0 of the first token of page 0
@@ -48,7 +90,9 @@ class kv_memory {
   kv_memory(std::span<const kv_piece> pieces) : pieces_(pieces) {}   // NOLINT(google-explicit-constructor)
   kv_memory(const kv_pages& pages) : pages_(pages), paged_(true) {}  // NOLINT(google-explicit-constructor)
   template <class Pieces>
-  requires(std::convertible_to<Pieces&, std::span<const kv_piece>>) kv_memory(Pieces& pieces)  // NOLINT
+  requires(std::convertible_to<Pieces&, std::span<const kv_piece>> &&
+           (std::is_lvalue_reference_v<Pieces> || std::ranges::enable_borrowed_range<std::remove_const_t<Pieces>>))
+      kv_memory(Pieces&& pieces)  // NOLINT
       : kv_memory(std::span<const kv_piece>(pieces)) {}
   template <class Pieces>
   requires(std::convertible_to<Pieces, std::span<const kv_piece>> && !std::is_lvalue_reference_v<Pieces> &&

@@ -23,7 +23,7 @@ namespace sinkcache::inline SINKCACHE_TAG {
 // Keys in format K and values in format V, already rotated at their true positions. A query sees of what the memory
 // holds the first num_sink_tokens and the newest `window`; a window of 0 is none: all that is held. Between spans of
 // positions that the memory does not hold, in_cache closes the gap as after evicted tokens. A view is cheap to make,
-// cheaper to assign again, and allocates nothing.
+// cheaper to assign again, and allocates nothing. One that was moved from is one without tokens.
 template <viewed_format K, viewed_format V = K>
 class kv_view final : public kv_source {
   static_assert(K::block_rows == 1 && V::block_rows == 1,
@@ -44,6 +44,8 @@ class kv_view final : public kv_source {
   static status validate(const cache_config& config, const kv_layout& layout) noexcept {
     status found;
     found.require(config.num_sink_tokens >= 0, "num_sink_tokens", config.num_sink_tokens, "at least 0");
+    found.require(config.num_sink_tokens < max_position, "num_sink_tokens", config.num_sink_tokens, "below",
+                  max_position);
     found.require(config.window >= 0, "window", config.window, "at least 0");
     detail::require_geometry(found, detail::geometry_of(config));
     const kv_geometry of = detail::geometry_of(config);
@@ -148,7 +150,7 @@ class kv_view final : public kv_source {
     plan_end end{geometry_.num_kv_heads - kv_head, static_cast<index_t>(last - first + 1)};
     const position_t pinned = num_sink_tokens_, from = first + 1 - window_;
     const bool sees_all = from <= pinned;  // then the plan is for those that do
-    if (sees_all) end.queries = static_cast<index_t>(std::min<position_t>(end.queries, pinned - from + 1));
+    if (sees_all) end.queries = static_cast<index_t>(std::min<position_t>(end.queries - 1, pinned - from)) + 1;
     const position_t until = first + end.queries;
     const auto push = [&](kv_part part, position_span held, position_span seen, position_t seen_until) {
       const position_t begin = std::max(held.first, seen.first), stop = std::min(held.last, seen.last);

@@ -57,6 +57,16 @@ class layer_caches {
     return most;
   }
 
+  // Drops tokens from the middle in all layers, or in none (any_kv_cache::erase).
+  void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
+  status try_erase(position_t first, position_t last) noexcept {
+    status found;
+    for (const auto& cache : caches_) cache->require_erase(found, first, last);
+    for (const auto& cache : caches_)
+      if (found) found = cache->try_erase(first, last);
+    return found;
+  }
+
   void clear() noexcept {
     for (const auto& cache : caches_) cache->clear();
   }

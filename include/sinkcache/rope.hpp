@@ -60,15 +60,30 @@ class rope {
     return found;
   }
 
+  // The same, or nothing and in `found` why; so it goes with all factories below.
+  static std::optional<rope> try_create(std::span<const float> inv_freq, status& found,
+                                        rope_pairing pairing = rope_pairing::half_split,
+                                        float attention_factor = 1) noexcept {
+    found = validate(inv_freq, attention_factor);
+    std::optional<rope> result;
+    if (found) result = rope(inv_freq, pairing, attention_factor);
+    return result;
+  }
+
   // Nothing turns: models without positions (NoPE), or with ALiBi.
   static rope none() { return rope(std::span<const float>()); }
 
   // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where less than a head turns, what turns
   // is the head_dim to give, here and below: head_dim * partial_rotary_factor.
   static rope plain(index_t head_dim, double theta, rope_pairing pairing = rope_pairing::half_split) {
-    check_width("head_dim", head_dim);
-    detail::check(std::isfinite(theta) && theta >= 1, "theta", theta, "finite and at least 1");
-    return of_pairs(head_dim, pairing, 1, [&](index_t i) {
+    return checked([&](status& found) { return try_plain(head_dim, theta, found, pairing); });
+  }
+  static std::optional<rope> try_plain(index_t head_dim, double theta, status& found,
+                                       rope_pairing pairing = rope_pairing::half_split) noexcept {
+    found = status();
+    require_width(found, "head_dim", head_dim);
+    found.require(std::isfinite(theta) && theta >= 1, "theta", theta, "finite and at least 1");
+    return of_pairs(found, head_dim, pairing, 1, [&](index_t i) {
       return rounded(1 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(head_dim)));
     });
   }
@@ -79,8 +94,14 @@ class rope {
 
   // Positions count as 1 / factor. A factor of 1 is HF's "default".
   static rope linear(index_t width, double theta, double factor, rope_pairing pairing = rope_pairing::half_split) {
-    check_scaling(width, theta, factor);
-    return of_pairs(width, pairing, 1, [&](index_t i) { return divided(inverse(power(width, theta, i)), factor); });
+    return checked([&](status& found) { return try_linear(width, theta, factor, found, pairing); });
+  }
+  static std::optional<rope> try_linear(index_t width, double theta, double factor, status& found,
+                                        rope_pairing pairing = rope_pairing::half_split) noexcept {
+    found = status();
+    require_scaling(found, width, theta, factor);
+    return of_pairs(found, width, pairing, 1,
+                    [&](index_t i) { return divided(inverse(power(width, theta, i)), factor); });
   }
 
   // Llama 3.1: pairs that turn less than low_freq_factor times in the original context are slowed down by factor, those
@@ -90,12 +111,17 @@ class rope {
   };
   static rope llama3(index_t width, double theta, const llama3_scaling& by,
                      rope_pairing pairing = rope_pairing::half_split) {
+    return checked([&](status& found) { return try_llama3(width, theta, by, found, pairing); });
+  }
+  static std::optional<rope> try_llama3(index_t width, double theta, const llama3_scaling& by, status& found,
+                                        rope_pairing pairing = rope_pairing::half_split) noexcept {
     const double low = by.low_freq_factor, high = by.high_freq_factor, original = by.original_max_position_embeddings;
-    check_scaling(width, theta, by.factor);
-    check_original(original);
-    detail::check(std::isfinite(high), "high_freq_factor", high, "finite");
-    detail::check(low > 0 && low < high, "low_freq_factor", low, "above 0 and below high_freq_factor,", high);
-    return of_pairs(width, pairing, 1, [&](index_t i) {
+    found = status();
+    require_scaling(found, width, theta, by.factor);
+    require_original(found, original);
+    found.require(std::isfinite(high), "high_freq_factor", high, "finite");
+    found.require(low > 0 && low < high, "low_freq_factor", low, "above 0 and below high_freq_factor,", high);
+    return of_pairs(found, width, pairing, 1, [&](index_t i) {
       const float inv_freq = inverse(power(width, theta, i));
       const float wavelength = times(inverse(inv_freq), 2 * std::numbers::pi);
       if (wavelength > rounded(original / low)) return divided(inv_freq, by.factor);
@@ -115,15 +141,20 @@ class rope {
   };
   static rope yarn(index_t width, double theta, const yarn_scaling& by,
                    rope_pairing pairing = rope_pairing::half_split) {
+    return checked([&](status& found) { return try_yarn(width, theta, by, found, pairing); });
+  }
+  static std::optional<rope> try_yarn(index_t width, double theta, const yarn_scaling& by, status& found,
+                                      rope_pairing pairing = rope_pairing::half_split) noexcept {
     const double original = by.original_max_position_embeddings;
-    check_scaling(width, theta, by.factor);
-    check_original(original);
-    detail::check(theta > 1, "theta", theta, "above 1");
-    detail::check(by.beta_slow > 0, "beta_slow", by.beta_slow, "above 0");
-    detail::check(std::isfinite(by.beta_fast) && by.beta_fast > by.beta_slow, "beta_fast", by.beta_fast,
+    found = status();
+    require_scaling(found, width, theta, by.factor);
+    require_original(found, original);
+    found.require(theta > 1, "theta", theta, "above 1");
+    found.require(by.beta_slow > 0, "beta_slow", by.beta_slow, "above 0");
+    found.require(std::isfinite(by.beta_fast) && by.beta_fast > by.beta_slow, "beta_fast", by.beta_fast,
                   "finite and above beta_slow,", by.beta_slow);
     for (double mscale : {by.mscale, by.mscale_all_dim})
-      detail::check(std::isfinite(mscale) && mscale >= 0, "an mscale", mscale, "finite and at least 0");
+      found.require(std::isfinite(mscale) && mscale >= 0, "an mscale", mscale, "finite and at least 0");
 
     const auto pair_turning = [&](double times_in_context) {
       return static_cast<double>(width) * std::log(original / (times_in_context * 2 * std::numbers::pi)) /
@@ -132,7 +163,7 @@ class rope {
     double low = pair_turning(by.beta_fast), high = pair_turning(by.beta_slow);
     if (by.truncate) low = std::floor(low), high = std::ceil(high);
     low = std::max(low, 0.), high = std::min(high, static_cast<double>(width - 1));
-    detail::check(low <= high, "original_max_position_embeddings", original,
+    found.require(low <= high, "original_max_position_embeddings", original,
                   "such that pairs turn from beta_slow to beta_fast times in it");
     if (low == high) high += 0.001;
 
@@ -140,7 +171,7 @@ class rope {
     const bool given = by.mscale > 0 && by.mscale_all_dim > 0;
     const double factor =
         given ? attention_factor(by.mscale) / attention_factor(by.mscale_all_dim) : attention_factor(1);
-    return of_pairs(width, pairing, rounded(by.attention_factor.value_or(factor)), [&](index_t i) {
+    return of_pairs(found, width, pairing, rounded(by.attention_factor.value_or(factor)), [&](index_t i) {
       const float power_i = power(width, theta, i);
       const float fast = inverse(power_i), slow = inverse(times(power_i, by.factor));
       const float ramp = std::clamp(divided(minus(static_cast<float>(i), low), high - low), 0.f, 1.f);
@@ -234,25 +265,34 @@ class rope {
     return rounded(std::pow(static_cast<double>(rounded(theta)), exponent));
   }
 
-  static void check_width(const char* name, index_t width) {
-    detail::check(width >= 2 && width <= 2 * max_pairs && width % 2 == 0, name, width, "even and from 2 to",
+  static void require_width(status& found, const char* name, index_t width) noexcept {
+    found.require(width >= 2 && width <= 2 * max_pairs && width % 2 == 0, name, width, "even and from 2 to",
                   2 * max_pairs);
   }
-  static void check_scaling(index_t width, double theta, double factor) {
-    check_width("width", width);
-    detail::check(theta >= 1 && theta <= 0x1p64, "theta", theta, "from 1 to 2^64");
-    detail::check(factor >= 1 && factor <= 0x1p64, "factor", factor, "from 1 to 2^64");
+  static void require_scaling(status& found, index_t width, double theta, double factor) noexcept {
+    require_width(found, "width", width);
+    found.require(theta >= 1 && theta <= 0x1p64, "theta", theta, "from 1 to 2^64");
+    found.require(factor >= 1 && factor <= 0x1p64, "factor", factor, "from 1 to 2^64");
   }
-  static void check_original(double original) {
-    detail::check(original >= 1 && original <= 0x1p64, "original_max_position_embeddings", original, "from 1 to 2^64");
+  static void require_original(status& found, double original) noexcept {
+    found.require(original >= 1 && original <= 0x1p64, "original_max_position_embeddings", original, "from 1 to 2^64");
+  }
+
+  template <class Try>
+  static rope checked(const Try& try_make) {
+    status found;
+    const std::optional<rope> result = try_make(found);
+    found.or_fail();
+    return *result;
   }
 
   template <class InvFreq>
-  static rope of_pairs(index_t width, rope_pairing pairing, float attention_factor, const InvFreq& inv_freq_of) {
+  static std::optional<rope> of_pairs(status& found, index_t width, rope_pairing pairing, float attention_factor,
+                                      const InvFreq& inv_freq_of) noexcept {
+    if (!found) return std::nullopt;
     std::array<float, max_pairs> inv_freq{};
     for (index_t i = 0; i < width / 2; ++i) inv_freq[static_cast<std::size_t>(i)] = inv_freq_of(i);
-    return rope(std::span<const float>(inv_freq.data(), static_cast<std::size_t>(width / 2)), pairing,
-                attention_factor);
+    return try_create({inv_freq.data(), static_cast<std::size_t>(width / 2)}, found, pairing, attention_factor);
   }
 
   // a * b + c, the same bits wherever it is inlined: of two products g++ fuses one here and the other there.

@@ -113,22 +113,21 @@ class scored_kv_cache final : public any_kv_cache {
   std::size_t nbytes() const noexcept override { return memory_ ? memory_.get_deleter().bytes : 0; }
   cache_kind kind() const noexcept override { return {detail::format_name<K>(), detail::format_name<V>()}; }
 
-  // Of a cache that was not moved from.
-  const eviction& rules() const { return state().of.rules; }
-  const token_scorer& scorer() const { return *state().of.scorer; }
+  const eviction& rules() const { return held_state().of.rules; }
+  const token_scorer& scorer() const { return *held_state().of.scorer; }
 
   index_t num_sink_tokens() const { return nbytes() > 0 ? state().of.num_sink_tokens : 0; }
   index_t rollback() const { return nbytes() > 0 ? state().of.rollback : 0; }
 
   // Positions of the rows that a KV head holds, oldest first; and how many of them an event leaves.
   std::span<const position_t> kept(index_t kv_head) const {
-    return nbytes() > 0 ? state().rows.at(kv_head) : std::span<const position_t>();
+    return held(kv_head) != nullptr ? state().rows.at(kv_head) : std::span<const position_t>();
   }
-  index_t budget(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).budget : 0; }
+  index_t budget(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->budget : 0; }
 
   // With accounts: the sum of the masses of all events, and the largest bound (eviction_event).
-  double evicted_mass(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).mass : 0; }
-  double largest_bound(index_t kv_head) const { return nbytes() > 0 ? state().rows.head(kv_head).bound : 0; }
+  double evicted_mass(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->mass : 0; }
+  double largest_bound(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->bound : 0; }
 
   // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it. Refused where
   // it would leave no row free.
@@ -310,6 +309,15 @@ class scored_kv_cache final : public any_kv_cache {
     std::memcpy(memory_.get(), from.memory_.get(), nbytes());
   }
 
+  const detail::held_rows* held(index_t kv_head) const {
+    const index_t heads = geometry_.num_kv_heads;
+    detail::check(kv_head >= 0 && kv_head < heads, "kv_head", kv_head, "from 0 to below", heads);
+    return nbytes() > 0 ? &state().rows.head(kv_head) : nullptr;
+  }
+  const detail::scored_state& held_state() const {
+    detail::check(nbytes() > 0, "the cache", "moved from", "one that holds memory");
+    return state();
+  }
   detail::scored_state& state() { return parts_->state; }
   const detail::scored_state& state() const { return parts_->state; }
 

@@ -21,9 +21,11 @@
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
 //   config.hpp            integer types; status, what a check found
+//   not_finite.hpp        whether what is stored is still numbers
 //   storage.hpp           the one allocation behind a cache
 //   tiered_kv_cache.hpp   the cache of formats that spare pinned and the newest tokens
 //   tiered_storage.hpp    the one allocation behind that, and which token lies where
+//   detail/erased.hpp     ranges that were dropped from the middle of a cache
 //   detail/schedule.hpp   how a call is cut into work items
 //   detail/query_block.hpp  how query rows go over the parts of a plan
 //   detail/absorb.hpp     the hot loop
@@ -34,6 +36,9 @@
 //   named_policies.hpp    all of them by name
 //   thread_pool.hpp       an executor with threads of its own
 //   named_caches.hpp      any cache by the names of its policy and formats
+//   rope_keys.hpp         rotary positions from the keys of a config.json or a GGUF file
+//   host_threads.hpp      an executor over a host's pool; how threads that are in a call together share it
+//   openmp.hpp            an executor over OpenMP's threads
 //   sinkcache.h           the interface for C; sinkcache.cpp, which a host compiles, is what is behind it
 //   fmt.hpp               prints caches, configurations and statuses; it alone needs fmt
 
@@ -49,6 +54,7 @@
 #include "kv_view.hpp"
 #include "layer_caches.hpp"
 #include "matrix.hpp"
+#include "not_finite.hpp"
 #include "policy.hpp"
 #include "quantized.hpp"
 #include "rope.hpp"

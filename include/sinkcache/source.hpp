@@ -214,6 +214,9 @@ class kv_source {
   // could take them back.
   virtual position_t oldest_query() const noexcept { return std::max<position_t>(0, min_truncate() - 1); }
 
+  // Adds to `found` that this source was moved from, if so: it holds nothing, and can be assigned to.
+  virtual void require_memory(status& /*found*/) const noexcept {}
+
   // Most parts of a plan.
   virtual index_t max_parts() const noexcept = 0;
 
@@ -292,6 +295,9 @@ class weight_reader {
   virtual void require(status& /*found*/, const attention_call& /*call*/) const noexcept {}
   virtual void begin(const attention_call& /*call*/) noexcept {}
   virtual void end(const attention_call& /*call*/, const attention& /*by*/, workspace& /*memory*/) noexcept {}
+
+  // The most queries that `end` attends with, as one call.
+  virtual index_t num_queries_again() const noexcept { return 0; }
 
   // Whether it wants sums over the queries from `first` to `last`, none of which is wanted by itself, or over one
   // query. Many queries then stay together, at less than twice the time; of one, or a few, sums come query by query.

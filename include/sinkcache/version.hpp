@@ -1,7 +1,8 @@
 #pragma once
 
-// The version, and the inline namespace that keeps differently compiled files apart: its name holds the version, the
-// instruction sets, and whether exceptions and RTTI are on, so the linker never joins two of our functions that differ.
+// The version, and the inline namespace that keeps differently compiled files apart: its name holds the version, and in
+// hexadecimal the instruction sets and whether exceptions and RTTI are on, so the linker never joins two of our
+// functions that differ.
 
 #define SINKCACHE_VERSION_MAJOR 0
 #define SINKCACHE_VERSION_MINOR 1
@@ -55,9 +56,9 @@
 #endif
 
 #if defined(__cpp_exceptions)
-#define SINKCACHE_EXCEPTIONS throws
+#define SINKCACHE_THROWS 1
 #else
-#define SINKCACHE_EXCEPTIONS aborts
+#define SINKCACHE_THROWS 0
 #endif
 
 // 1 where the compiler predefines the macro as 1, else 0: only then is SINKCACHE_ONE_... a comma, which moves the 1.
@@ -90,7 +91,7 @@
   SINKCACHE_HEX_OF(SINKCACHE_BIT(a), SINKCACHE_BIT(b), SINKCACHE_BIT(c), SINKCACHE_BIT(d))
 
 // Every instruction set that a compiler may use in plain code, whether or not the library asks for it, RTTI, which
-// changes what a vtable holds, and how AVX-512 is used.
+// changes what a vtable holds, exceptions, and how AVX-512 is used.
 #define SINKCACHE_PASTE_(a, b, c, d, e, f, g, h, i) a##b##c##d##e##f##g##h##i
 #define SINKCACHE_PASTE(...) SINKCACHE_PASTE_(__VA_ARGS__)
 #if defined(__SSE2__)
@@ -103,21 +104,20 @@
                   SINKCACHE_HEX(__AVX512IFMA__, __AVX512VNNI__, __AVX512BITALG__, __AVX512VPOPCNTDQ__), \
                   SINKCACHE_HEX(__AVXVNNI__, __GFNI__, __FMA4__, __XOP__),                              \
                   SINKCACHE_HEX(__TBM__, __AVX512FP16__, __APX_F__, __GXX_RTTI),                        \
-                  SINKCACHE_HEX(0, 0, 0, SINKCACHE_AVX512_IN_HALVES))
+                  SINKCACHE_HEX(0, 0, SINKCACHE_THROWS, SINKCACHE_AVX512_IN_HALVES))
 #else
-#define SINKCACHE_SETS                                                                                                 \
-  SINKCACHE_PASTE(                                                                                                     \
-      SINKCACHE_HEX(__ARM_FEATURE_SVE, __ARM_FEATURE_SVE2, __ARM_FEATURE_DOTPROD, __ARM_FEATURE_MATMUL_INT8),          \
-      SINKCACHE_HEX(__ARM_FEATURE_ATOMICS, __ARM_FEATURE_FP16_VECTOR_ARITHMETIC, __ARM_FEATURE_COMPLEX, __GXX_RTTI), , \
-      , , , , , )
+#define SINKCACHE_SETS                                                                                               \
+  SINKCACHE_PASTE(                                                                                                   \
+      SINKCACHE_HEX(__ARM_FEATURE_SVE, __ARM_FEATURE_SVE2, __ARM_FEATURE_DOTPROD, __ARM_FEATURE_MATMUL_INT8),        \
+      SINKCACHE_HEX(__ARM_FEATURE_ATOMICS, __ARM_FEATURE_FP16_VECTOR_ARITHMETIC, __ARM_FEATURE_COMPLEX, __GXX_RTTI), \
+      SINKCACHE_HEX(0, 0, SINKCACHE_THROWS, 0), , , , , , )
 #endif
 
-#define SINKCACHE_JOIN_(major, minor, patch, isa, sets, exceptions) \
-  v##major##_##minor##_##patch##_##isa##_##sets##_##exceptions
+#define SINKCACHE_JOIN_(major, minor, patch, isa, sets) v##major##_##minor##_##patch##_##isa##_##sets
 #define SINKCACHE_JOIN(...) SINKCACHE_JOIN_(__VA_ARGS__)
 #define SINKCACHE_TAG                                                                                      \
   SINKCACHE_JOIN(SINKCACHE_VERSION_MAJOR, SINKCACHE_VERSION_MINOR, SINKCACHE_VERSION_PATCH, SINKCACHE_ISA, \
-                 SINKCACHE_SETS, SINKCACHE_EXCEPTIONS)
+                 SINKCACHE_SETS)
 #define SINKCACHE_STRING_(text) #text
 #define SINKCACHE_STRING(text) SINKCACHE_STRING_(text)
 
@@ -125,5 +125,21 @@ namespace sinkcache::inline SINKCACHE_TAG {
 
 // The instruction set that the including file was compiled for: "avx512", "avx2", "neon", "sse2", ...
 constexpr const char* isa() noexcept { return SINKCACHE_STRING(SINKCACHE_ISA); }
+
+// The same, beside the best of these names that the processor has: where they differ, the file wants other flags.
+struct instruction_sets {
+  const char *file, *processor;
+};
+inline instruction_sets built_for() noexcept {
+#if defined(__SSE2__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return {isa(), "avx512"};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {isa(), "avx2"};  // which all have F16C
+  if (__builtin_cpu_supports("avx")) return {isa(), "avx"};
+  return {isa(), __builtin_cpu_supports("sse4.1") ? "sse4" : "sse2"};
+#else
+  return {isa(), isa()};
+#endif
+}
 
 }  // namespace sinkcache::inline SINKCACHE_TAG

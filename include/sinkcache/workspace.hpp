@@ -53,7 +53,8 @@ struct sequential {
 
 // Memory that calls of `attention` work in, and the executor they run on. One for each call that is in flight: share it
 // among layers and sequences, not among concurrent calls. It grows when a call needs more and never shrinks; decode of
-// up to 128 heads of 256 fits what the constructor takes.
+// up to 128 heads of 256 fits what the constructor takes. One that was moved from holds no memory, and is good for more
+// calls.
 class workspace {
  public:
   workspace() : workspace(sequential_) {}

@@ -28,6 +28,7 @@ class scored_learner : public weight_reader {
   bool wants_sums(position_t first, position_t last) const noexcept override {
     return s_.needs.sums && last < one_by_one() && own(first) >= s_.log.learned();
   }
+  index_t num_queries_again() const noexcept override { return s_.needs.window; }
   void read_sums(const weight_sums& sums) noexcept override {
     if (!is_own(*sums.part, sums.kv_head) || own(sums.query) < s_.log.learned(sums.kv_head)) return;
     s_.log.add_sums(s_.rows.sums(sums.kv_head) + sums.part->mark + sums.first, sums.sums);

@@ -2,6 +2,8 @@
 
 // Two readers of weights as one.
 
+#include <algorithm>
+
 #include "../any_kv_cache.hpp"
 #include "macros_off.hpp"
 
@@ -18,6 +20,9 @@ class learning final : public weight_reader {
     return other_ == nullptr ? learner_ : const_cast<learning*>(this);
   }
   bool wants(position_t query) const noexcept override { return learner_->wants(query) || other_->wants(query); }
+  index_t num_queries_again() const noexcept override {
+    return std::max(learner_->num_queries_again(), other_->num_queries_again());
+  }
   bool wants_sums(position_t first, position_t last) const noexcept override {
     return learner_->wants_sums(first, last) || other_->wants_sums(first, last);
   }

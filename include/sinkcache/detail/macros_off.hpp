@@ -17,3 +17,11 @@
 #undef always_inline
 #undef noinline
 #undef cold
+
+// What g++ says of correct code: of every array whose bound a template's int gives, and of casts from positions to
+// sizes, which are one type here and two on a Mac. clang checks conversions of signs.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#pragma GCC diagnostic ignored "-Wuseless-cast"
+#endif

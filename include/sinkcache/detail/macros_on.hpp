@@ -8,3 +8,7 @@
 #pragma pop_macro("always_inline")
 #pragma pop_macro("noinline")
 #pragma pop_macro("cold")
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -13,6 +13,14 @@ namespace sinkcache::inline SINKCACHE_TAG::detail {
 // NaN counts nothing in a sum.
 inline float known_weight(float w) { return w == w ? w : 0.f; }
 
+// Logits, relative to m and in base 2, become normalised weights.
+inline void to_weights(float* logits, index_t n, float m, float weight) noexcept {
+  if (m == no_logit) return static_cast<void>(std::fill_n(logits, n, 0.f));  // nothing was seen
+  index_t i = 0;
+  for (; i + lanes <= n; i += lanes) store(logits + i, exp2_nonpositive(load(logits + i) - m) * weight);
+  for (; i < n; ++i) logits[i] = exp2_nonpositive(logits[i] - m) * weight;
+}
+
 // Of each row of a block, in whole panels: the maximum of its logits, and the normalised weight of a logit that equals
 // it; 0 where nothing is seen, and behind the last row.
 struct row_weights {

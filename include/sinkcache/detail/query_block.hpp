@@ -31,8 +31,9 @@ struct query_block {
 
   // What the rows [row, row + count) of a KV head see, of the visible tokens number [from, to) only, into the scratch's
   // state. From and to are moved back to where a tile ends; they are for a single token. Logits are kept if asked for.
+  // `bound` is what logits are taken to be below from the start.
   void absorb(index_t kv_head, index_t row, index_t count, position_t from, position_t to,
-              const worker_scratch& scratch, kept_logits kept = {}) const noexcept {
+              const worker_scratch& scratch, kept_logits kept = {}, float bound = no_logit) const noexcept {
     const kv_geometry& of = source.geometry();
     part_list parts(scratch.parts, source.max_parts());
     // Sums are over all queries: rows of parts have to be the same for all of them.
@@ -51,7 +52,7 @@ struct query_block {
                     .terms = has_terms ? terms : nullptr,
                     .num_sink_tokens = 0,
                     .soft_cap = params.logits_soft_cap * log2_e};
-    if (kept.sums == nullptr) scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count);
+    if (kept.sums == nullptr) scratch.state.clear(in_panels ? round_up(count, query_rows::panel) : count, bound);
     const bool in_cache = of.positions == positions::in_cache;
     if (in_cache) count_visible(parts, row, count, later);
     std::fill_n(rotated_for, count, -1);  // no gap

@@ -50,17 +50,21 @@ class schedule {
   // [num_qo_heads, slices], and logits [num_qo_heads, kept] for those who ask for weights.
   static index_t decode_bytes(status& found, const attention_params& params, const kv_source& keys,
                               index_t kept) noexcept {
+    constexpr const char* what = "bytes of partial states";
     const index_t slices = keys.capacity() <= 0 ? 0 : most_slices(keys);
-    const index_t group = group_size(params, keys);
-    const index_t counters = keys.geometry().num_kv_heads * row_blocks(group) * index_t{sizeof(int)};
-    const index_t states = checked_product(found, "floats of partial states", slices, state_floats(keys));
-    const index_t floats =
-        checked_product(found, "bytes of partial states", params.num_qo_heads * index_t{sizeof(float)},
-                        checked_sum(found, "floats of partial states", states, std::max<index_t>(0, kept)));
-    return round_up(checked_sum(found, "bytes of partial states", round_up(counters, 64), floats), 64);
+    const index_t blocks =
+        checked_product(found, what, keys.geometry().num_kv_heads, row_blocks(group_size(params, keys)));
+    const index_t states =
+        checked_sum(found, what, checked_product(found, what, slices, state_floats(keys)), std::max<index_t>(0, kept));
+    const index_t floats = checked_product(found, what, params.num_qo_heads, states);
+    // Counters, then floats, each in whole lines.
+    const index_t counters = checked_sum(found, what, checked_product(found, what, blocks, sizeof(int)), 63) & -64;
+    const index_t bytes = checked_sum(found, what, counters, checked_product(found, what, floats, sizeof(float)));
+    return checked_sum(found, what, bytes, 63) & -64;
   }
   static shape shape_of(const attention_params& params, const kv_source& keys, index_t tokens) noexcept {
-    return {rows_of_an_item(std::min(tokens, max_item_rows) * group_size(params, keys)), keys.geometry().head_dim,
+    const index_t group = std::min(group_size(params, keys), max_item_rows);  // an item has no more rows
+    return {rows_of_an_item(std::min(tokens, max_item_rows) * group), keys.geometry().head_dim,
             keys.geometry().v_head_dim, keys.max_parts()};
   }
   static index_t batch_bytes(std::size_t size) noexcept {
@@ -170,7 +174,7 @@ class schedule {
     return static_cast<index_t>(std::clamp<position_t>((tokens + slice_tokens - 1) / slice_tokens, 1, max_slices));
   }
   // Row blocks of a KV head's group, and floats of one partial state: m and d, then o on the next cache line.
-  static index_t row_blocks(index_t group) noexcept { return (group + max_item_rows - 1) / max_item_rows; }
+  static index_t row_blocks(index_t group) noexcept { return (group - 1) / max_item_rows + 1; }
   static index_t state_floats(const kv_source& keys) noexcept { return round_up(keys.geometry().v_head_dim, 16) + 16; }
 
   worker_scratch worker(index_t i) const noexcept {
@@ -190,6 +194,7 @@ class schedule {
                             .in_panels = job.in_panels};
     const index_t dim = job.keys->geometry().v_head_dim;
     alignas(64) float m[max_item_rows], weight[max_item_rows];
+    index_t unfit[max_item_rows], num_unfit = 0;
     block.absorb(kv_head, row, count, 0, max_position, scratch);
     for (index_t r = 0; r < count; ++r) {
       const index_t token = block.token(row + r), head = block.head(kv_head, row + r);
@@ -198,13 +203,32 @@ class schedule {
       if (job.lse != nullptr) job.lse[token * params_.num_qo_heads + head] = result.lse;
       const bool any = scratch.state.m[r] != no_logit;
       m[r] = any ? scratch.state.m[r] : 0.f, weight[r] = any ? result.weight : 0.f;
+      if (!result.finite) unfit[num_unfit++] = r;
     }
+    for (index_t r : std::span(unfit, static_cast<std::size_t>(num_unfit)))
+      mend(block, kv_head, row + r, m[r], scratch, job.out + block.token(row + r) * job.out_stride);
     if (sums == nullptr) return;
     const index_t padded = round_up(count, query_rows::panel);
     std::fill(m + count, m + padded, 0.f);
     std::fill(weight + count, weight + padded, 0.f);
     const row_weights weights{m, weight, sums};
     block.absorb(kv_head, row, count, 0, max_position, scratch, {.stride = job.kept, .sums = &weights});
+  }
+
+  // A row whose sums are infinite or NaN, perhaps because they did not fit: again, far below a bound. What is finite of
+  // its token's output stays.
+  [[gnu::cold, gnu::noinline]] void mend(const query_block& block, index_t kv_head, index_t row, float m,
+                                         const worker_scratch& scratch, float* out,
+                                         attention_state* into = nullptr) const noexcept {
+    const index_t head = block.head(kv_head, row), dim = block.source.geometry().v_head_dim;
+    block.absorb(kv_head, row, 1, 0, max_position, scratch, {}, m + headroom);
+    const states again = scratch.state.states::from_row(0);
+    if (into != nullptr) return into->merge(head, again);
+    float mended[max_head_dim];
+    finish_state(again, params_.softmax.sink(head), dim, mended);
+    out += head * dim;
+    for (index_t i = 0; i < dim; ++i)
+      if (!std::isfinite(out[i])) out[i] = mended[i];
   }
 
   // Hands sums on, part by part.
@@ -255,30 +279,31 @@ class schedule {
         copy_state(partial(first_head + r, i), scratch.state.from_row(r), floats - 16);
       if (__atomic_sub_fetch(of.missing + kv_head * blocks + block, 1, __ATOMIC_ACQ_REL) > 0) return;
     }
+    const index_t dim = keys.geometry().v_head_dim;
+    float bound[max_item_rows];
+    index_t unfit[max_item_rows], num_unfit = 0;
     for (index_t r = 0; r < count; ++r) {
       const index_t head = first_head + r;
       if (!whole)
         for (index_t slice = 1; slice < of.slices; ++slice)
           merge_state(partial(head, 0), partial(head, slice), floats - 16);
       const states state = whole ? scratch.state.states::from_row(r) : partial(head, 0);
+      bound[r] = *state.m;
       if (job.into != nullptr) {
-        merge_state(job.into->row(head), state, keys.geometry().v_head_dim);
+        if (!all_finite(state.o, dim))
+          unfit[num_unfit++] = r;
+        else
+          job.into->merge(head, state);
         continue;
       }
-      const index_t dim = keys.geometry().v_head_dim;
       const finished result = finish_state(state, params_.softmax.sink(head), dim, job.out + head * dim);
       if (job.lse != nullptr) job.lse[head] = result.lse;
       if (of.kept >= 0) to_weights(logits + r * of.kept, of.kept, *state.m, result.weight);
+      if (!result.finite) unfit[num_unfit++] = r;
     }
+    for (index_t r : std::span(unfit, static_cast<std::size_t>(num_unfit)))
+      mend(call, kv_head, row + r, bound[r], scratch, job.out, job.into);
     if (of.kept >= 0) tell(job, kv_head, first_head, count, logits, of.kept, scratch);
-  }
-
-  // Logits, relative to m and in base 2, become normalised weights.
-  static void to_weights(float* logits, index_t n, float m, float weight) noexcept {
-    if (m == no_logit) return static_cast<void>(std::fill_n(logits, n, 0.f));  // nothing was seen
-    index_t i = 0;
-    for (; i + lanes <= n; i += lanes) store(logits + i, exp2_nonpositive(load(logits + i) - m) * weight);
-    for (; i < n; ++i) logits[i] = exp2_nonpositive(logits[i] - m) * weight;
   }
 
   // Hands a head's weights on, part by part in tiles, then their sums over rows, which take the place of the first.

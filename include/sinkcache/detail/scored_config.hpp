@@ -42,6 +42,12 @@ inline index_t num_different_heads(const scored_config& of) noexcept {
   return of.rules.head_budgets.empty() && of.rules.short_heads.empty() ? 1 : of.geometry.num_kv_heads;
 }
 
+// Rows, tokens and queries are so few that sums of some of them fit.
+inline void require_few(status& found, const char* what, index_t n) noexcept {
+  constexpr index_t most = index_t{1} << 40;
+  found.require(n <= most, what, n, "at most", most);
+}
+
 inline void require_budget(status& found, const scored_config& of, index_t kv_head) noexcept {
   const scorer_needs needs = of.scorer->needs();
   const index_t budget = head_budget(of.rules, kv_head);
@@ -49,6 +55,8 @@ inline void require_budget(status& found, const scored_config& of, index_t kv_he
   const index_t stays = checked_sum(found, "num_sink_tokens + recent", of.num_sink_tokens, newest);
   found.require(budget > stays, of.rules.head_budgets.empty() ? "budget" : "a head's budget", budget,
                 "above num_sink_tokens and recent (or the scorer's window) together,", stays);
+  require_few(found, of.rules.head_budgets.empty() ? "budget" : "a head's budget", budget);
+  if (!found) return;
   if (!is_short(of.rules, kv_head)) of.scorer->require(found, of.geometry, budget, of.num_sink_tokens);
   if (of.rules.bound)
     found.require(of.rules.hard_budget >= budget, "hard_budget", of.rules.hard_budget, "at least the budget,", budget);
@@ -66,6 +74,11 @@ inline void require_rules(status& found, const scored_config& of, const cache_co
   found.require(config.recent >= 0, "the configuration's recent", config.recent, "at least 0");
   found.require(rules.spared_pins >= 0, "spared_pins", rules.spared_pins, "at least 0");
   found.require(rules.interval >= 1, "interval", rules.interval, "at least 1");
+  require_few(found, "interval", rules.interval);
+  require_few(found, "hard_budget", rules.hard_budget);
+  require_few(found, "spared_pins", rules.spared_pins);
+  require_few(found, "the configuration's recent", config.recent);
+  require_few(found, "the scorer's window", needs.window);
   const auto heads = static_cast<index_t>(rules.head_budgets.size());
   found.require(heads == 0 || heads == of.geometry.num_kv_heads, "head_budgets.size()", heads, "0 or num_kv_heads,",
                 of.geometry.num_kv_heads);

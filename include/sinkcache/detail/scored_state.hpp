@@ -222,7 +222,8 @@ class scored_state {
     if (num_different_heads(of) == 1) pool = checked_product(found, "rows of the cache", pool, num_heads());
     const index_t stays = of.num_sink_tokens + std::max(rules.recent, needs.window);
     // A head may get all that is free, where others keep only what never leaves.
-    if (rules.adaptive) most_rows_ = pool - (num_heads() - 1) * (stays + rules.interval);
+    if (rules.adaptive)
+      most_rows_ = pool - checked_product(found, "rows of the cache", num_heads() - 1, stays + rules.interval);
     const index_t events = of.rollback == 0 ? 0 : of.rollback / rules.interval + 2;
     index_t undo = 0;
     if (events > 0) {
@@ -230,6 +231,8 @@ class scored_state {
                              checked_product(found, "rows for rollback", events, rules.interval));
       if (needs.drops || rules.bound) undo = checked_sum(found, "rows for rollback", undo, pool);
     }
+    checked_sum(found, "rows of the cache", pool, undo);
+    if (!found) return;
     rows.carve(c, {.k = of.k,
                    .v = of.v,
                    .num_kv_heads = num_heads(),

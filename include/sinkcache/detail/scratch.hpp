@@ -19,15 +19,18 @@ struct running_states : states {
 
   running_states from_row(index_t i) const { return {states::from_row(i), d_rest + i, o_rest + i * o_stride}; }
 
-  void clear(index_t rows) const noexcept {
-    states::clear(rows);
+  void clear(index_t rows, float bound) const noexcept {
+    states::clear(rows, bound);
     std::fill_n(d_rest, rows, 0.f);
     std::fill_n(o_rest, rows * o_stride, 0.f);
   }
-  // Adds the rests up; what is left is a state.
+  // Adds the rests up; what is left is a state. An infinite sum has a rest that is NaN.
   void settle(index_t rows) const noexcept {
     for (index_t i = 0; i < rows; ++i) d[i] += d_rest[i];
-    for (index_t i = 0; i < rows * o_stride; i += lanes) store(o + i, load(o + i) + load(o_rest + i));
+    for (index_t i = 0; i < rows * o_stride; i += lanes) {
+      const vfloat sum = load(o + i), rest = load(o_rest + i);
+      store(o + i, rest == rest ? sum + rest : sum);
+    }
   }
 };
 

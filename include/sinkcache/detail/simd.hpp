@@ -298,6 +298,22 @@ template <class F>
   for (; i < n; ++i) f(i);
 }
 
+// Whether none of n floats is infinite or NaN.
+[[gnu::always_inline]] inline bool all_finite(const float* from, index_t n) noexcept {
+  vfloat sum{};
+  index_t i = 0;
+  for (; i + lanes <= n; i += lanes) sum += load(from + i) * 0.f;
+  float rest = 0;
+  for (; i < n; ++i) rest += from[i] * 0.f;
+#if defined(__AVX512DQ__)
+  return rest == 0 && _mm512_cmp_ps_mask(sum, vfloat{}, _CMP_EQ_OQ) == 0xffff;
+#elif defined(__AVX__)
+  return rest == 0 && _mm256_movemask_ps(_mm256_cmp_ps(sum, vfloat{}, _CMP_EQ_OQ)) == 0xff;
+#else
+  return rest + join_lanes<1>(sum, [](vfloat a, vfloat b) { return a + b; })[0] == 0;
+#endif
+}
+
 }  // namespace sinkcache::inline SINKCACHE_TAG::detail
 
 #include "macros_on.hpp"

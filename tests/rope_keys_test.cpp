@@ -1,0 +1,137 @@
+// Rope from a model's own keys: of what models have them, and what is refused. examples/loaders reads its files with
+// it, so engine_test and engine_gguf_test compare what comes out with plain loops.
+
+#include <sinkcache/rope_keys.hpp>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+
+using namespace sinkcache;
+
+namespace {
+
+std::string refusal(const model_keys& keys, index_t head_dim = 128) {
+  status found;
+  CHECK(!try_rope_of_config(keys, head_dim, found));
+  return std::string(found.message());
+}
+std::string gguf_refusal(const model_keys& keys, index_t head_dim = 128, std::span<const float> rope_freqs = {}) {
+  status found;
+  CHECK(!try_rope_of_gguf(keys, head_dim, rope_freqs, found));
+  return std::string(found.message());
+}
+
+TEST_CASE("rope_keys: what config.json of well-known models says") {
+  CHECK(rope_of_config({{"rope_theta", "10000.0"}, {"rope_scaling", "null"}}, 64) == rope::plain(64, 10000));
+  // Llama 3.1 8B
+  CHECK(rope_of_config({{"rope_theta", "500000.0"},
+                        {"max_position_embeddings", "131072"},
+                        {"rope_scaling.factor", "8.0"},
+                        {"rope_scaling.low_freq_factor", "1.0"},
+                        {"rope_scaling.high_freq_factor", "4.0"},
+                        {"rope_scaling.original_max_position_embeddings", "8192"},
+                        {"rope_scaling.rope_type", "llama3"}},
+                       128) == rope::llama3(128, 500000, {8, 1, 4, 8192}));
+  // gpt-oss, as transformers 5 writes it, words in quotes
+  CHECK(rope_of_config({{"rope_parameters.rope_theta", "150000"},
+                        {"rope_parameters.rope_type", "\"yarn\""},
+                        {"rope_parameters.factor", "32.0"},
+                        {"rope_parameters.beta_fast", "32.0"},
+                        {"rope_parameters.beta_slow", "1.0"},
+                        {"rope_parameters.truncate", "false"},
+                        {"rope_parameters.original_max_position_embeddings", "4096"}},
+                       64) ==
+        rope::yarn(64, 150000, {.factor = 32, .original_max_position_embeddings = 4096, .truncate = false}));
+  CHECK(rope_of_config({{"rope_theta", "1e4"}, {"rope_scaling.type", "linear"}, {"rope_scaling.factor", "4"}}, 64) ==
+        rope::linear(64, 10000, 4));
+  // Where a scaling does not say what it was trained for, the model does; GPT-NeoX rotates a quarter of a head.
+  CHECK(rope_of_config({{"rope_theta", "10000"},
+                        {"max_position_embeddings", "2048"},
+                        {"rotary_pct", "0.25"},
+                        {"rope_scaling.type", "yarn"},
+                        {"rope_scaling.factor", "2"}},
+                       96, rope_pairing::interleaved) ==
+        rope::yarn(24, 10000, {.factor = 2, .original_max_position_embeddings = 2048}, rope_pairing::interleaved));
+}
+
+TEST_CASE("rope_keys: what frequencies cannot tell, and what is wrong, is refused in exact words") {
+  CHECK(refusal({}) == "sinkcache: rope_theta is missing");
+  CHECK(refusal({{"rope_theta", "nan"}}) == "sinkcache: rope_theta was nan, had to be a number");
+  CHECK(refusal({{"rope_theta", "0x10"}}) == "sinkcache: rope_theta was 0x10, had to be a number");
+  CHECK(refusal({{"rope_theta", ""}}) == "sinkcache: rope_theta was , had to be a number");
+  CHECK(refusal({{"rope_theta", "0.5"}}) == "sinkcache: theta was 0.5, had to be finite and at least 1");
+  CHECK(refusal({{"rope_theta", "5"}, {"rope_parameters.rope_theta", "6"}}) ==
+        "sinkcache: rope_parameters.rope_theta was 6, had to be as rope_theta beside it");
+  CHECK(refusal({{"rope_theta", "5"}, {"rope_parameters.rope_type", "default"}, {"rope_scaling.factor", "6"}}) ==
+        "sinkcache: rope_scaling was given, had to be null beside rope_parameters");
+  CHECK(refusal({{"rope_theta", "5"}, {"partial_rotary_factor", "0.1"}}, 30) ==
+        "sinkcache: partial_rotary_factor was 0.1, had to be such that an even number of the 30 dimensions of a head "
+        "rotates");
+  CHECK(refusal({{"rope_theta", "5"}, {"rope_scaling.type", "dynamic"}, {"rope_scaling.factor", "6"}}) ==
+        "sinkcache: rope_scaling.type was dynamic, had to be default, linear, llama3 or yarn: dynamic NTK changes its "
+        "frequencies with the length of the sequence");
+  CHECK(refusal({{"rope_theta", "5"}, {"rope_parameters.rope_type", "proportional"}}) ==
+        "sinkcache: rope_parameters.rope_type was proportional, had to be default, linear, llama3 or yarn: give "
+        "rope(inv_freq) with zeros, see docs/rope.md");
+  CHECK_THAT(refusal({{"rope_theta", "5"}, {"rope_scaling.mrope_section", "[16, 24, 24]"}}),
+             Catch::Contains("M-RoPE gives each token three positions"));
+  CHECK(refusal({{"rope_theta", "5"}, {"rope_scaling.type", "linear"}}) == "sinkcache: rope_scaling.factor is missing");
+  CHECK(refusal({{"rope_theta", "5"},
+                 {"rope_scaling.type", "linear"},
+                 {"rope_scaling.factor", "2"},
+                 {"rope_scaling.short", "3"}}) ==
+        "sinkcache: rope_scaling.short was 3, had to be absent: it is not known here");
+  CHECK_THROWS_WITH(rope_of_config({}, 4), "sinkcache: rope_theta is missing");
+}
+
+TEST_CASE("rope_keys: what GGUF says") {
+  // Pairs are the architecture's.
+  CHECK(rope_of_gguf({{"general.architecture", "llama"}, {"llama.rope.freq_base", "500000"}}, 64) ==
+        rope::plain(64, 500000, rope_pairing::interleaved));
+  CHECK(rope_of_gguf({{"general.architecture", "qwen2"}, {"qwen2.rope.freq_base", "1000000"}}, 64) ==
+        rope::plain(64, 1000000));
+  CHECK(rope_of_gguf({{"general.architecture", "phi2"}, {"phi2.rope.dimension_count", "32"}}, 80) ==
+        rope::plain(32, 10000));
+  CHECK(rope_of_gguf({{"general.architecture", "mine"}}, 64, {}, rope_pairing::half_split) == rope::plain(64, 10000));
+  CHECK(rope_of_gguf({{"general.architecture", "gpt-oss"},
+                      {"gpt-oss.rope.freq_base", "150000"},
+                      {"gpt-oss.rope.scaling.type", "yarn"},
+                      {"gpt-oss.rope.scaling.factor", "32"},
+                      {"gpt-oss.rope.scaling.original_context_length", "4096"}},
+                     64) == rope::yarn(64, 150000, {.factor = 32, .original_max_position_embeddings = 4096}));
+  CHECK(rope_of_gguf({{"general.architecture", "llama"}, {"llama.rope.scaling.factor", "4"}}, 64) ==
+        rope::linear(64, 10000, 4, rope_pairing::interleaved));
+  CHECK(
+      rope_of_gguf(
+          {{"general.architecture", "llama"}, {"llama.rope.scaling.type", "none"}, {"llama.rope.scaling.factor", "4"}},
+          64) == rope::plain(64, 10000, rope_pairing::interleaved));
+  // Llama 3.1: what frequencies are divided by.
+  const std::vector<float> by = {1, 8};
+  const std::vector<float> inv_freq = {1, static_cast<float>(1 / (100. * 8))};
+  CHECK(rope_of_gguf({{"general.architecture", "llama"}}, 4, by) == rope(inv_freq, rope_pairing::interleaved));
+
+  CHECK(gguf_refusal({}) == "sinkcache: general.architecture is missing");
+  CHECK(gguf_refusal({{"general.architecture", "mine"}}) ==
+        "sinkcache: general.architecture was mine, had to be one whose pairing is known here: say which");
+  const auto llama = [](const std::string& key, const std::string& value) {
+    return model_keys{{"general.architecture", "llama"}, {"llama.rope." + key, value}};
+  };
+  CHECK(gguf_refusal(llama("dimension_count", "130")) ==
+        "sinkcache: llama.rope.dimension_count was 130, had to be even and from 2 to head_dim, 128");
+  CHECK_THAT(gguf_refusal(llama("dimension_sections", "[16, 24, 24]")), Catch::Contains("M-RoPE gives each token"));
+  CHECK_THAT(gguf_refusal(llama("scaling.type", "longrope")), Catch::Contains("longrope switches between two sets"));
+  CHECK(gguf_refusal(llama("freq_base_swa", "10000")) ==
+        "sinkcache: llama.rope.freq_base_swa was 10000, had to be absent: it is not known here");
+  CHECK(gguf_refusal(llama("scaling.factor", "2"), 4, by) ==
+        "sinkcache: rope_freqs was given, had to be absent beside a scaling of rope");
+  CHECK(gguf_refusal(llama("freq_base", "10000"), 8, by) == "sinkcache: rope_freqs.size() was 2, had to be exactly 4");
+  const std::vector<float> bad = {1, std::numeric_limits<float>::quiet_NaN()};
+  CHECK(gguf_refusal(llama("freq_base", "10000"), 4, bad) ==
+        "sinkcache: a number of rope_freqs was nan, had to be from 0.001 to 1e6");
+}
+
+}  // namespace
