@@ -1,4 +1,4 @@
-"""Our operator in PyTorch, called as Hugging Face calls an attention: against torch's own softmax, in double for our
+"""The operator in PyTorch, called as Hugging Face calls an attention: against torch's own softmax, in double for our
 bound and in float32. python3 torch_test.py LIBRARY [--timing]"""
 
 import pathlib
@@ -8,14 +8,22 @@ import time
 import types
 
 sys.dont_write_bytecode = True
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples/hosts/torch"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples/hosts/transformers/sinkcache_transformers"))
 
 import torch
 
-import hf_attention
+import attention as hf_attention
 
 MODULE = types.SimpleNamespace(is_causal=True)
 UNIT = 2.0 ** -24
+
+
+def plain_mask(q_len, kv_len, window=0, num_sink_tokens=0):
+    """True where a token is seen: [q_len, kv_len]."""
+    query = torch.arange(kv_len - q_len, kv_len)[:, None]
+    key = torch.arange(kv_len)[None, :]
+    in_window = (key > query - window) | (key < num_sink_tokens) if window else torch.ones(1, dtype=torch.bool)
+    return (key <= query) & in_window
 
 
 def reference(query, key, value, scaling, window=0, num_sink_tokens=0, softcap=0, s_aux=None):
@@ -24,7 +32,7 @@ def reference(query, key, value, scaling, window=0, num_sink_tokens=0, softcap=0
     groups = query.shape[1] // key.shape[1]
     key = key.to(query.dtype).repeat_interleave(groups, 1)
     value = value.to(query.dtype).repeat_interleave(groups, 1)
-    visible = hf_attention.plain_mask(query.shape[2], key.shape[2], window, num_sink_tokens)
+    visible = plain_mask(query.shape[2], key.shape[2], window, num_sink_tokens)
     logits = query @ key.transpose(2, 3) * scaling
     size = (query.norm(dim=-1)[..., None] * key.norm(dim=-1)[:, :, None, :] * scaling).masked_fill(~visible, 0).amax(-1)
     if softcap:
@@ -75,7 +83,7 @@ def check_random(seed):
     scaling = dim ** -0.5
     masks = [None]
     if dice.random() < 0.3:  # a mask that says the same again
-        plain = hf_attention.plain_mask(q_len, kv_len, window, num_sink_tokens).expand(batch, 1, q_len, kv_len)
+        plain = plain_mask(q_len, kv_len, window, num_sink_tokens).expand(batch, 1, q_len, kv_len)
         masks += [plain, torch.zeros(plain.shape, dtype=dtype).masked_fill(~plain, torch.finfo(dtype).min)]
     for mask in masks:
         out, weights = hf_attention.attention(MODULE, query, key, value, mask, scaling=scaling, dropout=0.0,
@@ -109,6 +117,47 @@ def check_batch_is_single_calls():
             assert torch.equal(together[one], run(query[one], key[one], value[one])), q_len
 
 
+def check_padding():
+    """Masks with padding before and after the tokens, and room after the newest as static caches have it: what a
+    sequence gets is what it gets by itself."""
+    dice = random.Random(3)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(60):
+        batch, q_len, room = dice.randint(1, 3), dice.choice([1, 1, 5, 17]), dice.choice([0, 0, 6])
+        kv_len, window = q_len + dice.choice([0, 7, 40]), dice.choice([0, 0, 4, 12])
+        query = stored(generator, "BTHD", batch, 4, q_len, 16, torch.float32)
+        key, value = (stored(generator, "BHTD", batch, 2, kv_len + room, 16, torch.float32) for _ in range(2))
+        mask = torch.zeros(batch, 1, q_len, kv_len + room, dtype=torch.bool)
+        mask[..., :kv_len] = plain_mask(q_len, kv_len, window)
+        first, end = [], []
+        for i in range(batch):
+            first.append(dice.randint(0, kv_len - 1) if dice.random() < 0.5 else 0)
+            end.append(dice.randint(first[i] + 1, kv_len) if q_len > 1 and dice.random() < 0.5 else kv_len)
+            mask[i, ..., :first[i]] = False
+            mask[i, ..., end[i]:] = False
+        said = torch.ops.sinkcache.mask_spans(mask, window, 0, torch.tensor(kv_len - q_len))
+        for given in [said] if room else [mask, said, torch.where(mask, 0.0, -float("inf"))]:
+            out = hf_attention.attention(MODULE, query, key, value, given, sliding_window=window)[0]
+            for i in range(batch):
+                for row in range(q_len):
+                    own = kv_len - q_len + row
+                    if not first[i] <= own < end[i]:  # padding
+                        assert out[i, row].isfinite().all()
+                        continue
+                    seen = [t[i:i + 1, :, first[i]:own + 1] for t in (key, value)]
+                    alone = hf_attention.attention(MODULE, query[i:i + 1, :, row:row + 1], *seen, None,
+                                                   sliding_window=window)[0]
+                    difference = (out[i, row] - alone[0, 0]).abs().max().item()
+                    assert difference < 1e-5, (difference, q_len, kv_len, room, window, first, end, i, row)
+    # A layer's mask is looked at once, and again when it changes.
+    mask = plain_mask(3, 9).expand(2, 1, 3, 9).clone()
+    query, key = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16)
+    before = hf_attention.attention(MODULE, query, key, key, mask)[0]
+    mask[0, ..., :4] = False
+    after = hf_attention.attention(MODULE, query, key, key, mask)[0]
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
 def check_threads():
     generator = torch.Generator().manual_seed(2)
     query = stored(generator, "BTHD", 3, 8, 33, 64, torch.float32)
@@ -136,8 +185,8 @@ def check_no_copy():
 
 def check_refusals():
     query, key = torch.randn(2, 4, 3, 16), torch.randn(2, 2, 9, 16)
-    padded = hf_attention.plain_mask(3, 9).expand(2, 1, 3, 9).clone()
-    padded[1, :, :, :2] = False
+    holes = plain_mask(3, 9).expand(2, 1, 3, 9).clone()
+    holes[1, :, :, 2] = False
     additive = torch.zeros(2, 1, 3, 9)
     not_causal = types.SimpleNamespace(is_causal=False)
 
@@ -149,10 +198,15 @@ def check_refusals():
         else:
             raise AssertionError(f"not refused: {words}")
 
-    refused("attention_mask was an arbitrary mask", query, key, key, padded)
+    refused("attention_mask was an arbitrary mask", query, key, key, holes)
     refused("attention_mask was an arbitrary mask", query, key, key, additive)
     refused("attention_mask was an arbitrary mask", query, key, key, torch.randn(2, 1, 3, 9))
-    refused("attention_mask", query, key, key, hf_attention.plain_mask(3, 9).expand(2, 1, 3, 9), sliding_window=4)
+    refused("attention_mask was an arbitrary mask [2, 1, 3, 8]", query, key, key, holes[..., :8])
+    refused("the end of the keys of spans was 10, had to be at most key.size(2), 9", query, key, key,
+            torch.tensor([0, 10, 6, 0]).expand(2, 1, 1, 4))
+    refused("the first query's column of spans was 7", query, key, key, torch.tensor([0, 9, 7, 0]).expand(2, 1, 1, 4))
+    refused("spans.numel() was 4", query, key, key, torch.tensor([0, 9, 6, 0]).reshape(1, 1, 1, 4))
+    refused("attention_mask", query, key, key, plain_mask(3, 9).expand(2, 1, 3, 9), sliding_window=4)
     refused("dropout was 0.1, had to be 0", query, key, key, None, dropout=0.1)
     refused("output_attentions was True", query, key, key, None, output_attentions=True)
     refused("position_bias", query, key, key, None, position_bias=torch.zeros(1))
@@ -191,7 +245,7 @@ def timing():
     for dtype, q_len, kv_len in ((torch.float32, 1, 4096), (torch.bfloat16, 1, 4096), (torch.float32, 256, 1024)):
         query = torch.randn(1, q_len, 32, 128, generator=generator).transpose(1, 2).to(dtype)
         mask = torch.zeros(q_len, kv_len, dtype=dtype)
-        mask.masked_fill_(~hf_attention.plain_mask(q_len, kv_len), torch.finfo(dtype).min)
+        mask.masked_fill_(~plain_mask(q_len, kv_len), torch.finfo(dtype).min)
         key, value = (torch.randn(1, 8, kv_len, 128, generator=generator).to(dtype) for _ in range(2))
         ours = best(lambda: hf_attention.attention(MODULE, query, key, value, None))
         eager = best(lambda: softmax(query, key, value))
@@ -206,6 +260,7 @@ if __name__ == "__main__":
         sys.exit()
     results = [check_random(seed) for seed in range(1, 81)]
     check_batch_is_single_calls()
+    check_padding()
     check_threads()
     check_no_copy()
     check_refusals()
