@@ -1,9 +1,8 @@
 #pragma once
 
-// How a call of attention is cut into work items, and where they find memory.
-//
-// Work is cut by positions into items (KV head, block of query rows, slice of the visible tokens), never by threads or
-// rows of storage, and partial states merge in item order: the result is the same to the bit for any number of threads.
+// How a call of attention is cut into work items, and where they find memory: by positions into items (KV head, block
+// of query rows, slice of the visible tokens), never by threads or rows of storage. Partial states merge in item order,
+// so the result is the same to the bit for any number of threads.
 
 #include <algorithm>
 #include <cstddef>
@@ -101,8 +100,7 @@ class schedule {
   }
 
   // Attends with one token per sequence, in slices of the visible tokens. Whoever ends a head's last slice merges them
-  // all, in their order. job(i) is the i-th of `size`, kept(i) how many logits are kept for it, -1
-  // where nobody wants any.
+  // all, in their order. job(i) is the i-th of `size`, kept(i) how many logits are kept for it; -1: nobody wants any.
   template <class Job, class Kept>
   void decode(index_t size, const Job& job, const Kept& kept, index_t first_kv_head, index_t num_kv_heads) noexcept {
     auto* const sequences = reinterpret_cast<sequence*>(shared_);
