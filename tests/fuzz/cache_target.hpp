@@ -21,9 +21,9 @@
 #include <string>
 #include <vector>
 
-#include "counting_resource.hpp"
-#include "effort.hpp"
-#include "oracle.hpp"
+#include "../counting_resource.hpp"
+#include "../effort.hpp"
+#include "../oracle.hpp"
 
 namespace fuzz {
 
