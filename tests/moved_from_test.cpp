@@ -138,7 +138,14 @@ TEST_CASE("moved from: sources that read") {
                             [](const joined_source& joined) { return outputs(joined); });
   check_left<static_tokens<f32>>([] { return static_tokens<f32>(config_of(), k(), k()); },
                                  refused("sinkcache: static_tokens was moved from, had to be tokens"),
-                                 [](const static_tokens<f32>& source) { return outputs(source); });
+                                 [](const static_tokens<f32>& source) {  // no token of its own: decode is refused
+                                   attention_state state(1, dim);
+                                   workspace w;
+                                   layer().attend(q(), source, state, w);
+                                   std::vector<float> out(dim);
+                                   state.finish(sinks(), 0, out);
+                                   return out;
+                                 });
   // A view is as it was before it was assigned any tokens.
   check_left<kv_view<f32>>(
       [] {
