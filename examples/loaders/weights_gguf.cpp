@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <limits>
 #include <map>
 #include <set>
 #include <sinkcache/rope_keys.hpp>
@@ -12,8 +11,6 @@
 
 namespace loaders {
 namespace {
-
-constexpr double any = std::numeric_limits<double>::max();
 
 index_t size(const gguf& file, const std::string& key, index_t max) {
   const auto value = file.integer(key, 1, max);
