@@ -165,7 +165,7 @@ std::vector<formats_job> formats_plan(const options& o) {
     add(0, 0, side_tokens, false, spared_cells(0));
     add(4, 0, side_tokens, false, spared_cells(4));
   }
-  std::ranges::stable_partition(all, &formats_job::is_main);
+  std::stable_partition(all.begin(), all.end(), [](const formats_job& j) { return j.is_main; });
   return all;
 }
 
