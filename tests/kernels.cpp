@@ -1,3 +1,5 @@
 #include "precompiled.hpp"
 
+#if !defined(SINKCACHE_TEST_PCH_OBJECT)
 SINKCACHE_TEST_KERNELS()
+#endif
