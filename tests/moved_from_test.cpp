@@ -55,7 +55,7 @@ void check_left(const std::function<T()>& make, const std::function<void(T&)>& a
   const std::vector<float> right = use(whole);
   {
     T from = make();
-    const T to(std::move(from));
+    [[maybe_unused]] const T to(std::move(from));
   }
   T from = make();
   T to(std::move(from));
