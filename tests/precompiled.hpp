@@ -2,8 +2,6 @@
 
 // What every test file would compile for itself, once: headers, and the kernels of the library's formats.
 
-#include <sinkcache/named_policies.hpp>
-#include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include "catch.hpp"
@@ -25,8 +23,4 @@
   SINKCACHE_TEST_KERNEL(linkage, f16)   \
   SINKCACHE_TEST_KERNEL(linkage, bf16)
 
-#if defined(SINKCACHE_TEST_PCH_OBJECT)
-SINKCACHE_TEST_KERNELS()
-#else
 SINKCACHE_TEST_KERNELS(extern)
-#endif
