@@ -191,7 +191,8 @@ inline index_t checked_sum(const char* what, index_t a, index_t b) {
 
 // What `make` makes; or nothing, and in `found` why: what it says already, or that there was no memory.
 template <class Make>
-auto created(status& found, const char* what, const Make& make) noexcept -> std::optional<decltype(make())> {
+auto created(status& found, [[maybe_unused]] const char* what, const Make& make) noexcept
+    -> std::optional<decltype(make())> {
   if (!found) return std::nullopt;
 #if defined(__cpp_exceptions)
   try {
