@@ -34,7 +34,7 @@ struct named_cache {
   // num_sink_tokens + window, which makes budget = num_sink_tokens + window - interval.
   std::string policy = "sinks";
   std::string k_format = "bf16";  // f32, f16, bf16, q8, q6, q4, q2, or the `name` of a format of yours
-  std::string v_format = "";      // k_format
+  std::string v_format = {};      // k_format
   cache_config config = {};
   index_t num_qo_heads = 0;  // of the attention, for policies that look at queries or weights
 };
@@ -96,9 +96,7 @@ std::unique_ptr<any_kv_cache> make_named(const named_cache& of, status& found, s
   eviction rules{.num_qo_heads = of.num_qo_heads};
   const std::shared_ptr<const token_scorer> scorer = named_scorer(of.policy, config, rules, found);
   if (!found) return nullptr;
-  return Formats::call(k_format, v_format, [&](auto k, auto v) -> std::unique_ptr<any_kv_cache> {
-    using K = decltype(k);
-    using V = decltype(v);
+  return Formats::call(k_format, v_format, [&]<class K, class V>(K, V) -> std::unique_ptr<any_kv_cache> {
     if (scorer == nullptr) return on_heap(kv_cache<K, V>::try_create(config, found, resource), found);
     return on_heap(scored_kv_cache<K, V>::try_create(config, rules, scorer, found, resource), found);
   });

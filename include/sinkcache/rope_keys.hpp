@@ -54,7 +54,7 @@ class key_reader {
     char* end = nullptr;
     const double value = std::strtod(text->c_str(), &end);
     // What strtod takes besides (0x10, " 1", nan) is no number of a file.
-    if (text->empty() || text->find_first_not_of("0123456789.eE+-") != text->npos || *end != '\0' ||
+    if (text->empty() || text->find_first_not_of("0123456789.eE+-") != std::string::npos || *end != '\0' ||
         !std::isfinite(value))
       refuse(name, "a number");
     return value;

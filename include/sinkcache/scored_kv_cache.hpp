@@ -75,11 +75,11 @@ class scored_kv_cache final : public any_kv_cache {
   }
   // What the constructor makes; or nothing, and in `found` why.
   static std::optional<scored_kv_cache> try_create(const cache_config& config, const eviction& rules,
-                                                   std::shared_ptr<const token_scorer> scorer, status& found,
+                                                   const std::shared_ptr<const token_scorer>& scorer, status& found,
                                                    std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config, rules, scorer.get());
     detail::require_resource(found, resource);
-    return found ? make(state_config(config, rules, std::move(scorer)), found, resource) : std::nullopt;
+    return found ? make(state_config(config, rules, scorer), found, resource) : std::nullopt;
   }
 
   // A copy that goes on by itself, in memory from the same resource. Nobody watches it.
@@ -257,10 +257,10 @@ class scored_kv_cache final : public any_kv_cache {
   }
 
   static detail::scored_config state_config(const cache_config& config, const eviction& rules,
-                                            std::shared_ptr<const token_scorer> scorer) {
+                                            const std::shared_ptr<const token_scorer>& scorer) {
     return {.geometry = detail::geometry_of<K, V>(config),
             .rules = rules,
-            .scorer = std::move(scorer),
+            .scorer = scorer,
             .k = detail::row_format_of<K>,
             .v = detail::row_format_of<V>,
             .num_sink_tokens = config.num_sink_tokens,

@@ -31,7 +31,7 @@ struct running_states : states {
     for (index_t i = 0; i < rows; ++i) d[i] += d_rest[i];
     for (index_t i = 0; i < rows * o_stride; i += lanes) {
       const vfloat sum = load(o + i), rest = load(o_rest + i);
-      store(o + i, rest == rest ? sum + rest : sum);
+      store(o + i, rest == rest ? sum + rest : sum);  // NOLINT(misc-redundant-expression): NaN is not
     }
   }
 };
