@@ -38,10 +38,10 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   }
 
   static status validate(const cache_config& config) noexcept requires std::same_as<Policy, sink_window> {
-    return base::validate_with(formats, config, window_policy(config));
+    return base::validate_with(formats(), config, window_policy(config));
   }
   static status validate(const cache_config& config, const Policy& policy) noexcept {
-    status found = base::validate_with(formats, config, policy);
+    status found = base::validate_with(formats(), config, policy);
     found.require(config.num_sink_tokens == 0, "num_sink_tokens", config.num_sink_tokens,
                   "0: the policy that is given says what it pins");
     found.require(config.window == 0, "window", config.window, "0: the policy that is given says what it keeps");
@@ -89,7 +89,7 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   }
 
  private:
-  static constexpr const detail::tier_formats& formats = detail::tier_formats_of<K, V>;
+  static constexpr const detail::tier_formats& formats() { return detail::tier_formats_of<K, V>; }
 
   // What passed all checks.
   struct checked {
@@ -100,14 +100,14 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
   };
 
   kv_cache(checked, const cache_config& config, Policy&& policy, std::pmr::memory_resource* resource)
-      : base(formats, config, std::move(policy), resource) {}
+      : base(formats(), config, std::move(policy), resource) {}
 
   static std::optional<kv_cache> make(const cache_config& config, Policy&& policy, status& found,
                                       std::pmr::memory_resource* resource) noexcept {
     std::optional<kv_cache> cache;
     detail::require_resource(found, resource);
     if (!found) return cache;
-    const std::size_t bytes = base::bytes_of(found, formats, config, policy);
+    const std::size_t bytes = base::bytes_of(found, formats(), config, policy);
 #if defined(__cpp_exceptions)
     try {
       cache = kv_cache(checked(found, resource), config, std::move(policy), resource);
@@ -127,9 +127,9 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     return {config.num_sink_tokens, config.window, config.rollback};
   }
   static std::size_t required(const cache_config& config, const Policy& policy) {
-    status found = base::validate_with(formats, config, policy);
+    status found = base::validate_with(formats(), config, policy);
     found.or_fail();
-    return base::bytes_of(found, formats, config, policy);
+    return base::bytes_of(found, formats(), config, policy);
   }
 };
 
