@@ -287,19 +287,9 @@ class scored_kv_cache final : public any_kv_cache {
   // Of what was found right; or nothing, where there is no memory.
   static std::optional<scored_kv_cache> make(const detail::scored_config& of, status& found,
                                              std::pmr::memory_resource* resource) noexcept {
-    std::optional<scored_kv_cache> cache;
-#if defined(__cpp_exceptions)
-    try {
-      cache = scored_kv_cache(checked(found, resource), of, resource);
-    } catch (...) {
-    }
-#else
-    cache = scored_kv_cache(checked(found, resource), of, resource);
-#endif
-    if (cache && cache->nbytes() > 0) return cache;
     status fits;
-    detail::refuse_memory(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)));
-    return std::nullopt;
+    return detail::made_cache(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)),
+                              [&] { return scored_kv_cache(checked(found, resource), of, resource); });
   }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <memory_resource>
 #include <new>
+#include <optional>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -80,6 +81,25 @@ inline void require_resource(status& found, const std::pmr::memory_resource* res
 }
 inline void refuse_memory(status& found, std::size_t bytes) noexcept {
   found.refuse_memory("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
+}
+
+// The cache that `make` makes; or nothing, and in `found` that there was no memory for so many bytes.
+template <class Make>
+auto made_cache(status& found, std::size_t bytes, const Make& make) noexcept -> std::optional<decltype(make())> {
+  std::optional<decltype(make())> cache;
+#if defined(__cpp_exceptions)
+  try {
+    cache = make();
+  } catch (...) {
+  }
+#else
+  cache = make();
+#endif
+  if (!cache || cache->nbytes() == 0) {
+    refuse_memory(found, bytes);
+    cache.reset();
+  }
+  return cache;
 }
 
 // What is read element by element is read sixteen at a time, in lines of its own.

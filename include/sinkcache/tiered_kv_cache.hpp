@@ -104,23 +104,10 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
 
   static std::optional<kv_cache> make(const cache_config& config, Policy&& policy, status& found,
                                       std::pmr::memory_resource* resource) noexcept {
-    std::optional<kv_cache> cache;
     detail::require_resource(found, resource);
-    if (!found) return cache;
-    const std::size_t bytes = base::bytes_of(found, formats(), config, policy);
-#if defined(__cpp_exceptions)
-    try {
-      cache = kv_cache(checked(found, resource), config, std::move(policy), resource);
-    } catch (...) {
-    }
-#else
-    cache = kv_cache(checked(found, resource), config, std::move(policy), resource);
-#endif
-    if (!cache || cache->nbytes() == 0) {
-      detail::refuse_memory(found, bytes);
-      cache.reset();
-    }
-    return cache;
+    if (!found) return std::nullopt;
+    return detail::made_cache(found, base::bytes_of(found, formats(), config, policy),
+                              [&] { return kv_cache(checked(found, resource), config, std::move(policy), resource); });
   }
 
   static sink_window window_policy(const cache_config& config) noexcept {
