@@ -19,21 +19,15 @@
 #include <sinkcache/thread_pool.hpp>
 #include "catch.hpp"
 #include "effort.hpp"
+#include "random_matrix.hpp"
 
 using namespace sinkcache;
+using proof::as_size, proof::random_matrix;
 
 namespace {
 
 constexpr float canary = 77.f;
 constexpr index_t largest_index = std::numeric_limits<index_t>::max();
-
-std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
-
-matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
-  matrix m(rows, cols);
-  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = 2 * dice.signed_unit();
-  return m;
-}
 
 std::span<const float> row_of(const matrix& m) { return {m.data(), as_size(m.size())}; }
 std::span<float> row_of(matrix& m) { return {m.data(), as_size(m.size())}; }

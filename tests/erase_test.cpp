@@ -15,18 +15,12 @@
 #include "catch.hpp"
 #include "effort.hpp"
 #include "oracle.hpp"
+#include "random_matrix.hpp"
 
 using namespace sinkcache;
+using proof::as_size, proof::random_matrix;
 
 namespace {
-
-std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
-
-matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
-  matrix m(rows, cols);
-  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = 2 * dice.signed_unit();
-  return m;
-}
 
 // Which positions the first KV head's queries give weight.
 struct seen_positions final : weight_reader {

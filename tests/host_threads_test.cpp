@@ -14,18 +14,12 @@
 
 #include "catch.hpp"
 #include "effort.hpp"
+#include "random_matrix.hpp"
 
 using namespace sinkcache;
+using proof::as_size, proof::random_matrix;
 
 namespace {
-
-std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
-
-matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
-  matrix m(rows, cols);
-  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = 2 * dice.signed_unit();
-  return m;
-}
 
 // Calls f(thread) on so many threads at once.
 template <class F>

@@ -19,6 +19,7 @@
 
 #include "effort.hpp"
 #include "oracle.hpp"
+#include "random_matrix.hpp"
 
 namespace proof {
 
@@ -26,8 +27,6 @@ using namespace sinkcache;
 
 inline constexpr double u = 0x1p-24;
 inline constexpr float infinity = std::numeric_limits<float>::infinity();
-
-inline std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
 
 double normal(effort::dice&);
 

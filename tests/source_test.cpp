@@ -12,18 +12,12 @@
 #include "effort.hpp"
 #include "oracle.hpp"
 #include "random_case.hpp"
+#include "random_matrix.hpp"
 
 using namespace sinkcache;
+using proof::as_size, proof::random_matrix;
 
 namespace {
-
-std::size_t as_size(index_t n) { return static_cast<std::size_t>(n); }
-
-matrix random_matrix(effort::dice& dice, index_t rows, index_t cols) {
-  matrix m(rows, cols);
-  for (index_t i = 0; i < m.size(); ++i) m.data()[i] = 2 * dice.signed_unit();
-  return m;
-}
 
 // A plan, as text: "first-last@row near..far pinned" for each part, and for how many heads and queries it holds.
 std::string plan_of(const kv_source& s, index_t kv_head, position_t first, position_t last) {
