@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <numeric>
 #include <optional>
-#include <set>
 
 #include "../compare/comparison.hpp"
 #include "../compare/files.hpp"
@@ -124,21 +123,14 @@ class formats_page {
   index_t head_dim() const { return first().subject.model->config().head_dim; }
 
   std::string head(const std::string& command) const {
-    std::set<std::string> commits, dates, machines;
+    origin from;
     for (std::size_t i = 0; i < texts_.size(); ++i)
       for (const formats_job& j : formats_plan(texts_[i].options))
-        if (const json* const file = kept_[i](j)) {
-          commits.insert(file->at("git_commit").get<std::string>());
-          dates.insert(file->at("date").get<std::string>());
-          machines.insert(file->at("machine").get<std::string>());
-        }
-    std::string names;
-    for (const setting& s : texts_) names += (names.empty() ? "" : " and ") + compare::shown_path(s.options.text);
+        if (const json* const file = kept_[i](j)) from.add(*file);
     return fmt::format(
         "What keys and values of few bits cost, as measured by\n\n```sh\n{}\n```\n\n"
-        "Model: {}. {} each of {}. Measured {} on {}, commit {}.\n",
-        command, first().subject.name, compare::tokens_text(first().options.tokens), names, fmt::join(dates, ", "),
-        fmt::join(machines, ", "), fmt::join(commits, ", "));
+        "Model: {}. {} each of {}. {}\n",
+        command, first().subject.name, compare::tokens_text(first().options.tokens), shown_texts(texts_), from.text());
   }
 
   double megabytes(index_t cache, const cell& c) const {

@@ -235,6 +235,23 @@ void keep(const std::string& path, const json& inputs, json result) {
   compare::write_atomically(path, file.dump(1) + "\n");
 }
 
+void origin::add(const json& file) {
+  dates_.insert(file.at("date").get<std::string>());
+  machines_.insert(file.at("machine").get<std::string>());
+  commits_.insert(file.at("git_commit").get<std::string>());
+}
+
+std::string origin::text() const {
+  return fmt::format("Measured {} on {}, commit {}.", fmt::join(dates_, ", "), fmt::join(machines_, ", "),
+                     fmt::join(commits_, ", "));
+}
+
+std::string shown_texts(const std::vector<setting>& texts) {
+  std::string names;
+  for (const setting& s : texts) names += (names.empty() ? "" : " and ") + compare::shown_path(s.options.text);
+  return names;
+}
+
 json kept(const std::string& path, const job& j, const setting& s) { return kept(path, inputs(j, s)); }
 void keep(const std::string& path, const job& j, const setting& s, json result) {
   keep(path, inputs(j, s), std::move(result));

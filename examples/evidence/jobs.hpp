@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -52,5 +53,17 @@ void keep(const std::string& path, const job&, const setting&, json result);
 json kept(const std::string& path, const json& inputs);
 void keep(const std::string& path, const json& inputs, json result);
 json inputs_of(const std::string& run, const setting&);
+
+// When, where and by which code such files were made.
+class origin {
+ public:
+  void add(const json& file);
+  std::string text() const;  // Measured 2026-11-30 on ..., commit ....
+
+ private:
+  std::set<std::string> dates_, machines_, commits_;
+};
+
+std::string shown_texts(const std::vector<setting>&);  // a.txt and b.txt
 
 }  // namespace evidence

@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <numeric>
 #include <optional>
-#include <set>
 
 #include "../compare/caches.hpp"
 #include "../compare/comparison.hpp"
@@ -47,23 +46,16 @@ class ranking_page {
   const setting& first() const { return texts_.front(); }
 
   std::string head(const std::string& command) const {
-    std::set<std::string> commits, dates, machines;
+    origin from;
     for (std::size_t i = 0; i < texts_.size(); ++i)
       for (const index_t cache : first().options.caches)
         for (const contender& c : all_of(texts_, cache, kept_))
           if (fits(c, cache, 4))
-            if (const json* const file = kept_[i](loss_job(texts_[i].options, c, 4, cache))) {
-              commits.insert(file->at("git_commit").get<std::string>());
-              dates.insert(file->at("date").get<std::string>());
-              machines.insert(file->at("machine").get<std::string>());
-            }
-    std::string names;
-    for (const setting& s : texts_) names += (names.empty() ? "" : " and ") + compare::shown_path(s.options.text);
+            if (const json* const file = kept_[i](loss_job(texts_[i].options, c, 4, cache))) from.add(*file);
     return fmt::format(
         "What policies that evict by score cost against sinks and a window of the same rows, as measured by\n\n"
-        "```sh\n{}\n```\n\nModel: {}. The first {} each of {}. Measured {} on {}, commit {}.\n",
-        command, first().subject.name, compare::tokens_text(first().options.tokens), names, fmt::join(dates, ", "),
-        fmt::join(machines, ", "), fmt::join(commits, ", "));
+        "```sh\n{}\n```\n\nModel: {}. The first {} each of {}. {}\n",
+        command, first().subject.name, compare::tokens_text(first().options.tokens), shown_texts(texts_), from.text());
   }
 
   // One row a policy, interval and so on; texts side by side. Sorted by the first text's loss with 4 pinned.
