@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <optional>
+#include <sinkcache/host_threads.hpp>
 #include <sinkcache/sinkcache.hpp>
 #include <span>
 #include <utility>
@@ -182,7 +182,8 @@ class ggml_attention {
                    static_cast<index_t>(q.nb[1] / sizeof(float))},
                   view,
                   {reinterpret_cast<float*>(at(out, s * out.nb[3] + row * out.nb[2])), rows, out.ne[1] * out.ne[0]},
-                  workspaces_[static_cast<std::size_t>(thread)], {}, part_of(thread, num_threads, rows, k.ne[2]));
+                  workspaces_[static_cast<std::size_t>(thread)], {},
+                  sinkcache::part_of_thread(thread, num_threads, k.ne[2], rows));
           }
           if (stream_found) done += n;
         }
@@ -194,22 +195,6 @@ class ggml_attention {
     if (thread == 0)
       std::fill_n(static_cast<float*>(out.data) + done * row, rest * row, std::numeric_limits<float>::quiet_NaN());
     if (own.refused) own.refused = found;
-  }
-
-  // Threads share KV heads as far as they go round, and tokens.
-  static sinkcache::call_part part_of(index_t thread, index_t num_threads, index_t tokens, index_t kv_heads) noexcept {
-    const index_t by_heads = tokens == 1 ? std::min(num_threads, kv_heads) : std::gcd(num_threads, kv_heads);
-    const index_t by_rows = std::min(tokens, num_threads / by_heads);
-    sinkcache::call_part part;
-    part.num_rows = 0;
-    if (thread >= by_heads * by_rows) return part;
-    const index_t head = thread % by_heads, row = thread / by_heads;
-    const auto begin = [](index_t all, index_t parts, index_t i) { return all * i / parts; };
-    part.first_kv_head = begin(kv_heads, by_heads, head);
-    part.num_kv_heads = begin(kv_heads, by_heads, head + 1) - part.first_kv_head;
-    part.first_row = begin(tokens, by_rows, row);
-    part.num_rows = begin(tokens, by_rows, row + 1) - part.first_row;
-    return part;
   }
 
   static const std::int32_t* numbers(const ggml_tensor& t) noexcept { return static_cast<const std::int32_t*>(t.data); }
