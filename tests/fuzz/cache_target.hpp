@@ -128,7 +128,8 @@ class history {
       const std::vector<std::vector<position_t>> before = sets();
       const position_t seen = cache_.seen();
       bool returns = false;
-      switch (next_.byte() % 10) {
+      const int call = next_.byte();
+      switch (call % 10) {
         case 0:
           feed(next_.up_to(40) + 1, 0);
           break;
@@ -138,7 +139,7 @@ class history {
           break;
         case 3:
         case 4:
-          feed(next_.up_to(20) + 1, 2);
+          feed(next_.up_to(20) + 1, call / 10 % 3 == 1 ? 3 : 2);
           break;
         case 5:
           returns = true, truncate();
@@ -175,7 +176,7 @@ class history {
   }
   bool learns() { return cache_.learner() != nullptr; }
 
-  // Appends (0), prefills (1) or decodes one by one (2).
+  // Appends (0), prefills (1), or decodes one by one, each query by itself (2) or in a batch with the others (3).
   void feed(index_t n, int how) {
     const matrix k = s_.tokens(n, kv_heads()), v = s_.tokens(n, kv_heads());
     const matrix q = s_.tokens(n, kv_heads() * heads_per_kv);
@@ -186,15 +187,14 @@ class history {
     if (how == 1) attention_.prefill(q, k, v, cache_, out, workspace_);
     for (index_t i = 0; i < n; ++i) {
       s_.note(k.row(i), v.row(i));
-      if (how == 2) {
-        cache_.append(k.middleRows(i, 1), v.middleRows(i, 1));
-        attention_.decode(q.middleRows(i, 1), cache_, out.middleRows(i, 1), workspace_);
-      }
+      if (how >= 2) cache_.append(k.middleRows(i, 1), v.middleRows(i, 1));
+      if (how == 2) attention_.decode(q.middleRows(i, 1), cache_, out.middleRows(i, 1), workspace_);
       for (Cache& each : others_) {
         each.append(k.middleRows(i, 1), v.middleRows(i, 1));
-        if (each.learner() != nullptr) attention_.decode(q.middleRows(i, 1), each, other, workspace_);
+        if (how != 3 && each.learner() != nullptr) attention_.decode(q.middleRows(i, 1), each, other, workspace_);
       }
-      if (how == 2 && i + 1 < n)
+      if (how == 3) batch(q, i, out);
+      if (how >= 2 && i + 1 < n)
         for (index_t h = 0; h < kv_heads(); ++h)
           s_.check(q, i, first + i, h, visible(cache_, h, first + i), out, loose_);
     }
@@ -202,6 +202,15 @@ class history {
     const index_t from = how == 0 ? n : how == 1 && !scored ? 0 : n - 1;
     for (index_t i = from; i < n; i += std::max<index_t>(1, n / 4))
       for (index_t h = 0; h < kv_heads(); ++h) s_.check(q, i, first + i, h, visible(cache_, h, first + i), out, loose_);
+  }
+
+  void batch(const matrix& q, index_t i, matrix& out) {
+    const std::span<const float> query(q.row(i).data(), static_cast<std::size_t>(q.cols()));
+    std::vector<decode_item> items{{query, &cache_, {out.row(i).data(), query.size()}, {}, cache_.learner()}};
+    std::vector<std::vector<float>> unread(others_.size(), std::vector<float>(query.size()));
+    for (std::size_t j = 0; j < others_.size(); ++j)
+      items.push_back({query, &others_[j], unread[j], {}, others_[j].learner()});
+    attention_.decode(items, workspace_);
   }
 
   void truncate() {
@@ -259,13 +268,14 @@ class history {
         require(returns || p >= seen || std::binary_search(old.begin(), old.end(), p), "an evicted token is back");
       if constexpr (scored) {
         const eviction& rules = cache_.rules();
-        require(static_cast<index_t>(set.size()) <= rules.budget + rules.interval,
-                "more rows than budget and interval");
-        const index_t since = static_cast<index_t>((cache_.seen() - 1) % rules.interval + 1);
-        require(cache_.seen() == 0 || static_cast<index_t>(set.size()) <= rules.budget + since,
-                "more rows than budget after an event");
-        for (position_t p = std::max<position_t>(0, cache_.seen() - rules.recent); p < cache_.seen(); ++p)
-          require(holds(p), "a recent token is gone");
+        if (!rules.adaptive)
+          require(cache_.seen() == 0 || static_cast<index_t>(set.size()) <= most_left(h) + since_event(),
+                  "more rows than budget after an event");
+        const bool is_short = !rules.short_heads.empty() && rules.short_heads[static_cast<std::size_t>(h)];
+        const position_t newest =
+            is_short ? most_left(h) - cache_.num_sink_tokens() - index_t(pins_.size()) : rules.recent;
+        for (position_t p = std::max<position_t>(0, cache_.seen() - newest); p < cache_.seen(); ++p)
+          require(holds(p), is_short ? "a short head lacks a token of its window" : "a recent token is gone");
         for (const position_t p : pins_)
           if (p < cache_.seen() && !returns) require(holds(p) || p >= seen, "a token that was pinned is gone");
         for (const Cache& each : others_) {
@@ -275,8 +285,23 @@ class history {
         }
       }
     }
+    if constexpr (scored) {
+      std::size_t rows = 0;
+      for (const std::vector<position_t>& set : now) rows += set.size();
+      require(cache_.seen() == 0 || !cache_.rules().adaptive ||
+                  static_cast<index_t>(rows) <= kv_heads() * (most_left(0) + since_event()),
+              "heads that share a budget have more rows than it");
+    }
     if (returns) std::erase_if(pins_, [&](position_t p) { return p >= cache_.seen(); });
   }
+
+  // Rows that an event leaves in a head, at most.
+  index_t most_left(index_t kv_head) const {
+    const eviction& rules = cache_.rules();
+    if (rules.bound) return rules.hard_budget;
+    return rules.head_budgets.empty() ? rules.budget : rules.head_budgets[static_cast<std::size_t>(kv_head)];
+  }
+  index_t since_event() const { return static_cast<index_t>((cache_.seen() - 1) % cache_.rules().interval + 1); }
 
   script& next_;
   stream& s_;
@@ -351,14 +376,34 @@ inline void view(script& next, const cache_config& config) {
     require(part.rows > 0 && part.first >= 0 && part.first + part.rows <= max_position, "a part is out of range");
 }
 
-inline void scored(script& next, const cache_config& given, stream& s) {
+// How budgets are shared out: alike, by head, between heads as scores have it, or as long as a bound allows.
+inline void share_out(script& next, int how, index_t kv_heads, eviction& rules) {
+  const auto by_head = [&](auto& of_heads, const auto& some) {
+    for (index_t h = 0; h < kv_heads; ++h) of_heads.push_back(some());
+    if (next.byte() >= 240) of_heads.pop_back();
+  };
+  if (how == 1) {
+    by_head(rules.head_budgets, [&, least = rules.budget] { return next.size(least + next.up_to(9)); });
+    rules.budget = next.size(0);
+  }
+  if (how == 2) by_head(rules.short_heads, [&] { return next.one_in(2); });
+  if (how == 3) rules.adaptive = static_cast<double>(next.number(0.2f));
+  if (how == 4) {
+    rules.bound = static_cast<double>(next.number(0.01f * static_cast<float>(next.up_to(100))));
+    rules.hard_budget = next.size(rules.budget + next.up_to(30));
+  }
+}
+
+inline void scored(script& next, const cache_config& given, int sharing, stream& s) {
   cache_config config = given;
   config.window = next.size(0);
-  const eviction rules{.budget = next.size(12 + next.up_to(20)),
-                       .recent = next.size(next.up_to(6)),
-                       .interval = next.size(1 + next.up_to(11)),
-                       .num_qo_heads = next.size(given.num_kv_heads * heads_per_kv)};
-  const int which = next.byte() % 8;
+  eviction rules{.budget = next.size(12 + next.up_to(20)),
+                 .recent = next.size(next.up_to(6)),
+                 .interval = next.size(1 + next.up_to(11)),
+                 .num_qo_heads = next.size(given.num_kv_heads * heads_per_kv)};
+  int which = next.byte() % 8;
+  if (sharing == 3 && which < 4) which = 5 + which % 2;  // of those whose scores can be compared
+  share_out(next, sharing, given.num_kv_heads, rules);
   const auto scorer = [&]() -> std::shared_ptr<const token_scorer> {
     switch (which) {
       case 0:
@@ -390,13 +435,13 @@ inline void scored(script& next, const cache_config& given, stream& s) {
   if (which != 6) others.push_back(make(config));
   cache_config other = config;
   other.positions = config.positions == positions::in_cache ? positions::absolute : positions::in_cache;
-  if (which <= 3 || which == 7) others.push_back(make(other));
+  if ((which <= 3 || which == 7) && !rules.bound) others.push_back(make(other));  // a bound asks for weights
   history<scored_kv_cache<f32>>(next, s, make(config), std::move(others), resource, 0).run();
 }
 
 inline void caches(std::span<const std::byte> input) {
   script next(input);
-  const int kind = next.byte() % 6;
+  const int first = next.byte(), kind = first % 6;
   const index_t dim = 2 * (1 + next.up_to(3)), kv_heads = 1 + next.up_to(1);
   cache_config config{.num_kv_heads = next.size(kv_heads),
                       .head_dim = next.size(dim),
@@ -430,7 +475,7 @@ inline void caches(std::span<const std::byte> input) {
     validate(config).or_fail();  // not one that the oracle could follow
     return;
   }
-  if (kind >= 2) return scored(next, config, s);
+  if (kind >= 2) return scored(next, config, first / 6 % 5, s);
   counting_resource resource;
   const auto run = [&]<class Cache>(std::type_identity<Cache>, double loose) {
     if (!Cache::validate(config)) return;
