@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/data/smollm2-vocab.gguf and tests/data/smollm2-tokens.jsonl, by which tests/tokenizer_test.cpp goes.
+"""Writes tests/data/smollm2-vocab.gguf and tests/data/smollm2-tokens.jsonl, by which tests/examples/tokenizer_test.cpp goes.
 
     python3 -m venv build/venv && build/venv/bin/pip install tokenizers==0.23.3 gguf==0.19.0
     build/venv/bin/python tools/tokenizer_reference.py SmolLM2-135M-Instruct.Q4_1.gguf tests/data

@@ -1,7 +1,8 @@
 #pragma once
 
 // What may be fed any bytes. An error that the code under test is there to tell is fine; a crash, what a sanitizer
-// finds and any other exception is not. tests/fuzz_test.cpp replays the corpus of each: add to it what a fuzzer finds.
+// finds and any other exception is not. tests/examples/fuzz_test.cpp replays the corpus of each: add to it what a
+// fuzzer finds.
 
 #include <fcntl.h>
 #include <unistd.h>

@@ -9,7 +9,7 @@ tools/golden/smollm2.py numpy ~/.cache/sinkcache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 A vocabulary of 49,152 does not fit a small file. For each position this keeps the most likely tokens, whose share of the
 divergence is then exact, and a few of the others, drawn with their own probabilities, from which the rest of it is
-estimated without bias: see tests/smollm2_test.cpp.
+estimated without bias: see tests/examples/smollm2_test.cpp.
 """
 
 import hashlib

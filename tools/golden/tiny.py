@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Writes MODEL.ref.json beside MODEL.safetensors, or compares with it where it is there: the losses of a small model
-with three caches, and its logits after 16 tokens, by plain numpy in double. tests/engine_test.cpp repeats them.
+with three caches, and its logits after 16 tokens, by plain numpy in double. tests/examples/engine_test.cpp repeats them.
 A difference above 2e-4 is an error, as there.
 
 pip install numpy

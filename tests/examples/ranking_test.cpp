@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "compare/files.hpp"
 #include "compare/scored_policies.hpp"
 #include "evidence/ranking.hpp"

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
+#include "../fuzz/targets.hpp"
 #include "file_errors.hpp"
-#include "fuzz/targets.hpp"
 #include "gguf_writer.hpp"
 
 namespace {

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
+#include "../effort.hpp"
 #include "compare/caches.hpp"
-#include "effort.hpp"
 #include "engine/model.hpp"
 #include "loaders/gguf.hpp"
 

@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "chat/options.hpp"
 #include "chat/text_model.hpp"
 #include "compare/loaded_model.hpp"

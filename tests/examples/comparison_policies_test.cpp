@@ -13,7 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
+#include "../effort.hpp"
 #include "compare/caches.hpp"
 #include "compare/comparison.hpp"
 #include "compare/evaluate.hpp"
@@ -22,7 +23,6 @@
 #include "compare/report.hpp"
 #include "compare/scored_policies.hpp"
 #include "compare/svg.hpp"
-#include "effort.hpp"
 
 namespace {
 

@@ -1,4 +1,4 @@
-#include "../examples/loaders/safetensors.hpp"
+#include "loaders/safetensors.hpp"
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "file_errors.hpp"
 
 namespace {

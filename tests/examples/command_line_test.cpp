@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "chat/options.hpp"
 #include "compare/options.hpp"
 #include "evidence/options.hpp"

@@ -11,8 +11,8 @@
 #include <string_view>
 #include <vector>
 
-#include "catch.hpp"
-#include "effort.hpp"
+#include "../catch.hpp"
+#include "../effort.hpp"
 #include "gguf_writer.hpp"
 
 namespace {

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "compare/caches.hpp"
 #include "compare/files.hpp"
 #include "evidence/bootstrap.hpp"

@@ -1,13 +1,13 @@
 // The corpora of the fuzz targets, without a fuzzer.
 
-#include "fuzz/targets.hpp"
+#include "../fuzz/targets.hpp"
 
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 
 TEST_CASE("what fuzzers found once is read or refused") {
   for (const fuzz::target& target : fuzz::targets) {

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "compare/files.hpp"
 #include "gguf_writer.hpp"
 #include "loaders/json.hpp"

@@ -16,9 +16,9 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
+#include "../effort.hpp"
 #include "compare/caches.hpp"
-#include "effort.hpp"
 #include "engine/model.hpp"
 
 namespace plain {

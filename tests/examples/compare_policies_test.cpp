@@ -11,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
+#include "../effort.hpp"
 #include "compare/caches.hpp"
 #include "compare/evaluate.hpp"
 #include "compare/files.hpp"
@@ -19,7 +20,6 @@
 #include "compare/options.hpp"
 #include "compare/report.hpp"
 #include "compare/svg.hpp"
-#include "effort.hpp"
 #include "llama_gguf.hpp"
 
 namespace {

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "catch.hpp"
+#include "../catch.hpp"
 #include "engine/model.hpp"
 #include "llama_gguf.hpp"
 #include "loaders/gguf.hpp"
