@@ -17,8 +17,12 @@
 //
 // Codes lie in the order of elements, from the low bits of a byte to the high ones; those of q6 in two planes, the low
 // four bits of all, then the high two. They are padded to 16 elements: a row of 33 takes as many bytes as one of 48.
-// A row that holds a NaN or an infinity has a scale of NaN, and codes of 0; so has one with a norm above 3.4e38, the
-// transform of which may be no floats.
+//
+// A cache of few bits holds every row whose transform fits floats: any with a norm, the root of the sum of squares, of
+// at most 3.38e38. That is a single element of that size, or a constant row of 3.38e38 / sqrt(head_dim), 4.2e37 at 64.
+// The transform of a larger row may have elements that no float is as large as: of a constant row of 3e38 one
+// is 2.4e39. Such rows, and those that hold a NaN or an infinity, have a scale of NaN and codes of 0: outputs that see
+// them are infinite or NaN, and num_not_finite counts them (extremes_test.cpp).
 
 #include <algorithm>
 #include <bit>
@@ -65,8 +69,8 @@ inline void scale_row(float* row, index_t n, float by) noexcept {
 }
 
 // A Hadamard transform of n floats, a power of two: its own inverse. Additions alone, then one factor: no two compilers
-// round it differently. Where sums might not be floats a power of two is taken out before: what is infinite then is so
-// because it is no float, as of a constant row of 3e38.
+// round it differently. Where sums might not be floats a power of two is taken out before; what is infinite after that
+// is too large for any float, as of a constant row of 3e38.
 inline void hadamard_block(float* row, index_t n) noexcept {
   const bool large = largest_magnitude(row, n) > 0x1p117f;  // sums of up to 512
   if (large) scale_row(row, n, 0x1p-10f);
