@@ -23,7 +23,9 @@ namespace detail {
 template <eviction_policy Policy>
 class tiered_cache : public any_kv_cache {
  public:
-  index_t room() const noexcept override { return shape_.room(seen_); }
+  index_t room() const noexcept override {
+    return nbytes() > 0 ? shape_.room(seen_) : 1;
+  }  // the policy may be moved from
 
   void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
              index_t n) noexcept override {
@@ -62,12 +64,13 @@ class tiered_cache : public any_kv_cache {
     if (!found) return found;
     seen_ = seen;
     encoded_ = std::min(encoded_, seen);
-    if (seen <= shape_.pinned()) high_ = seen;  // nothing else is left that could have been written over
+    if (nbytes() > 0 && seen <= shape_.pinned())
+      high_ = seen;  // nothing else is left that could have been written over
     return found;
   }
   void require_truncate(status& found, position_t seen) const noexcept override {
     found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
-    if (found && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
+    if (found && nbytes() > 0 && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
   }
   position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
 
