@@ -695,6 +695,18 @@ TEST_CASE("sizes that nobody has are refused at once") {
   CHECK_THROWS_AS(sinkcache::pyramid_budgets(1, huge, 0), std::invalid_argument);
   CHECK_THROWS_AS(sinkcache::pyramid_budgets(4, huge, 0), std::invalid_argument);
   CHECK_THROWS_AS(sinkcache::duo_budgets({true}, 9, huge, huge), std::invalid_argument);
+  sinkcache::status found;
+  CHECK_FALSE(sinkcache::try_pyramid_budgets(0, 64, 36, found));
+  CHECK(found.message() == "sinkcache: num_layers was 0, had to be at least 1");
+  CHECK_FALSE(sinkcache::try_pyramid_budgets(4, 36, 36, found));
+  CHECK(found.message() == "sinkcache: budget was 36, had to be above the rows that never leave, 36");
+  CHECK_FALSE(sinkcache::try_pyramid_budgets(4, 64, 36, found, 0.5));
+  CHECK(sinkcache::try_pyramid_budgets(4, 64, 36, found) == sinkcache::pyramid_budgets(4, 64, 36));
+  CHECK(found.ok());
+  CHECK_FALSE(sinkcache::try_duo_budgets({true}, 9, -1, 2, found));
+  CHECK_FALSE(sinkcache::try_duo_budgets({true}, 9, 1, 0, found));
+  CHECK(found.message() == "sinkcache: newest was 0, had to be at least 1");
+  CHECK(sinkcache::try_duo_budgets({true, false}, 9, 1, 2, found) == std::vector<index_t>{3, 9});
   const f32_cache cache(config_of(positions::in_cache), rules_of(8), policy("knorm"));
   for (const index_t head : {index_t{-1}, kv_heads, huge}) {
     CHECK_THROWS_AS(cache.kept(head), std::invalid_argument);

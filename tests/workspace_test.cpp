@@ -469,6 +469,14 @@ TEST_CASE("workspace: sizes that cannot be are refused by name") {
   const decode_item one{{}, &layer.cache, {}};
   CHECK_THROWS_WITH(a.workspace_bytes({&one, 1}, -5), "sinkcache: concurrency was -5, had to be at least 1");
   CHECK(a.workspace_bytes(std::span<const decode_item>()) == 0);
+  status found;
+  CHECK(a.try_workspace_bytes(layer.cache, -1, found) == 0);
+  CHECK(found.message() == "sinkcache: tokens was -1, had to be from 0 to 4611686018427387904");
+  CHECK(a.try_workspace_bytes({&none, 1}, found) == 0);
+  CHECK(found.message() == "sinkcache: a batch's keys was null, had to be a cache or view");
+  CHECK(a.try_workspace_bytes({&one, 1}, found) == a.workspace_bytes({&one, 1}));
+  CHECK(a.try_workspace_bytes(layer.cache, 5, found) == a.workspace_bytes(layer.cache, 5));
+  CHECK(found.ok());
 }
 
 TEST_CASE("workspace: decode never allocates, batches and prefill not after as large a one, append never") {

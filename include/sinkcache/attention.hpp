@@ -204,11 +204,10 @@ class attention {
   // of that concurrency and somebody who may want weights. Of a view as long as it reads what it does now.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1,
                           const weight_reader* weights = nullptr) const {
-    status found = detail::check_sizes(params_, &keys, tokens, concurrency);
-    const index_t bytes = found ? detail::call_bytes(found, params_, keys, tokens, concurrency, weights != nullptr) : 0;
-    const index_t again = found ? detail::bytes_again(found, params_, keys, concurrency, weights) : 0;
+    status found;
+    const index_t bytes = try_workspace_bytes(keys, tokens, found, concurrency, weights);
     found.or_fail();
-    return std::max(bytes, again);
+    return bytes;
   }
   index_t workspace_bytes(any_kv_cache& cache, index_t tokens, index_t concurrency = 1,
                           weight_reader* weights = nullptr) const {
@@ -218,18 +217,36 @@ class attention {
   // For decode of a batch, of which keys and weights are read.
   index_t workspace_bytes(std::span<const decode_item> batch, index_t concurrency = 1) const {
     status found;
+    const index_t bytes = try_workspace_bytes(batch, found, concurrency);
+    found.or_fail();
+    return bytes;
+  }
+  // The same; or 0, and in `found` why.
+  index_t try_workspace_bytes(const kv_source& keys, index_t tokens, status& found, index_t concurrency = 1,
+                              const weight_reader* weights = nullptr) const noexcept {
+    found = detail::check_sizes(params_, &keys, tokens, concurrency);
+    const index_t bytes = found ? detail::call_bytes(found, params_, keys, tokens, concurrency, weights != nullptr) : 0;
+    const index_t again = found ? detail::bytes_again(found, params_, keys, concurrency, weights) : 0;
+    return found ? std::max(bytes, again) : 0;
+  }
+  index_t try_workspace_bytes(any_kv_cache& cache, index_t tokens, status& found, index_t concurrency = 1,
+                              weight_reader* weights = nullptr) const noexcept {
+    const detail::learning both(cache, weights);
+    return try_workspace_bytes(std::as_const(cache), tokens, found, concurrency, both.reader());
+  }
+  index_t try_workspace_bytes(std::span<const decode_item> batch, status& found,
+                              index_t concurrency = 1) const noexcept {
+    found = status();
     for (const decode_item& item : batch)
       if (found) found = detail::check_sizes(params_, item.keys, 1, concurrency);
-    if (batch.empty()) return 0;
-    found.or_fail();
+    if (!found || batch.empty()) return 0;
     const auto item = [&](index_t i) { return batch[static_cast<std::size_t>(i)]; };
     const auto kept = [&](index_t i) { return item(i).weights != nullptr ? item(i).keys->capacity() : -1; };
     const auto [of, shared] = detail::batch_needs(found, params_, static_cast<index_t>(batch.size()), item, kept);
     index_t bytes = detail::schedule::bytes(found, concurrency, of, shared);
     for (const decode_item& each : batch)
       bytes = std::max(bytes, detail::bytes_again(found, params_, *each.keys, concurrency, each.weights));
-    found.or_fail();
-    return bytes;
+    return found ? bytes : 0;
   }
 
  private:

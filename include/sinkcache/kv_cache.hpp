@@ -84,7 +84,7 @@ class kv_cache final : public any_kv_cache {
     return make(config, std::move(policy), found, resource);
   }
 
-  // What the constructor asks its memory resource for.
+  // What the constructor asks its memory resource for. Throws what validate finds.
   static std::size_t required_bytes(const cache_config& config) requires std::same_as<Policy, sink_window> {
     status found = validate(config);
     found.or_fail();

@@ -208,26 +208,36 @@ class attention_state {
     for (index_t head = 0; head < num_heads_; ++head) row(head).clear(1);
   }
 
-  void merge(const attention_state& other) {
-    require_heads();
-    detail::check(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
-    detail::check(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
-    for (index_t head = 0; head < num_heads_; ++head) merge(head, const_cast<attention_state&>(other).row(head));
+  void merge(const attention_state& other) { try_merge(other).or_fail(); }
+  status try_merge(const attention_state& other) noexcept {
+    status found;
+    require_heads(found);
+    found.require(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
+    found.require(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
+    for (index_t head = 0; head < num_heads_ && found; ++head)
+      merge(head, const_cast<attention_state&>(other).row(head));
+    return found;
   }
 
   // The head's output into `out`, v_head_dim floats; returns its lse. The state is left as it is.
   float finish(const softmax_variant& variant, index_t head, std::span<float> out) const {
-    require_heads();
-    status given;
-    variant.require_given(given);
-    given.or_fail();
-    detail::check(static_cast<index_t>(out.size()) == v_head_dim_, "out.size()", out.size(), "exactly", v_head_dim_);
-    detail::check(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
+    float lse = 0;
+    try_finish(variant, head, out, lse).or_fail();
+    return lse;
+  }
+  status try_finish(const softmax_variant& variant, index_t head, std::span<float> out, float& lse) const noexcept {
+    status found;
+    require_heads(found);
+    variant.require_given(found);
+    found.require(static_cast<index_t>(out.size()) == v_head_dim_, "out.size()", out.size(), "exactly", v_head_dim_);
+    found.require(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
     const index_t sinks = variant.num_sink_logits();
-    detail::check(sinks == 0 || sinks == num_heads_, "sink_logits.size()", sinks, "exactly", num_heads_);
-    return detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_,
-                                out.data())
-        .lse;
+    found.require(sinks == 0 || sinks == num_heads_, "sink_logits.size()", sinks, "exactly", num_heads_);
+    if (found)
+      lse = detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_,
+                                 out.data())
+                .lse;
+    return found;
   }
   attention_output finish(const softmax_variant& variant, index_t head) const {
     attention_output result{matrix(1, v_head_dim_), 0.f};
@@ -245,7 +255,9 @@ class attention_state {
  private:
   friend class detail::schedule;
 
-  void require_heads() const { detail::check(num_heads_ > 0, "the state", "moved from", "one that has heads"); }
+  void require_heads(status& found) const noexcept {
+    found.require(num_heads_ > 0, "the state", "moved from", "one that has heads");
+  }
 
   void merge(index_t head, const detail::states& from) noexcept {
     const detail::states into = row(head);
