@@ -217,21 +217,19 @@ class any_kv_cache : public kv_source {
   // finished thinking. From now on queries see what is before and after them, under in_cache as neighbours, under
   // absolute at its true distance. Nothing moves and nothing is rotated: a window goes on counting positions, so
   // dropped tokens keep their place in it until it has passed them. truncate takes tokens back as before; what was
-  // dropped before `seen` stays dropped. kv_cache serves this, in formats that spare no tokens; others refuse it.
+  // dropped before `seen` stays dropped. kv_cache serves this in any format. Ranges take memory beside nbytes(): 16
+  // bytes each, of a window at most one for every two rows, for what it has passed is forgotten by the next erase. A
+  // user-defined policy forgets none.
   void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
   virtual status try_erase(position_t first, position_t last) noexcept {
     status found;
     require_erase(found, first, last);
     return found;
   }
-  virtual bool can_erase() const noexcept { return false; }
 
   // Adds to `found` why erase would be refused.
-  void require_erase(status& found, position_t first, position_t last) const noexcept {
-    if (!can_erase()) found.refuse("this cache cannot drop a range of its tokens, had to be a kv_cache");
-    require_memory(found);
-    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
-    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
+  virtual void require_erase(status& found, position_t /*first*/, position_t /*last*/) const noexcept {
+    found.refuse("this cache cannot drop a range, had to be a kv_cache: clear it and append the tokens that stay");
   }
 
   // Forgets all tokens.
@@ -280,6 +278,13 @@ class any_kv_cache : public kv_source {
   }
 
  protected:
+  // What erase asks of its range.
+  void require_range(status& found, position_t first, position_t last) const noexcept {
+    require_memory(found);
+    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
+  }
+
   explicit any_kv_cache(const kv_geometry& geometry) noexcept : kv_source(geometry) {}
   any_kv_cache(any_kv_cache&&) noexcept = default;
   any_kv_cache& operator=(any_kv_cache&&) noexcept = default;

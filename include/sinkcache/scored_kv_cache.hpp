@@ -190,6 +190,13 @@ class scored_kv_cache final : public any_kv_cache {
     state().advance(seen_);
   }
 
+  // Refused: scores were given while those tokens were seen, and say nothing of a cache without them.
+  void require_erase(status& found, position_t, position_t) const noexcept override {
+    found.refuse(
+        "this cache evicts by scores that were given while it held these tokens, had to be a kv_cache to drop a range: "
+        "clear it and prefill the tokens that stay");
+  }
+
   void clear() noexcept override {
     seen_ = 0;
     if (nbytes() > 0) state().clear();
