@@ -124,11 +124,11 @@ class scored_kv_cache final : public any_kv_cache {
   std::span<const position_t> kept(index_t kv_head) const {
     return held(kv_head) != nullptr ? state().rows.at(kv_head) : std::span<const position_t>();
   }
-  index_t budget(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->budget : 0; }
+  index_t budget(index_t kv_head) const { return of_held(kv_head, &detail::held_rows::budget); }
 
   // With accounts: the sum of the masses of all events, and the largest bound (eviction_event).
-  double evicted_mass(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->mass : 0; }
-  double largest_bound(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->bound : 0; }
+  double evicted_mass(index_t kv_head) const { return of_held(kv_head, &detail::held_rows::mass); }
+  double largest_bound(index_t kv_head) const { return of_held(kv_head, &detail::held_rows::bound); }
 
   // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it. Refused where
   // it would leave no row free.
@@ -311,6 +311,11 @@ class scored_kv_cache final : public any_kv_cache {
     const index_t heads = geometry_.num_kv_heads;
     detail::check(kv_head >= 0 && kv_head < heads, "kv_head", kv_head, "from 0 to below", heads);
     return nbytes() > 0 ? &state().rows.head(kv_head) : nullptr;
+  }
+  template <class T>
+  T of_held(index_t kv_head, T detail::held_rows::*member) const {
+    const detail::held_rows* const rows = held(kv_head);
+    return rows != nullptr ? rows->*member : T(0);
   }
   const detail::scored_state& held_state() const {
     detail::check(nbytes() > 0, "the cache", "moved from", "one that holds memory");
