@@ -1,7 +1,7 @@
 #pragma once
 
-// Eviction by score: when tokens leave, how many stay, and how budgets are shared out. Which leave is a scorer's affair
-// (scorer.hpp).
+// Eviction by score: when tokens leave, how many stay, and how budgets are shared out. Which tokens leave is up to a
+// scorer (scorer.hpp).
 
 #include <algorithm>
 #include <cmath>
@@ -35,18 +35,18 @@ struct eviction {
   bool accounts = false;                          // reports what each event took away: see eviction_event
   std::optional<double> bound = std::nullopt;     // evicts only while the change that accounts report stays below
   index_t hard_budget = 0;                        // with a bound: rows that a head may grow to; at least its budget
-  index_t spared_pins = 16;                       // with formats of few bits: so many positions pin() takes, and spares
+  index_t spared_pins = 16;  // with formats of few bits: the most positions that pin() takes; they are spared
 };
 
-// What an event did to a KV head, told before it does.
+// What an event is about to do to a KV head.
 struct eviction_event {
   position_t seen;  // tokens so far
   index_t kv_head;
   std::span<const position_t> at;        // of the rows held, oldest first
   std::span<const float> scores;         // of those rows; those of rows that cannot leave count for nothing
   std::span<const std::uint8_t> leaves;  // 1: is evicted now
-  double mass;   // with accounts: the most that the last query, in a query head, gave all that leave
-  double bound;  // 2 m / (1 - m) max|v|: its output moves by no more, unchanged distances given
+  double mass;   // with accounts: what the last query gave all that leave, in the query head where that is most
+  double bound;  // 2 m / (1 - m) max|v|: the head's output moves by no more, as long as distances stay
 };
 
 // Who is told of events.

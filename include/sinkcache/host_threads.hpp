@@ -40,9 +40,9 @@ inline void require_thread(status& found, index_t thread, index_t num_threads) n
 
 }  // namespace detail
 
-// What thread number `thread` of `num_threads`, which all make the same call, does of it (ggml's ith of nth): by KV
-// heads as far as threads go round, then by tokens (of a batch: by sequences). Nothing where there is too little for
-// all, or where `found` says why not.
+// The share of thread number `thread` of `num_threads`, which all make the same call (ggml's ith of nth): by KV heads
+// as far as they divide evenly, then by tokens (of a batch: by sequences). Empty where there is too little for all
+// threads, or where `found` says why.
 inline call_part try_part_of_thread(index_t thread, index_t num_threads, index_t num_kv_heads, index_t tokens,
                                     status& found) noexcept {
   found = status();

@@ -19,16 +19,16 @@ inline namespace SINKCACHE_TAG {
 // Keys with values that every query sees, wherever it stands: learned sink keys with values (openPangu), meta tokens,
 // soft prompts. They have no positions: a query meets them without its rotary position, and they count nowhere, in no
 // distance and no eviction. (Keys that were trained at position 0, and meet rotated queries, are pinned tokens of a
-// kv_view.) Holds a copy, in formats K and V: in front of a cache of few bits those have to transform rows as its do,
-// transformed<bf16> or q8.
+// kv_view.) Holds a copy, in formats K and V. In front of a few-bit cache they have to transform rows as its own
+// formats do: transformed<bf16> or q8.
 template <kv_format K, kv_format V = K>
 class static_tokens final : public kv_source {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: static_tokens stores tokens one by one");
 
  public:
   // k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim], neither rotated. Of the configuration
-  // sizes, positions, inputs and rope are read, which have to be those of the cache behind; rope has to be given, for
-  // rotated queries are rotated back.
+  // sizes, positions, inputs and rope are read, which have to be those of the cache that follows; rope has to be given,
+  // because rotated queries are rotated back.
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource = default_resource())
       : static_tokens(checked(config, k, v, resource), k, v, resource, 0) {
@@ -123,9 +123,9 @@ class static_tokens final : public kv_source {
 };
 
 // Several sources in a row, the last of which may grow: its tokens come after all tokens of those in front, which are
-// seen for ever. So many sequences share one prefix. Each source counts its tokens from 0; first_position of one that
-// follows others has to be where those end. The sources stay the caller's, outlive this, and those in front must not
-// change while it is used.
+// seen for ever. This is how many sequences share one prefix. Each source counts its tokens from 0; first_position of
+// one that follows others has to be where those end. The sources stay the caller's, outlive this, and those in front
+// must not change while it is used.
 class joined_source final : public kv_source {
  public:
   joined_source(std::initializer_list<const kv_source*> sources) : joined_source(std::vector(sources)) {}

@@ -71,7 +71,7 @@ class kv_cache final : public any_kv_cache {
   }
 
   // What the constructors make; or nothing, and in `found` why: a rule, or no memory. noexcept, as every try_ function
-  // is: a policy, format or executor of one's own that throws in one ends the program.
+  // is: a user-defined policy, format or executor that throws in one ends the program.
   static std::optional<kv_cache> try_create(
       const cache_config& config, status& found,
       std::pmr::memory_resource* resource = default_resource()) noexcept requires std::same_as<Policy, sink_window> {
@@ -96,7 +96,7 @@ class kv_cache final : public any_kv_cache {
     return bytes_of(found, config, policy);
   }
 
-  // As many as the ring has rows that the next token does not see; of a user-defined policy, 64 at most.
+  // As many as the ring has rows that the next token does not see; with a user-defined policy 64 at most.
   index_t room() const noexcept override {
     if constexpr (std::same_as<Policy, sink_window>) {
       const position_t oldest = std::max<position_t>(policy_.num_sink_tokens, seen_ + 1 - policy_.window);

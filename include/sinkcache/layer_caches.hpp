@@ -15,7 +15,7 @@
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
-// Owns a cache a layer, each with shape, window and formats of its own. A layer's tokens are appended by its own
+// Owns one cache per layer, each with its own shape, window and formats. A layer's tokens are appended by its own
 // attention, layer after layer; what concerns the sequence is asked here. As safe for threads as its caches: const
 // calls may run concurrently, and so may calls for different layers. One that was moved from has no layers.
 class layer_caches {
@@ -56,8 +56,8 @@ class layer_caches {
     return least;
   }
 
-  // Takes back tokens in all layers until `seen` are left, or in none: also the way out of a forward pass that failed
-  // between layers.
+  // Takes back tokens in all layers until `seen` are left, or in none: also after a forward pass that failed between
+  // layers.
   void truncate(position_t seen) { try_truncate(seen).or_fail(); }
   status try_truncate(position_t seen) noexcept {
     status found;
@@ -67,7 +67,7 @@ class layer_caches {
       if (found) found = cache->try_truncate(seen);
     return found;
   }
-  // The smallest argument down to which truncate takes any.
+  // truncate takes any count from this one on.
   position_t min_truncate() const noexcept {
     position_t most = 0;
     for (const auto& cache : caches_) most = std::max(most, cache->min_truncate());

@@ -3,8 +3,8 @@
 // Caches made at run time from the names of a policy and of formats: for command lines, other languages and
 // configurations.
 //
-// make_cache compiles caches of each pair of formats, most of a minute for all of them: call it in one source file of
-// yours, or name the formats that you need, make_cache<format_list<bf16, q8>>.
+// make_cache compiles caches for each pair of formats, which takes most of a minute for all of them: call it in one
+// source file of yours, or name the formats that you need, make_cache<format_list<bf16, q8>>.
 
 #include <algorithm>
 #include <limits>

@@ -21,15 +21,15 @@
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
-// Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration the geometry,
-// num_sink_tokens and rollback are read, and recent where a format spares tokens; window has to be 0. One allocation,
+// Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration it reads the
+// geometry, num_sink_tokens and rollback, and recent where a format spares tokens; window has to be 0. One allocation,
 // at construction.
 //
 // An event is due where seen() is a multiple of the interval, and happens before the next token is stored. Scorers that
 // look at queries or weights learn from every call that is handed the cache not const (attention::decode, attend,
 // prefill), or whose reader of weights is learner(). No query may be left out, and no token appended past the place of
 // an event before its query was seen. Threads that share one call may divide its KV heads, not its rows. Const calls
-// may run concurrently, others beside none.
+// may run concurrently; others may not run beside any.
 template <kv_format K, kv_format V = K>
 class scored_kv_cache final : public any_kv_cache {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: scored_kv_cache stores tokens one by one");
@@ -82,7 +82,7 @@ class scored_kv_cache final : public any_kv_cache {
     return found ? make(state_config(config, rules, scorer), found, resource) : std::nullopt;
   }
 
-  // A copy that goes on by itself, in memory from the same resource. Nobody watches it.
+  // A copy that goes on by itself, in memory from the same resource. Its events are told to nobody.
   scored_kv_cache clone() const {
     status found;
     require_memory(found);
@@ -146,7 +146,7 @@ class scored_kv_cache final : public any_kv_cache {
     return found;
   }
 
-  // Who is told of each event from now on; null: nobody.
+  // `reader` is told of each event from now on; null: nobody is.
   void watch(eviction_reader* reader) noexcept { watcher_ = reader; }
 
   void prepare() noexcept override {
@@ -237,7 +237,7 @@ class scored_kv_cache final : public any_kv_cache {
   }
 
  private:
-  // At a place of its own, for the learner keeps hold of it.
+  // On the heap, because the learner keeps a reference to it.
   struct own_parts {
     own_parts(detail::scored_config config, const any_kv_cache* cache)
         : state(std::move(config)), learner(state, cache) {}

@@ -25,8 +25,8 @@
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
-// What stands in the softmax's denominator beside the visible tokens. One that was moved from can be assigned to; who
-// else is given it refuses it.
+// What stands in the softmax's denominator beside the visible tokens. A moved-from variant can be assigned to;
+// everything else refuses it.
 class softmax_variant {
  public:
   softmax_variant(const softmax_variant&) = default;
@@ -107,7 +107,7 @@ struct states {
 // The factor that brings what was summed relative to `m` to a new maximum `to`.
 inline float rescale(float m, float to) noexcept { return m == to ? 1.f : exp2_nonpositive(m - to); }
 
-// Brings both to m, which is no less than theirs.
+// Brings both to m, which is at least that of each.
 inline void merge_state(const states& into, const states& from, index_t dim, float m) noexcept {
   const float a = rescale(*into.m, m), b = rescale(*from.m, m);
   *into.m = m;
@@ -118,7 +118,7 @@ inline void merge_state(const states& into, const states& from, index_t dim) noe
   merge_state(into, from, dim, *from.m > *into.m ? *from.m : *into.m);
 }
 
-// Sums that would not fit do if m is so far above the logits: those of 2^32 tokens.
+// With m this far above the logits, sums that would not fit do: those of 2^32 tokens.
 inline constexpr float headroom = 32;
 
 inline void copy_state(const states& into, const states& from, index_t dim) noexcept {
@@ -166,7 +166,7 @@ struct attention_output {
   float lse;
 };
 
-// A partial result of attention for one query token: [num_heads, v_head_dim + 2] floats, m, d, o a head. Split the
+// A partial result of attention for one query token: [num_heads, v_head_dim + 2] floats, m, d, o per head. Split the
 // tokens as you like, over caches or machines, attend to each part, merge in any order, finish once. One that was moved
 // from has no heads, and can be assigned to.
 class attention_state {

@@ -17,8 +17,8 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
 // Threads that wait for work; the one that calls `run` is a worker too. One run at a time: a pool for each thread of
-// the host that makes calls. Whoever waits asks a few times before it sleeps: between the products of a decode step the
-// next work comes sooner than a sleeper wakes.
+// the host that makes calls. A waiting thread polls a few times before it sleeps: within a decode step the next work
+// comes sooner than a sleeping thread wakes.
 class thread_pool {
  public:
   // 1 to 1024 workers. Throws std::system_error where the system gives no more threads.
