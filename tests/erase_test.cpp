@@ -259,6 +259,24 @@ TEST_CASE("erase: a hole a turn") {
   CHECK(s.cache.max_parts() <= 3 + (s.config.window + s.config.rollback) / 20 + 3);
 }
 
+TEST_CASE("erase: ranges that touch are one, and one that is taken back is none") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 2, .window = 50, .rope = rope::none()});
+  const matrix rows = matrix::Random(12, 2);
+  cache.append(rows, rows);
+  const index_t without = cache.max_parts();
+  cache.erase(4, 6);
+  cache.erase(6, 8);
+  CHECK(cache.max_parts() == without + 1);
+  cache.erase(2, 4);
+  CHECK(cache.max_parts() == without + 1);
+  cache.erase(9, 10);
+  CHECK(cache.max_parts() == without + 2);
+  cache.truncate(9);
+  CHECK(cache.max_parts() == without + 1);
+  cache.truncate(2);
+  CHECK(cache.max_parts() == without);
+}
+
 TEST_CASE("erase: at most one range for every two rows, however long the stream") {
   kv_cache<f32> cache(
       {.num_kv_heads = 1, .head_dim = 2, .num_sink_tokens = 4, .window = 10, .rope = rope::none(), .rollback = 6});
