@@ -79,7 +79,8 @@ class scored_kv_cache final : public any_kv_cache {
                                                    std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config, rules, scorer.get());
     detail::require_resource(found, resource);
-    return found ? make(state_config(config, rules, scorer), found, resource) : std::nullopt;
+    const auto of = detail::created(found, "the rules", [&] { return state_config(config, rules, scorer); });
+    return of ? make(*of, found, resource) : std::nullopt;
   }
 
   // A copy that goes on by itself, in memory from the same resource. Its events are told to nobody.
@@ -279,11 +280,13 @@ class scored_kv_cache final : public any_kv_cache {
   static index_t bytes_of(status& found, const cache_config& config, const eviction& rules,
                           const token_scorer* scorer) noexcept {
     found.require(scorer != nullptr, "scorer", "null", "a scorer");
-    if (!found) return 0;
-    const detail::scored_config of =
-        state_config(config, rules, std::shared_ptr<const token_scorer>(std::shared_ptr<void>(), scorer));
-    detail::require_rules(found, of, config);
-    return found ? detail::scored_state(of).bytes(found) : 0;
+    const auto bytes = detail::created(found, "the rules", [&] {
+      const detail::scored_config of =
+          state_config(config, rules, std::shared_ptr<const token_scorer>(std::shared_ptr<void>(), scorer));
+      detail::require_rules(found, of, config);
+      return found ? detail::scored_state(of).bytes(found) : 0;
+    });
+    return bytes.value_or(0);
   }
 
   status got_memory() const noexcept {
@@ -295,7 +298,9 @@ class scored_kv_cache final : public any_kv_cache {
   static std::optional<scored_kv_cache> make(const detail::scored_config& of, status& found,
                                              std::pmr::memory_resource* resource) noexcept {
     status fits;
-    return detail::made_cache(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)),
+    const auto bytes = detail::created(found, "the rules", [&] { return detail::scored_state(of).bytes(fits); });
+    if (!bytes) return std::nullopt;
+    return detail::made_cache(found, static_cast<std::size_t>(*bytes),
                               [&] { return scored_kv_cache(checked(found, resource), of, resource); });
   }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
