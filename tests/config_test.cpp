@@ -109,6 +109,11 @@ TEST_CASE("status: knows memory that was missing from a rule that was broken") {
   memory = copy;
   memory = status();
   CHECK_FALSE(memory.lacks_memory());
+#if defined(__cpp_exceptions)
+  CHECK_FALSE(detail::created(memory, "a thing", []() -> int { throw std::bad_alloc(); }));
+  CHECK(memory.message() == "sinkcache: there was no memory for a thing");
+  CHECK(memory.lacks_memory());
+#endif
 }
 
 TEST_CASE("status: what is too long is cut off") {

@@ -204,11 +204,47 @@ struct session {
   }
 };
 
+// Tiers that lose nothing.
+using whole_tiers = tiered<f32, f32>;
+
 TEST_CASE("erase: any history of calls, against the oracle") {
   for (int i = 0; i < effort::cases(60); ++i) {
     CAPTURE(i);
     CHECK(session<kv_cache<f32>>(static_cast<std::uint64_t>(i)).run(60) == "");
+    CHECK(session<kv_cache<whole_tiers>>(static_cast<std::uint64_t>(i)).run(60) == "");
   }
+}
+
+TEST_CASE("erase: few bits") {
+  kv_cache<q8> cache({.num_kv_heads = 1,
+                      .head_dim = 16,
+                      .num_sink_tokens = 2,
+                      .window = 20,
+                      .rope = rope::none(),
+                      .rollback = 2,
+                      .recent = 5});
+  effort::dice dice(3);
+  const matrix rows = random_matrix(dice, 40, 16);
+  cache.append(rows, rows);
+  cache.erase(1, 24);   // a pinned token, and codes
+  cache.erase(33, 37);  // codes and newest ones
+  CHECK(cache.size() == 1 + 16 - 4);
+  const auto seen = [](const kv_source& source) {
+    seen_positions reader;
+    matrix q = matrix::Ones(1, 16), out(1, 16);
+    workspace scratch;
+    attention({.num_qo_heads = 1}).decode(q, source, out, scratch, {.weights = &reader});
+    return reader.positions;
+  };
+  const std::vector<position_t> left = {0, 24, 25, 26, 27, 28, 29, 30, 31, 32, 37, 38, 39};
+  CHECK(seen(cache) == left);
+  CHECK(seen(cache.clone()) == left);
+  kv_cache<q8> moved = std::move(cache);
+  CHECK(seen(moved) == left);
+  moved.truncate(38);
+  moved.clear();
+  moved.append(rows, rows);
+  CHECK(moved.size() == 22);
 }
 
 // The n-th of so many turns leaves a hole of 8 tokens.
@@ -221,6 +257,35 @@ TEST_CASE("erase: a hole a turn") {
   }
   // Holes that nobody can see again take no room: of tokens 20 apart a window of w has w / 20 and a few.
   CHECK(s.cache.max_parts() <= 3 + (s.config.window + s.config.rollback) / 20 + 3);
+}
+
+TEST_CASE("erase: ranges that touch are one, and one that is taken back is none") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 2, .window = 50, .rope = rope::none()});
+  const matrix rows = matrix::Random(12, 2);
+  cache.append(rows, rows);
+  const index_t without = cache.max_parts();
+  cache.erase(4, 6);
+  cache.erase(6, 8);
+  CHECK(cache.max_parts() == without + 1);
+  cache.erase(2, 4);
+  CHECK(cache.max_parts() == without + 1);
+  cache.erase(9, 10);
+  CHECK(cache.max_parts() == without + 2);
+  cache.truncate(9);
+  CHECK(cache.max_parts() == without + 1);
+  cache.truncate(2);
+  CHECK(cache.max_parts() == without);
+}
+
+TEST_CASE("erase: at most one range for every two rows, however long the stream") {
+  kv_cache<f32> cache(
+      {.num_kv_heads = 1, .head_dim = 2, .num_sink_tokens = 4, .window = 10, .rope = rope::none(), .rollback = 6});
+  const matrix row = matrix::Ones(1, 2);
+  for (position_t p = 0; p < 200; ++p) {
+    cache.append(row, row);
+    if (p % 2 == 1) cache.erase(p - 1, p);
+    REQUIRE(cache.max_parts() - 3 <= (4 + 10 + 6) / 2 + 1);
+  }
 }
 
 TEST_CASE("erase: what was dropped stays dropped when tokens are taken back, and a new token is a new one") {
@@ -272,10 +337,9 @@ TEST_CASE("erase: bad ranges are refused in exact words, and change nothing") {
                               {.budget = 8, .recent = 2, .num_qo_heads = 1}, policies::knorm());
   scored.append(rows, rows);
   CHECK(scored.try_erase(1, 2).message() ==
-        "sinkcache: this cache cannot drop a range of its tokens, had to be a kv_cache");
+        "sinkcache: this cache evicts by scores that were given while it held these tokens, had to be a kv_cache to "
+        "drop a range: clear it and prefill the tokens that stay");
   CHECK(scored.size() == 10);
-  kv_cache<q8> tiered({.num_kv_heads = 1, .head_dim = 16, .window = 50, .rope = rope::none()});
-  CHECK(!tiered.try_erase(0, 0).ok());
   kv_cache<f32> other = std::move(cache);
   CHECK(cache.try_erase(0, 0).message() == "sinkcache: the cache was moved from, had to be one that holds memory");
   CHECK(other.size() == 10);

@@ -142,12 +142,17 @@ std::shared_ptr<kv_source> cache_of(const layer_tokens& t, std::vector<std::byte
   return cache;
 }
 
+// Of an element, whatever the others are: a row with a norm of 3.38e38 at most is held.
+const float few_bits_largest = 3.38e38f / std::sqrt(static_cast<float>(dim));
+
 const std::vector<format>& formats() {
   static const std::vector<format> all = {{"f32", false, false, 0, largest, cache_of<f32>},
                                           {"f16", false, false, 0x1p-11, 65504, cache_of<f16>},
                                           {"bf16", false, false, 0x1p-8, 0x1.fep127f, cache_of<bf16>},
-                                          {"q8", false, true, 0x1p-7, largest / dim, cache_of<q8>},
-                                          {"q4", false, true, 0x1p-3, largest / dim, cache_of<q4>},
+                                          {"q8", false, true, 0x1p-7, few_bits_largest, cache_of<q8>},
+                                          {"q6", false, true, 0x1p-5, few_bits_largest, cache_of<q6>},
+                                          {"q4", false, true, 0x1p-3, few_bits_largest, cache_of<q4>},
+                                          {"q2", false, true, 1, few_bits_largest, cache_of<q2>},
                                           {"view of f32", true, false, 0, largest, view_of<f32>},
                                           {"view of f16", true, false, 0x1p-11, 65504, view_of<f16>},
                                           {"q8_0", true, true, 0x1p-7, 127 * 65504.f, view_of<q8_0>},
@@ -297,6 +302,45 @@ TEST_CASE("extremes: who asks is told how much of what is seen is no number") {
   CHECK(num_not_finite(view) == 2);
   view.assign(kv_pages{pool.data(), pool.data(), 8, 8, 4, 2, elsewhere}, 4);
   CHECK(num_not_finite(view) == 0);
+}
+
+TEST_CASE("extremes: a row of few bits is held up to its norm's limit; past it nothing plausible comes out") {
+  constexpr index_t n = 12;  // 2 pinned, 2 of few bits, 8 that are spared
+  for (const format& f : formats()) {
+    if (f.views || !f.few_bits) continue;
+    INFO(f.name);
+    std::vector<std::byte> memory;
+    const auto output = [&](const matrix& row, index_t& not_finite) {
+      layer_tokens t(n);
+      t.v = row.replicate(n, 1);
+      const std::shared_ptr<kv_source> cache = f.make(t, memory);
+      not_finite = num_not_finite(*cache);
+      return matrix(attend(t, *cache, variant(0), way::decode).out.leftCols(dim));
+    };
+    matrix one_hot = matrix::Zero(1, dim), outlier = matrix::Ones(1, dim), by_turns(1, dim);
+    one_hot(0, 9) = outlier(0, dim - 1) = 3e38f;
+    for (index_t d = 0; d < dim; ++d) by_turns(0, d) = d % 2 == 0 ? f.largest : -f.largest;
+    for (const matrix& row :
+         {one_hot, outlier, by_turns, matrix(matrix::Constant(1, dim, f.largest)), matrix(matrix::Zero(1, dim)),
+          matrix(matrix::Constant(1, dim, 1e-39f)), matrix(matrix::Constant(1, dim, -1e-30f))}) {
+      index_t not_finite = 0;
+      const matrix out = output(row, not_finite);
+      CHECK(not_finite == 0);
+      double error = 0, norm = 0;
+      for (index_t d = 0; d < dim; ++d) {
+        error += std::pow(static_cast<double>(out(0, d)) - static_cast<double>(row(0, d)), 2);
+        norm += std::pow(static_cast<double>(row(0, d)), 2);
+      }
+      // What the largest of the transformed row may be off by, in all of its elements.
+      CHECK(std::sqrt(error) <= f.error * std::sqrt(norm * dim) + 1e-38);
+    }
+    for (const float x : {3e38f, -3e38f}) {
+      index_t not_finite = 0;
+      const matrix out = output(matrix::Constant(1, dim, x), not_finite);
+      CHECK(not_finite == 10 * 1 + 2 * dim);  // an element of the transform, of few bits all
+      for (index_t d = 0; d < dim; ++d) CHECK(!std::isfinite(out(0, d)));
+    }
+  }
 }
 
 TEST_CASE("extremes: states of large values merge to what one state holds") {

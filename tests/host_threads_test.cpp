@@ -2,6 +2,7 @@
 
 #include <sinkcache/host_threads.hpp>
 #include <sinkcache/sinkcache.hpp>
+#include <sinkcache/thread_pool.hpp>
 #if defined(_OPENMP)
 #include <sinkcache/openmp.hpp>
 #endif
@@ -54,6 +55,28 @@ TEST_CASE("host_threads: the parts of all threads are the whole call, each head 
   CHECK_THROWS_WITH(part_of_thread(0, 0, 1, 1), "sinkcache: num_threads was 0, had to be at least 1");
   CHECK_THROWS_WITH(part_of_thread(3, 3, 1, 1),
                     "sinkcache: thread was 3, had to be at least 0 and below num_threads, 3");
+  // By KV heads first: what a thread reads is then the fewest keys.
+  const call_part by_heads = part_of_thread(1, 4, 2, 8);
+  CHECK((by_heads.first_kv_head == 1 && by_heads.num_kv_heads == 1));
+  CHECK((by_heads.first_row == 0 && by_heads.num_rows == 4));
+  status found;
+  const call_part none = try_part_of_thread(0, 1, 0, 1, found);
+  CHECK((none.num_kv_heads == 0 && none.num_rows == 0));
+  CHECK(found.message() == "sinkcache: num_kv_heads was 0, had to be at least 1");
+  CHECK(try_part_of_thread(1, 2, 4, 1, found).first_kv_head == 2);
+  CHECK(found.ok());
+}
+
+TEST_CASE("host_threads: a pool of threads is made, or says why not") {
+  status found;
+  for (const index_t workers : {0, 1025}) {
+    CHECK(thread_pool::try_create(workers, found) == nullptr);
+    CHECK(found.message() == "sinkcache: workers was " + std::to_string(workers) + ", had to be from 1 to 1024");
+  }
+  CHECK(thread_pool::validate(1024).ok());
+  const std::unique_ptr<thread_pool> pool = thread_pool::try_create(2, found);
+  REQUIRE(pool != nullptr);
+  CHECK((found.ok() && pool->concurrency() == 2));
 }
 
 TEST_CASE("host_threads: a batch in parts is the batch", "[threads]") {
@@ -180,6 +203,12 @@ TEST_CASE("host_threads: OpenMP's threads", "[threads]") {
   auto note = [&](index_t item, index_t worker) { workers[as_size(item)] = static_cast<int>(worker); };
   threads.run(64, work_ref(note));
   for (const int worker : workers) CHECK((worker >= 0 && worker < 3));
+  status found;
+  CHECK(openmp_executor::validate(65536).ok());
+  CHECK_FALSE(openmp_executor::validate(65537).ok());
+  CHECK_FALSE(openmp_executor::try_create(0, found));
+  CHECK(found.message() == "sinkcache: num_threads was 0, had to be from 1 to 65536");
+  CHECK(openmp_executor::try_create(2, found)->concurrency() == 2);
   CHECK_THROWS_WITH(openmp_executor(0), "sinkcache: num_threads was 0, had to be from 1 to 65536");
 }
 #endif

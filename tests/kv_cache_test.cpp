@@ -332,6 +332,26 @@ TEST_CASE("kv_cache: many tokens at once are as many one by one") {
   }
 }
 
+// More would be written over tokens that the first of them sees.
+TEST_CASE("kv_cache: there is room for the rows that the next token does not see") {
+  constexpr index_t pinned = 2, window = 7;
+  const matrix row = matrix::Ones(1, 4);
+  for (const index_t rollback : {0, 1, 5}) {
+    kv_cache<f32> cache({.num_kv_heads = 1,
+                         .head_dim = 4,
+                         .num_sink_tokens = pinned,
+                         .window = window,
+                         .rope = rope::none(),
+                         .rollback = rollback});
+    CHECK(cache.room() == pinned + window + rollback);
+    for (index_t seen = 1; seen < 30; ++seen) {
+      cache.append(row, row);
+      const position_t oldest = std::max<position_t>(pinned, seen + 1 - window);  // that the next token sees
+      CHECK(cache.room() == std::max<position_t>(1, window + rollback + oldest - seen));
+    }
+  }
+}
+
 TEST_CASE("kv_cache: appending nothing changes nothing") {
   counting_resource resource;
   kv_cache<f32> cache(small_config(), &resource);

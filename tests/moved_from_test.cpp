@@ -1,13 +1,19 @@
 // What was moved from can be destroyed and assigned to, and is refused by name where it is used: every public class.
 
+#include <sinkcache/host_threads.hpp>
+#include <sinkcache/key_policies.hpp>
+#include <sinkcache/layer_caches.hpp>
+#include <sinkcache/named_caches.hpp>
 #include <sinkcache/policies.hpp>
 #include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
+#include <sinkcache/thread_pool.hpp>
 
 #include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -93,6 +99,9 @@ void check_cache(const std::function<Cache()>& make) {
         CHECK(found.message() == no_cache);
         CHECK_THROWS_WITH(cache.clone(), no_cache);
         CHECK(!cache.try_truncate(1).ok());
+        bool pinned = true;
+        CHECK(!cache.try_pin(0, pinned).ok());
+        CHECK((!pinned && cache.max_parts() == 0 && cache.num_visible(0) == 0 && num_not_finite(cache) == 0));
         CHECK(cache.try_truncate(0).ok());
         CHECK((cache.learner() == nullptr && cache.room() > 0 && cache.min_truncate() == 0));
         cache.prepare();
@@ -107,13 +116,29 @@ Cache filled(Cache cache) {
   return cache;
 }
 
+// A window whose numbers lie elsewhere: gone when it was moved from.
+struct held_window {
+  std::shared_ptr<const sink_window> of = std::make_shared<const sink_window>(sink_window{1, 7, 2});
+
+  index_t capacity() const { return of->capacity(); }
+  index_t num_pinned() const { return of->num_sink_tokens; }
+  span_list visible(position_t seen) const { return of->visible(seen); }
+  placed place(position_t position) const { return of->place(position); }
+};
+
 TEST_CASE("moved from: caches") {
   check_cache<kv_cache<f32>>([] { return filled(kv_cache<f32>(config_of())); });
   check_cache<kv_cache<q8>>([] { return filled(kv_cache<q8>(config_of())); });
-  using scored = scored_kv_cache<f32>;
-  const auto make = [] {
-    return filled(scored(config_of(0), {.budget = 4, .recent = 1, .interval = 4}, policies::random()));
+  check_cache<kv_cache<f32, f32, held_window>>(
+      [] { return filled(kv_cache<f32, f32, held_window>(config_of(0), held_window())); });
+  check_cache<kv_cache<q8, q8, held_window>>(
+      [] { return filled(kv_cache<q8, q8, held_window>(config_of(0), held_window())); });
+  const auto make_scored = []<class F>(F) {
+    return filled(scored_kv_cache<F>(config_of(0), {.budget = 4, .recent = 1, .interval = 4}, policies::random()));
   };
+  check_cache<scored_kv_cache<q8>>([&] { return make_scored(q8()); });
+  using scored = scored_kv_cache<f32>;
+  const auto make = [&] { return make_scored(f32()); };
   check_cache<scored>(make);
   scored from = make();
   const scored to(std::move(from));
@@ -122,6 +147,40 @@ TEST_CASE("moved from: caches") {
   CHECK_THROWS_WITH(from.pin(2), no_cache);
   CHECK((from.kept(0).empty() && from.budget(0) == 0 && from.evicted_mass(0) == 0 && from.rollback() == 0));
 }
+
+TEST_CASE("moved from: layers") {
+  check_left<layer_caches>(
+      [] {
+        std::vector<std::unique_ptr<any_kv_cache>> caches;
+        caches.push_back(std::make_unique<kv_cache<f32>>(filled(kv_cache<f32>(config_of()))));
+        return layer_caches(std::move(caches));
+      },
+      [](layer_caches& layers) {
+        CHECK((layers.size() == 0 && layers.seen() == 0 && layers.nbytes() == 0 && layers.min_truncate() == 0));
+        CHECK_THROWS_WITH(layers[0], "sinkcache: layer was 0, had to be from 0 to below 0");
+        CHECK_THROWS_WITH(std::as_const(layers)[-1], "sinkcache: layer was -1, had to be from 0 to below 0");
+        CHECK(layers.try_truncate(1).message() == "sinkcache: seen was 1, had to be from 0 to what was seen, 0");
+        CHECK(layers.try_erase(0, 1).message() == "sinkcache: last was 1, had to be at most what was seen, 0");
+        status found;
+        CHECK(layers.try_clone(found)->size() == 0);
+        layers.clear();
+      },
+      [](layer_caches& layers) { return outputs(layers[0]); });
+  // What names a cache has no names left.
+  named_cache from{.policy = "a policy of a name that is longer than what a string holds in itself"};
+  const named_cache to = std::move(from);
+  status found;
+  CHECK(!try_make_cache<format_list<f32>>(from, found));  // NOLINT(bugprone-use-after-move)
+  CHECK(found.message() == "sinkcache: the format of keys was '', had to be f32");
+}
+
+// These are copied: what was moved from is as it was. A pool of threads stays where it is.
+template <class... T>
+constexpr bool only_copied = (std::is_trivially_copyable_v<T> && ...);
+static_assert(only_copied<cache_config, rope, kv_layout, kv_piece, kv_pages, kv_ring, kv_memory, span_list, sink_window,
+                          call_part, work_ref, sequential>);
+static_assert(!std::is_move_constructible_v<thread_pool> && !std::is_move_assignable_v<thread_pool>);
+static_assert(std::is_copy_constructible_v<pool_executor<thread_pool>> && std::is_copy_constructible_v<status>);
 
 TEST_CASE("moved from: sources that read") {
   static const kv_cache<f32> cache = filled(kv_cache<f32>(config_of()));

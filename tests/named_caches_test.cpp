@@ -1,3 +1,4 @@
+#include <sinkcache/joined.hpp>
 #include <sinkcache/named_caches.hpp>
 
 #include <limits>
@@ -233,10 +234,21 @@ TEST_CASE("named caches take memory from the resource that is given") {
     CHECK(memory.bytes == cache->nbytes() + scored->nbytes());
     memory.exhausted = true;
     status found;
-    CHECK(try_make_cache<formats>(usual(), found, &memory) == nullptr);
-    CHECK_FALSE(found.ok());
-    CHECK(scored->try_clone_any(found) == nullptr);
-    CHECK_FALSE(found.ok());
+    const auto missing = [&](bool made) {
+      CHECK_FALSE(made);
+      CHECK((!found.ok() && found.lacks_memory()));
+    };
+    for (const char* const format : {"f32", "q8"})
+      for (const char* const policy : {"sinks", "knorm:recent=3,interval=8"}) {
+        const named_cache of = usual(policy, format);
+        missing(try_make_cache<formats>(of, found, &memory) != nullptr);
+        missing(try_make_layer_caches<formats>({&of, 1}, found, &memory).has_value());
+        CHECK(found.message().starts_with("sinkcache: layer 0: bytes of the cache was "));
+      }
+    for (const any_kv_cache* const each : {cache.get(), scored.get()}) missing(each->try_clone_any(found) != nullptr);
+    const matrix rows = random_rows(3, 16, 1);
+    missing(static_tokens<f32>::try_create(usual().config, rows, rows, found, &memory).has_value());
+    CHECK(found.message() == "sinkcache: bytes of the cache was 768, had to be at most what the memory resource has");
   }
   CHECK(memory.all_returned());
 }
@@ -263,6 +275,9 @@ TEST_CASE("layers are taken back together or not at all") {
   CHECK(caches.seen() == 35);
   caches.truncate(caches.seen());
   for (index_t i = 0; i < 4; ++i) CHECK(caches[i].seen() == 35);
+  append_random(caches[3], 2);  // or a host that takes them in another order
+  CHECK(caches.seen() == 35);
+  caches.truncate(35);
 
   caches.clear();
   for (index_t i = 0; i < 4; ++i) CHECK(caches[i].seen() == 0);
@@ -305,6 +320,12 @@ TEST_CASE("layers that cannot be are refused") {
   CHECK_THROWS_WITH(make_layer_caches<formats>(std::vector<named_cache>{layer_of(8, 1), layer_of(0, 1)}),
                     "sinkcache: layer 1: window was 0, had to be at least 1: of a layer without a window, as many "
                     "tokens as its stream may have");
+  status found;
+  CHECK_FALSE(layer_caches::try_create(std::vector<std::unique_ptr<any_kv_cache>>(1), found));
+  CHECK(found.message() == "sinkcache: a layer's cache was null, had to be a cache");
+  const named_cache broken = layer_of(0, 1);
+  CHECK_FALSE(try_make_layer_caches<formats>({&broken, 1}, found));
+  CHECK((found.message().starts_with("sinkcache: layer 0: window was 0") && !found.lacks_memory()));
   const layer_caches none;
   CHECK(none.seen() == 0);
   CHECK(none.nbytes() == 0);
@@ -319,6 +340,9 @@ TEST_CASE("a cache of one's own takes back what it says it can, and is not copie
   CHECK_FALSE(caches.try_truncate(3).ok());
   caches.truncate(4);
   CHECK(caches.seen() == 4);
+  status found;
+  CHECK_FALSE(caches.try_clone(found));
+  CHECK_FALSE(found.ok());
   CHECK_THROWS_WITH(caches.clone(), "sinkcache: the cache has no try_clone_any, had to be one that can be copied");
   bool pinned = true;
   CHECK_FALSE(caches[0].try_pin(1, pinned).ok());

@@ -46,6 +46,18 @@ TEST_CASE("rope_keys: what config.json of well-known models says") {
                         {"rope_parameters.original_max_position_embeddings", "4096"}},
                        64) ==
         rope::yarn(64, 150000, {.factor = 32, .original_max_position_embeddings = 4096, .truncate = false}));
+  // What is not said: beta_fast is 32, beta_slow 1.
+  CHECK(rope_of_config({{"rope_theta", "150000"},
+                        {"rope_scaling.type", "yarn"},
+                        {"rope_scaling.factor", "32"},
+                        {"rope_scaling.truncate", "false"},
+                        {"rope_scaling.original_max_position_embeddings", "4096"}},
+                       64) == rope::yarn(64, 150000,
+                                         {.factor = 32,
+                                          .original_max_position_embeddings = 4096,
+                                          .beta_fast = 32,
+                                          .beta_slow = 1,
+                                          .truncate = false}));
   CHECK(rope_of_config({{"rope_theta", "1e4"}, {"rope_scaling.type", "linear"}, {"rope_scaling.factor", "4"}}, 64) ==
         rope::linear(64, 10000, 4));
   // Where a scaling does not say what it was trained for, the model does; GPT-NeoX rotates a quarter of a head.
@@ -100,6 +112,7 @@ TEST_CASE("rope_keys: what GGUF says") {
   CHECK(rope_of_gguf({{"general.architecture", "gpt-oss"},
                       {"gpt-oss.rope.freq_base", "150000"},
                       {"gpt-oss.rope.scaling.type", "yarn"},
+                      {"gpt-oss.context_length", "131072"},
                       {"gpt-oss.rope.scaling.factor", "32"},
                       {"gpt-oss.rope.scaling.original_context_length", "4096"}},
                      64) == rope::yarn(64, 150000, {.factor = 32, .original_max_position_embeddings = 4096}));

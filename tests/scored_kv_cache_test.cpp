@@ -379,6 +379,27 @@ TEST_CASE("pinned tokens stay under every policy") {
   }
 }
 
+TEST_CASE("pins leave a row free, and of equal scores the younger stays") {
+  struct all_alike final : token_scorer {
+    sinkcache::scorer_needs needs() const noexcept override { return {}; }
+    void score(const sinkcache::scored_head&, std::span<float> scores) const noexcept override {
+      std::fill(scores.begin(), scores.end(), 1.f);
+    }
+  };
+  // 10 rows: 3 sinks, 2 of the newest, 4 pins, and one to choose.
+  f32_cache cache(config_of(positions::absolute), {.budget = 10, .recent = 2, .interval = 4}, all_alike());
+  CHECK_THROWS_WITH(cache.pin(sinkcache::max_position),
+                    "sinkcache: position was 4611686018427387904, had to be from 0 and below 4611686018427387904");
+  for (const position_t at : {position_t{5}, position_t{6}, position_t{7}, sinkcache::max_position - 1})
+    CHECK(cache.pin(at));
+  CHECK_THROWS_WITH(cache.pin(8), "sinkcache: pinned positions beside the sinks was 5, had to be at most 4");
+  const matrix rows = matrix::Random(17, kv_heads * dim);
+  cache.append(rows, rows);
+  const auto kept = cache.kept(0);
+  CHECK(std::vector<position_t>(kept.begin(), kept.end()) ==
+        std::vector<position_t>{0, 1, 2, 5, 6, 7, 12, 13, 14, 15, 16});
+}
+
 TEST_CASE("what was appended without attention is refused where a policy would need it") {
   const stream s(200, 5);
   workspace w;
@@ -695,6 +716,18 @@ TEST_CASE("sizes that nobody has are refused at once") {
   CHECK_THROWS_AS(sinkcache::pyramid_budgets(1, huge, 0), std::invalid_argument);
   CHECK_THROWS_AS(sinkcache::pyramid_budgets(4, huge, 0), std::invalid_argument);
   CHECK_THROWS_AS(sinkcache::duo_budgets({true}, 9, huge, huge), std::invalid_argument);
+  sinkcache::status found;
+  CHECK_FALSE(sinkcache::try_pyramid_budgets(0, 64, 36, found));
+  CHECK(found.message() == "sinkcache: num_layers was 0, had to be at least 1");
+  CHECK_FALSE(sinkcache::try_pyramid_budgets(4, 36, 36, found));
+  CHECK(found.message() == "sinkcache: budget was 36, had to be above the rows that never leave, 36");
+  CHECK_FALSE(sinkcache::try_pyramid_budgets(4, 64, 36, found, 0.5));
+  CHECK(sinkcache::try_pyramid_budgets(4, 64, 36, found) == sinkcache::pyramid_budgets(4, 64, 36));
+  CHECK(found.ok());
+  CHECK_FALSE(sinkcache::try_duo_budgets({true}, 9, -1, 2, found));
+  CHECK_FALSE(sinkcache::try_duo_budgets({true}, 9, 1, 0, found));
+  CHECK(found.message() == "sinkcache: newest was 0, had to be at least 1");
+  CHECK(sinkcache::try_duo_budgets({true, false}, 9, 1, 2, found) == std::vector<index_t>{3, 9});
   const f32_cache cache(config_of(positions::in_cache), rules_of(8), policy("knorm"));
   for (const index_t head : {index_t{-1}, kv_heads, huge}) {
     CHECK_THROWS_AS(cache.kept(head), std::invalid_argument);

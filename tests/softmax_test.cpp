@@ -327,7 +327,17 @@ TEST_CASE("softmax: errors name the argument, its value and what it had to be") 
                     "sinkcache: head was -1, had to be from 0 to below 2");
   CHECK_THROWS_WITH(state.finish(softmax_variant::sink_logits(std::vector<float>(3)), 0),
                     "sinkcache: sink_logits.size() was 3, had to be exactly 2");
+  CHECK(state.try_merge(attention_state(3, 4)).message() == "sinkcache: other.num_heads() was 3, had to be exactly 2");
+  std::vector<float> out(5, 7.f);
+  float lse = 7;
+  CHECK(state.try_finish(softmax_variant::standard(), 0, out, lse).message() ==
+        "sinkcache: out.size() was 5, had to be exactly 4");
+  CHECK((lse == 7 && out[0] == 7));
   CHECK(same(state, before));
+  CHECK(state.try_merge(attention_state(2, 4)).ok());
+  out.pop_back();
+  CHECK(state.try_finish(softmax_variant::softmax1(), 1, out, lse).ok());
+  CHECK((lse == 0 && out[0] == 0));
 }
 
 }  // namespace

@@ -335,6 +335,10 @@ TEST_CASE("source: what a prefix saw of rows with positions of their own stays w
   const matrix q = random_matrix(dice, 1, 8);
   matrix out(1, 8);
   workspace scratch;
+  CHECK(joined_source({&prefix, &own}).min_truncate() == 30);
+  kv_cache<f32> rolled = own.clone();
+  for (int i = 0; i < 30; ++i) rolled.append(random_matrix(dice, 5, 8), random_matrix(dice, 5, 8));
+  CHECK(joined_source({&prefix, &rolled}).min_truncate() == 30 + 155 - 63);
   for (const auto& [from, until] : {std::pair<position_t, position_t>{0, 8}, {8, kv_part::always}, {4, 6}}) {
     const by_position front(prefix, from, until);
     const joined_source both({&front, &own});

@@ -360,6 +360,13 @@ TEST_CASE("tiers: a rollback of `rollback` is always possible, one more only whe
     CHECK(cache.try_truncate(1));
     cache.append(rows.topRows(3), rows.topRows(3));
     CHECK(cache.min_truncate() == 0);
+    // Until a row is written over all can be taken back.
+    const index_t rows_of_ring = recent == 5 ? 5 + 7 : 30 + 7;
+    cache.clear();
+    cache.append(rows.topRows(2 + rows_of_ring), rows.topRows(2 + rows_of_ring));
+    CHECK(cache.min_truncate() == 0);
+    cache.append(rows.topRows(1), rows.topRows(1));
+    CHECK(cache.min_truncate() == 2 + rows_of_ring + 1 - 7);
   }
 }
 

@@ -43,19 +43,26 @@ extern "C" const char* __tsan_default_options() { return "allocator_may_return_n
 
 namespace {
 
-std::atomic<long> allocations{0};
+std::atomic<long> allocations{0}, allocations_left{-1};  // -1: as many as are asked for
+
+[[maybe_unused]] bool may_allocate() {
+  ++allocations;
+  if (allocations_left == 0) return false;
+  if (allocations_left > 0) --allocations_left;
+  return true;
+}
 
 }  // namespace
 
 #if COUNTS_ALLOCATIONS
 // Never inlined, or g++ sees a `free` of what came from `new` and warns.
 [[gnu::noinline]] void* operator new(std::size_t bytes) {
-  ++allocations;
+  if (!may_allocate()) throw std::bad_alloc();
   if (void* const memory = std::malloc(std::max<std::size_t>(bytes, 1))) return memory;
   throw std::bad_alloc();
 }
 [[gnu::noinline]] void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  ++allocations;
+  if (!may_allocate()) throw std::bad_alloc();
   const auto align = static_cast<std::size_t>(alignment);
   if (void* const memory = std::aligned_alloc(align, (std::max<std::size_t>(bytes, 1) + align - 1) / align * align))
     return memory;
@@ -446,6 +453,54 @@ TEST_CASE("workspace: caches that learn say what they need, those that look back
     }
 }
 
+// Whatever allocation fails, a try_ call says that memory is missing.
+TEST_CASE("workspace: whoever finds no memory says so in a status") {
+  if (!COUNTS_ALLOCATIONS) return;
+  const auto check = [](const auto& make) {
+    bool made = false;
+    for (long n = 0; !made; ++n) {
+      REQUIRE(n < 50);
+      status found;
+      allocations_left = n;
+      made = make(found);
+      allocations_left = -1;
+      INFO("after " << n << " allocations: " << found.message());
+      REQUIRE(made == found.ok());
+      REQUIRE(found.lacks_memory() == !made);
+    }
+  };
+  const cache_config config{.num_kv_heads = 2, .head_dim = 8, .window = 4, .rope = rope::none()};
+  const matrix rows = matrix::Ones(6, 16);
+  kv_cache<f32> cache(config);
+  cache.append(rows, rows);
+  cache.erase(3, 4);
+  check([&](status& found) { return kv_cache<f32>::try_create(config, found).has_value(); });
+  check([&](status& found) { return cache.try_clone_any(found) != nullptr; });
+  check([&](status& found) {
+    kv_cache<f32> copy = std::move(cache);
+    const bool erased = (found = copy.try_erase(5, 6)).ok();
+    cache = std::move(copy);
+    return erased;
+  });
+  check([&](status& found) { return static_tokens<f32>::try_create(config, rows, rows, found).has_value(); });
+  const std::vector<const kv_source*> sources = {&cache};
+  check([&](status& found) { return joined_source::try_create(sources, found).has_value(); });
+  check([&](status& found) { return attention_state::try_create(4, 8, found).has_value(); });
+  check([&](status& found) { return workspace::try_create(found).has_value(); });
+  check([&](status& found) { return try_pyramid_budgets(4, 64, 36, found).has_value(); });
+  cache_config of_scored = config;
+  of_scored.window = 0;
+  const eviction rules{.recent = 1, .interval = 2, .head_budgets = {4, 5}, .short_heads = {true, false}};
+  const std::shared_ptr<const token_scorer> scorer = std::make_shared<policies::random>();
+  const auto make_scored = [&](status& found) {
+    return scored_kv_cache<f32>::try_create(of_scored, rules, scorer, found);
+  };
+  check([&](status& found) { return make_scored(found).has_value(); });
+  status made;
+  const auto scored = make_scored(made);
+  check([&](status& found) { return scored->try_clone_any(found) != nullptr; });
+}
+
 TEST_CASE("workspace: sizes that cannot be are refused by name") {
   const layer layer;
   const attention& a = layer.layer_attention;
@@ -469,6 +524,14 @@ TEST_CASE("workspace: sizes that cannot be are refused by name") {
   const decode_item one{{}, &layer.cache, {}};
   CHECK_THROWS_WITH(a.workspace_bytes({&one, 1}, -5), "sinkcache: concurrency was -5, had to be at least 1");
   CHECK(a.workspace_bytes(std::span<const decode_item>()) == 0);
+  status found;
+  CHECK(a.try_workspace_bytes(layer.cache, -1, found) == 0);
+  CHECK(found.message() == "sinkcache: tokens was -1, had to be from 0 to 4611686018427387904");
+  CHECK(a.try_workspace_bytes({&none, 1}, found) == 0);
+  CHECK(found.message() == "sinkcache: a batch's keys was null, had to be a cache or view");
+  CHECK(a.try_workspace_bytes({&one, 1}, found) == a.workspace_bytes({&one, 1}));
+  CHECK(a.try_workspace_bytes(layer.cache, 5, found) == a.workspace_bytes(layer.cache, 5));
+  CHECK(found.ok());
 }
 
 TEST_CASE("workspace: decode never allocates, batches and prefill not after as large a one, append never") {

@@ -53,6 +53,13 @@ std::string_view known_as(std::string_view begin) {
       {"PK\x03\x04"sv, "a zip archive, as PyTorch saves checkpoints"sv},
       {"\x80\x02"sv, "a pickle, as PyTorch saves checkpoints"sv},
       {"\x1f\x8b"sv, "compressed by gzip"sv},
+      {"\x28\xb5\x2f\xfd"sv, "compressed by zstd"sv},
+      {"\xfd"
+       "7zXZ"sv,
+       "compressed by xz"sv},
+      {"BZh"sv, "compressed by bzip2"sv},
+      {"7z\xbc\xaf"sv, "a 7z archive"sv},
+      {"\x89HDF"sv, "an HDF5 file, as Keras saves weights"sv},
       {"{"sv, "JSON: an index or a configuration, not the weights"sv},
       {"FUGG"sv, "a GGUF file of the other byte order"sv},
       {"lmgg"sv, "in a format that llama.cpp had before GGUF (GGML)"sv},
@@ -61,6 +68,13 @@ std::string_view known_as(std::string_view begin) {
   for (const auto& [magic, what] : known)
     if (begin.starts_with(magic)) return what;
   return {};
+}
+
+// What servers answer where there is no such file, or no leave to have it: "Entry not found".
+bool is_text(std::string_view begin) {
+  return begin.size() > 8 && std::all_of(begin.begin(), begin.end(), [](char c) {
+           return (c >= ' ' && c <= '~') || c == '\n' || c == '\r' || c == '\t';
+         });
 }
 
 // By its name: model-00001-of-00002.safetensors. GGUF's shards say so themselves.
@@ -86,10 +100,14 @@ std::unique_ptr<weights> weights::open(const std::string& path) {
   if (is_shard(path)) fail(path, "is one shard of several, had to be a whole model");
   if (looks_like_safetensors(begin)) return open_safetensors_weights(path);
   if (begin.empty()) fail(path, "is empty, had to be a GGUF or safetensors file");
-  const std::string_view text =
-      std::string_view(begin).substr(std::min(begin.find_first_not_of(" \t\r\n"), begin.size()));
+  std::string_view text = begin;
+  if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
+  text.remove_prefix(std::min(text.find_first_not_of(" \t\r\n"), text.size()));
   if (const std::string_view what = known_as(text); !what.empty())
     fail(path, fmt::format("is {}; had to be a GGUF or safetensors file", what));
+  if (is_text(text))
+    fail(path, fmt::format("is text that begins with {}; had to be a GGUF or safetensors file",
+                           quote(text.substr(0, text.find_first_of("\r\n")))));
   if (is_almost_gguf(begin) || path.ends_with(".gguf"))
     fail(path, fmt::format("begins with {}, had to begin with 'GGUF'", quote(std::string_view(begin).substr(0, 4))));
   return open_safetensors_weights(path);

@@ -90,7 +90,7 @@ class key_rotation {
   void go_to(position_t position) noexcept {
     if (rope_ != nullptr) rope_->angles_at(first_position_ + position, true, angles_);
   }
-  // A key as it is, or what it becomes, in `to`.
+  // A key as it is, or rotated, in `to`.
   const float* operator()(const float* key, float* to) const noexcept {
     if (rope_ == nullptr) return key;
     rope_->rotate(angles_, key, dim_, to);
@@ -119,7 +119,7 @@ void push_runs(kv_part part, const position_span& span, position_t pinned, part_
   }
 }
 
-// A row as it is, or what it becomes, in `to`.
+// A row as it is, or transformed, in `to`.
 inline const float* transformed_row(const row_transform* transform, const float* row, index_t dim, float* to) noexcept {
   if (transform == nullptr) return row;
   std::copy_n(row, dim, to);
@@ -138,7 +138,7 @@ inline status validate(const cache_config& config) noexcept {
   return found;
 }
 
-// Of what a cache is made, for messages: the formats' names.
+// The names of a cache's formats, for messages.
 struct cache_kind {
   std::string_view k_format, v_format;
 };
@@ -168,13 +168,13 @@ class any_kv_cache : public kv_source {
   virtual index_t room() const noexcept = 0;
 
   // Stores rows [first_row, first_row + n) of k and v, for some KV heads, as the next n tokens. Calls for other heads
-  // may run at the same time. Seen they are after advance(n). Shapes as in append, not checked.
+  // may run at the same time. They are seen after advance(n). Shapes are as in append, and not checked.
   virtual void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v,
                      index_t first_row, index_t n) noexcept = 0;
   virtual void advance(index_t n) noexcept = 0;
 
-  // Who learns what queries give tokens, for policies that evict by it; null: nobody. Attention tells it where it is
-  // handed a cache that is not const.
+  // The reader that learns what queries give tokens, for policies that evict by it; null: none. Attention tells it when
+  // it is handed a cache that is not const.
   virtual weight_reader* learner() noexcept { return nullptr; }
 
   // Appends tokens: k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim].
@@ -192,7 +192,7 @@ class any_kv_cache : public kv_source {
     return found;
   }
 
-  // Prepares for as many of `left` tokens as there is room for.
+  // Prepares for as many of the `left` tokens as there is room for; returns how many.
   index_t next_block(index_t left) noexcept {
     prepare();
     const index_t n = std::min(left, room());
@@ -210,28 +210,26 @@ class any_kv_cache : public kv_source {
     if (found && seen < min_truncate()) refuse_overwritten(found, seen);
   }
 
-  // The smallest argument down to which truncate takes any. (It takes the pinned tokens alone, too.)
+  // truncate takes any count from this one on. (It also takes those that leave pinned tokens alone.)
   position_t min_truncate() const noexcept override = 0;
 
   // Drops the tokens at positions [first, last), counted from the start of the stream, pinned ones too: old frames,
   // finished thinking. From now on queries see what is before and after them, under in_cache as neighbours, under
   // absolute at its true distance. Nothing moves and nothing is rotated: a window goes on counting positions, so
   // dropped tokens keep their place in it until it has passed them. truncate takes tokens back as before; what was
-  // dropped before `seen` stays dropped. kv_cache serves this, in formats that spare no tokens; others refuse it.
+  // dropped before `seen` stays dropped. kv_cache serves this in any format. Each range takes 16 bytes besides
+  // nbytes(). Those that a window has passed are forgotten by the next erase, so there is at most one for every two
+  // rows; with a user-defined policy none is forgotten.
   void erase(position_t first, position_t last) { try_erase(first, last).or_fail(); }
   virtual status try_erase(position_t first, position_t last) noexcept {
     status found;
     require_erase(found, first, last);
     return found;
   }
-  virtual bool can_erase() const noexcept { return false; }
 
   // Adds to `found` why erase would be refused.
-  void require_erase(status& found, position_t first, position_t last) const noexcept {
-    if (!can_erase()) found.refuse("this cache cannot drop a range of its tokens, had to be a kv_cache");
-    require_memory(found);
-    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
-    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
+  virtual void require_erase(status& found, position_t /*first*/, position_t /*last*/) const noexcept {
+    found.refuse("this cache cannot drop a range, had to be a kv_cache: clear it and append the tokens that stay");
   }
 
   // Forgets all tokens.
@@ -261,8 +259,8 @@ class any_kv_cache : public kv_source {
     return found;
   }
 
-  // Adds to `found` why so many tokens cannot come before their queries do: a cache that evicts by what queries give
-  // tokens has to have learned from all of them where it evicts.
+  // Adds to `found` why this many tokens cannot be appended before their queries are seen: a cache that evicts by what
+  // queries give tokens has to have learned from all of them before it does.
   virtual void require_learned(status& /*found*/, index_t /*tokens*/) const noexcept {}
 
   void require_memory(status& found) const noexcept override {
@@ -280,6 +278,13 @@ class any_kv_cache : public kv_source {
   }
 
  protected:
+  // What erase asks of its range.
+  void require_range(status& found, position_t first, position_t last) const noexcept {
+    require_memory(found);
+    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
+  }
+
   explicit any_kv_cache(const kv_geometry& geometry) noexcept : kv_source(geometry) {}
   any_kv_cache(any_kv_cache&&) noexcept = default;
   any_kv_cache& operator=(any_kv_cache&&) noexcept = default;
@@ -291,10 +296,10 @@ class any_kv_cache : public kv_source {
 
 namespace detail {
 
-// Of the small memory that objects and names take.
+// For the small memory that objects and names take.
 inline void refuse_exhausted(status& found) noexcept { found.refuse_memory("memory was exhausted, had to be there"); }
 
-// In memory of its own what a try_ function made; or null, where it made none, or where there is no memory.
+// Moves what a try_ function made to the heap; null where it made nothing, or there is no memory.
 template <class Cache>
 std::unique_ptr<any_kv_cache> on_heap(std::optional<Cache>&& made, status& found) noexcept {
   if (!made) return nullptr;

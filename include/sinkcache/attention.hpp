@@ -23,7 +23,7 @@ inline namespace SINKCACHE_TAG {
 // concurrently, each with a workspace of its own; no output may overlap an input. A try_ call returns what was wrong
 // with its arguments, and then has changed nothing; the others throw it.
 //
-// One that was moved from refuses every call, and can be assigned to.
+// A moved-from attention refuses every call, and can be assigned to.
 //
 // A cache that is not const learns from the queries it wants (any_kv_cache::learner); a const one is only read.
 class attention {
@@ -70,7 +70,7 @@ class attention {
   }
 
   // The same for the newest token of each of several sequences, as one call of the executor. Every sequence gets the
-  // bits that it would get by itself. A part by KV heads is one of sequences that have as many.
+  // bits that it would get by itself. In a part by KV heads all sequences have to have equally many.
   void decode(std::span<const decode_item> batch, workspace& workspace, const call_part& part = {}) const {
     try_decode(batch, workspace, part).or_fail();
   }
@@ -158,8 +158,8 @@ class attention {
   }
 
   // Attends with and appends any number of tokens: q [tokens, num_qo_heads * head_dim], k and v as in append, out
-  // [tokens, num_qo_heads * v_head_dim]. Each token sees what it would see in decode. Allocates only where the
-  // workspace has seen no chunk as long.
+  // [tokens, num_qo_heads * v_head_dim]. Each token sees what it would see in decode. Allocates only for a chunk longer
+  // than the workspace has seen.
   void prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache, matrix_view out,
                workspace& workspace, const extra_outputs& extra = {}) const {
     try_prefill(q, k, v, cache, out, workspace, extra).or_fail();
@@ -200,15 +200,14 @@ class attention {
     return found;
   }
 
-  // What a workspace needs, to the byte, for decode (tokens = 1), attend or prefill of so many tokens with an executor
-  // of that concurrency and somebody who may want weights. Of a view as long as it reads what it does now.
+  // The bytes that a workspace needs, exactly, for decode (tokens = 1), attend or prefill of this many tokens, with an
+  // executor of this concurrency and, if given, a reader of weights. For a view, as long as it reads the same memory.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1,
                           const weight_reader* weights = nullptr) const {
-    status found = detail::check_sizes(params_, &keys, tokens, concurrency);
-    const index_t bytes = found ? detail::call_bytes(found, params_, keys, tokens, concurrency, weights != nullptr) : 0;
-    const index_t again = found ? detail::bytes_again(found, params_, keys, concurrency, weights) : 0;
+    status found;
+    const index_t bytes = try_workspace_bytes(keys, tokens, found, concurrency, weights);
     found.or_fail();
-    return std::max(bytes, again);
+    return bytes;
   }
   index_t workspace_bytes(any_kv_cache& cache, index_t tokens, index_t concurrency = 1,
                           weight_reader* weights = nullptr) const {
@@ -218,18 +217,36 @@ class attention {
   // For decode of a batch, of which keys and weights are read.
   index_t workspace_bytes(std::span<const decode_item> batch, index_t concurrency = 1) const {
     status found;
+    const index_t bytes = try_workspace_bytes(batch, found, concurrency);
+    found.or_fail();
+    return bytes;
+  }
+  // The same; or 0, and in `found` why.
+  index_t try_workspace_bytes(const kv_source& keys, index_t tokens, status& found, index_t concurrency = 1,
+                              const weight_reader* weights = nullptr) const noexcept {
+    found = detail::check_sizes(params_, &keys, tokens, concurrency);
+    const index_t bytes = found ? detail::call_bytes(found, params_, keys, tokens, concurrency, weights != nullptr) : 0;
+    const index_t again = found ? detail::bytes_again(found, params_, keys, concurrency, weights) : 0;
+    return found ? std::max(bytes, again) : 0;
+  }
+  index_t try_workspace_bytes(any_kv_cache& cache, index_t tokens, status& found, index_t concurrency = 1,
+                              weight_reader* weights = nullptr) const noexcept {
+    const detail::learning both(cache, weights);
+    return try_workspace_bytes(std::as_const(cache), tokens, found, concurrency, both.reader());
+  }
+  index_t try_workspace_bytes(std::span<const decode_item> batch, status& found,
+                              index_t concurrency = 1) const noexcept {
+    found = status();
     for (const decode_item& item : batch)
       if (found) found = detail::check_sizes(params_, item.keys, 1, concurrency);
-    if (batch.empty()) return 0;
-    found.or_fail();
+    if (!found || batch.empty()) return 0;
     const auto item = [&](index_t i) { return batch[static_cast<std::size_t>(i)]; };
     const auto kept = [&](index_t i) { return item(i).weights != nullptr ? item(i).keys->capacity() : -1; };
     const auto [of, shared] = detail::batch_needs(found, params_, static_cast<index_t>(batch.size()), item, kept);
     index_t bytes = detail::schedule::bytes(found, concurrency, of, shared);
     for (const decode_item& each : batch)
       bytes = std::max(bytes, detail::bytes_again(found, params_, *each.keys, concurrency, each.weights));
-    found.or_fail();
-    return bytes;
+    return found ? bytes : 0;
   }
 
  private:
@@ -274,8 +291,8 @@ class attention {
     if (found) attend_block(schedule, q, keys, out, first, extra, part, q.rows());
   }
 
-  // A row at a time where somebody wants its weights, else as many as one plan holds for; `together` rows are a block,
-  // of which this may be a part.
+  // One row at a time where its weights are wanted, else as many as one plan holds for; `together` is the rows of the
+  // block that these may be a part of.
   void attend_block(detail::schedule& schedule, const_matrix_view q, const kv_source& keys, matrix_view out,
                     position_t first, const extra_outputs& extra, const call_part& part,
                     index_t together) const noexcept {

@@ -26,7 +26,7 @@ struct attention_params {
   std::vector<float> sink_bias = {};     // per query head, or none: added to the logits of pinned tokens
 };
 
-// Whether an attention can have these.
+// Whether an attention can be made from these.
 inline status validate(const attention_params& params) noexcept {
   status found;
   const index_t heads = params.num_qo_heads;
@@ -46,8 +46,8 @@ inline status validate(const attention_params& params) noexcept {
   return found;
 }
 
-// What a call gives beside its output, where it is asked for: lse, natural, the sink included [tokens, num_qo_heads];
-// and the weights of the queries that a reader wants. Those go the way of decode, one by one.
+// What a call can give besides its output: lse, natural, the sink included [tokens, num_qo_heads]; and the weights of
+// the queries that a reader wants, which are computed one by one, as in decode.
 struct extra_outputs {
   std::span<float> lse = {};
   weight_reader* weights = nullptr;
@@ -64,10 +64,9 @@ struct decode_item {
   weight_reader* weights = nullptr;
 };
 
-// What one of several threads does of a call: its KV heads, each with its group of query heads, and its rows of q, or
-// its sequences of a batch; none of them if a count is 0. What is not given goes to the end. Parts that do not overlap
-// may run at the same time, each with its own workspace, and give the same bits as the whole. host_threads.hpp cuts
-// them.
+// One thread's share of a call: a range of KV heads, each with its group of query heads, and of rows of q, or of a
+// batch's sequences. A count of 0 is nothing; one that is not given reaches to the end. Parts that do not overlap may
+// run at the same time, each with its own workspace, and give the same bits as the whole. host_threads.hpp makes them.
 struct call_part {
   static constexpr index_t rest = -1;
 

@@ -198,7 +198,7 @@ auto created(status& found, [[maybe_unused]] const char* what, const Make& make)
   try {
     return make();
   } catch (...) {
-    found.refuse("there was no memory for {}", what);
+    found.refuse_memory("there was no memory for {}", what);
     return std::nullopt;
   }
 #else

@@ -1,7 +1,7 @@
 #pragma once
 
-// Eviction by score: when tokens leave, how many stay, and how budgets are shared out. Which leave is a scorer's affair
-// (scorer.hpp).
+// Eviction by score: when tokens leave, how many stay, and how budgets are shared out. Which tokens leave is up to a
+// scorer (scorer.hpp).
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +9,7 @@
 #include <numeric>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "config.hpp"
@@ -34,18 +35,18 @@ struct eviction {
   bool accounts = false;                          // reports what each event took away: see eviction_event
   std::optional<double> bound = std::nullopt;     // evicts only while the change that accounts report stays below
   index_t hard_budget = 0;                        // with a bound: rows that a head may grow to; at least its budget
-  index_t spared_pins = 16;                       // with formats of few bits: so many positions pin() takes, and spares
+  index_t spared_pins = 16;  // with formats of few bits: the most positions that pin() takes; they are spared
 };
 
-// What an event did to a KV head, told before it does.
+// What an event is about to do to a KV head.
 struct eviction_event {
   position_t seen;  // tokens so far
   index_t kv_head;
   std::span<const position_t> at;        // of the rows held, oldest first
   std::span<const float> scores;         // of those rows; those of rows that cannot leave count for nothing
   std::span<const std::uint8_t> leaves;  // 1: is evicted now
-  double mass;   // with accounts: the most that the last query, in a query head, gave all that leave
-  double bound;  // 2 m / (1 - m) max|v|: its output moves by no more, unchanged distances given
+  double mass;   // with accounts: what the last query gave all that leave, in the query head where that is most
+  double bound;  // 2 m / (1 - m) max|v|: the head's output moves by no more, as long as distances stay
 };
 
 // Who is told of events.
@@ -88,34 +89,56 @@ inline std::vector<index_t> shared_out(index_t total, const std::vector<double>&
 
 // Budgets that fall from the first layer to the last in even steps and sum to num_layers * budget exactly (PyramidKV,
 // Cai et al. 2024, arXiv 2406.02069): above the rows that never leave, `fixed` in every layer, the last has 1 / beta of
-// the mean, the first 2 - 1 / beta.
-inline std::vector<index_t> pyramid_budgets(index_t num_layers, index_t budget, index_t fixed, double beta = 20) {
-  detail::check(num_layers >= 1, "num_layers", num_layers, "at least 1");
-  detail::check(fixed >= 0 && budget > fixed, "budget", budget, "above the rows that never leave,", fixed);
-  detail::check(std::isfinite(beta) && beta >= 1, "beta", beta, "finite and at least 1");
-  const index_t total = detail::checked_product("num_layers * budget", num_layers, budget - fixed);
+// the mean, the first 2 - 1 / beta. Or nothing, and in `found` why.
+inline std::optional<std::vector<index_t>> try_pyramid_budgets(index_t num_layers, index_t budget, index_t fixed,
+                                                               status& found, double beta = 20) noexcept {
+  found = status();
+  found.require(num_layers >= 1, "num_layers", num_layers, "at least 1");
+  found.require(fixed >= 0 && budget > fixed, "budget", budget, "above the rows that never leave,", fixed);
+  found.require(std::isfinite(beta) && beta >= 1, "beta", beta, "finite and at least 1");
+  if (!found) return std::nullopt;
+  const index_t total = detail::checked_product(found, "num_layers * budget", num_layers, budget - fixed);
   constexpr index_t most = index_t{1} << 53;  // shares of it are exact
-  detail::check(total <= most, "num_layers * budget", total, "at most", most);
-  std::vector<double> shares(static_cast<std::size_t>(num_layers), 1.0);
-  for (index_t i = 0; i < num_layers && num_layers > 1; ++i)
-    shares[static_cast<std::size_t>(i)] =
-        2 - 1 / beta - static_cast<double>(i) * 2 * (1 - 1 / beta) / static_cast<double>(num_layers - 1);
-  std::vector<index_t> budgets = detail::shared_out(total, shares);
-  for (index_t& b : budgets) b += fixed;
-  return budgets;
+  found.require(total <= most, "num_layers * budget", total, "at most", most);
+  return detail::created(found, "budgets", [&] {
+    std::vector<double> shares(static_cast<std::size_t>(num_layers), 1.0);
+    for (index_t i = 0; i < num_layers && num_layers > 1; ++i)
+      shares[static_cast<std::size_t>(i)] =
+          2 - 1 / beta - static_cast<double>(i) * 2 * (1 - 1 / beta) / static_cast<double>(num_layers - 1);
+    std::vector<index_t> budgets = detail::shared_out(total, shares);
+    for (index_t& b : budgets) b += fixed;
+    return budgets;
+  });
+}
+inline std::vector<index_t> pyramid_budgets(index_t num_layers, index_t budget, index_t fixed, double beta = 20) {
+  status found;
+  std::optional<std::vector<index_t>> budgets = try_pyramid_budgets(num_layers, budget, fixed, found, beta);
+  found.or_fail();
+  return std::move(*budgets);
 }
 
 // Budgets of two classes of heads (DuoAttention): `budget` rows for those that are not short, for the others pinned
-// tokens and the `newest`.
+// tokens and the `newest`. Or nothing, and in `found` why.
+inline std::optional<std::vector<index_t>> try_duo_budgets(const std::vector<bool>& short_heads, index_t budget,
+                                                           index_t num_sink_tokens, index_t newest,
+                                                           status& found) noexcept {
+  found = status();
+  found.require(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "at least 0");
+  found.require(newest >= 1, "newest", newest, "at least 1");
+  const index_t of_short = detail::checked_sum(found, "num_sink_tokens + newest", num_sink_tokens, newest);
+  return detail::created(found, "budgets", [&] {
+    std::vector<index_t> budgets;
+    budgets.reserve(short_heads.size());
+    for (const bool is_short : short_heads) budgets.push_back(is_short ? of_short : budget);
+    return budgets;
+  });
+}
 inline std::vector<index_t> duo_budgets(const std::vector<bool>& short_heads, index_t budget, index_t num_sink_tokens,
                                         index_t newest) {
-  detail::check(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "at least 0");
-  detail::check(newest >= 1, "newest", newest, "at least 1");
-  detail::checked_sum("num_sink_tokens + newest", num_sink_tokens, newest);
-  std::vector<index_t> budgets;
-  budgets.reserve(short_heads.size());
-  for (const bool is_short : short_heads) budgets.push_back(is_short ? num_sink_tokens + newest : budget);
-  return budgets;
+  status found;
+  std::optional<std::vector<index_t>> budgets = try_duo_budgets(short_heads, budget, num_sink_tokens, newest, found);
+  found.or_fail();
+  return std::move(*budgets);
 }
 
 }  // namespace SINKCACHE_TAG

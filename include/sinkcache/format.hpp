@@ -23,9 +23,9 @@ inline namespace SINKCACHE_TAG {
 //   block_bytes(dim)             bytes of a block of rows of `dim` floats;
 //   encode(rows, dim, to)        block_rows x dim floats into the block `to`, padding included;
 //   decode(from, row, dim, out)  one row of the block `from` into `dim` floats.
-// A `name` is for messages and with_formats; a format of your own does without it. A format may also say what stored
-// rows go through before they are encoded, `transform`, a pointer to a row_transform; and what pinned and the newest
-// tokens are stored in, `spared`, a format that they lose little in. kv_cache and scored_kv_cache heed both.
+// A `name` is for messages and with_formats; your own format needs none. A format may also say what stored rows go
+// through before they are encoded, `transform`, a pointer to a row_transform; and what pinned and the newest tokens are
+// stored in, `spared`, a format that they lose little in. kv_cache and scored_kv_cache use both.
 template <class F>
 concept kv_format = requires(const float* rows, index_t dim, std::byte* to, const std::byte* from, float* out) {
   { F::block_rows } -> std::convertible_to<index_t>;
@@ -42,8 +42,8 @@ concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element(from) } -> std::same_as<float>;
 } &&(F::element_bytes == 1 || F::element_bytes == 2 || F::element_bytes == 4);
 
-// A format whose rows are units of some elements behind each other, as others lay them out: `unit_elements` of them in
-// `unit_bytes`. kv_view reads such rows in place; what strides it takes are multiples of a unit's elements.
+// A format whose rows are units of several elements, one after another, as other engines lay them out: `unit_elements`
+// in `unit_bytes`. kv_view reads such rows in place; its strides have to be multiples of a unit's elements.
 template <class F>
 concept unit_format = kv_format<F> && requires {
   { F::unit_elements } -> std::convertible_to<index_t>;
@@ -52,7 +52,7 @@ concept unit_format = kv_format<F> && requires {
 
 namespace detail {
 
-// Bytes of so many elements: of whole units.
+// Bytes of this many elements, in whole units.
 template <class F>
 struct stride_of;
 template <elementwise_format F>
@@ -107,7 +107,7 @@ struct f32 {
 
 namespace detail {
 
-// A row of 16-bit floats, which F loads and stores as many at a time as a vector holds.
+// A row of 16-bit floats; F loads and stores as many at a time as a vector holds.
 template <class F>
 struct half_row {
   static constexpr index_t block_rows = 1, element_bytes = 2;

@@ -40,15 +40,16 @@ inline void require_thread(status& found, index_t thread, index_t num_threads) n
 
 }  // namespace detail
 
-// What thread number `thread` of `num_threads`, which all make the same call, does of it (ggml's ith of nth): by KV
-// heads as far as threads go round, then by tokens (of a batch: by sequences). Nothing where there is too little for
-// all.
-inline call_part part_of_thread(index_t thread, index_t num_threads, index_t num_kv_heads, index_t tokens) {
-  status found;
+// The share of thread number `thread` of `num_threads`, which all make the same call (ggml's ith of nth): by KV heads
+// as far as they divide evenly, then by tokens (of a batch: by sequences). Empty where there is too little for all
+// threads, or where `found` says why.
+inline call_part try_part_of_thread(index_t thread, index_t num_threads, index_t num_kv_heads, index_t tokens,
+                                    status& found) noexcept {
+  found = status();
   detail::require_thread(found, thread, num_threads);
   found.require(num_kv_heads >= 1, "num_kv_heads", num_kv_heads, "at least 1");
   found.require(tokens >= 0, "tokens", tokens, "at least 0");
-  found.or_fail();
+  if (!found) return {.num_kv_heads = 0, .num_rows = 0};
   const index_t by_heads = tokens == 1 ? std::min(num_threads, num_kv_heads) : std::gcd(num_threads, num_kv_heads);
   const index_t by_rows = std::min(tokens, num_threads / by_heads);
   if (thread >= by_heads * by_rows) return {.num_kv_heads = 0, .num_rows = 0};
@@ -60,6 +61,12 @@ inline call_part part_of_thread(index_t thread, index_t num_threads, index_t num
                 row = begin(tokens, by_rows, thread / by_heads);
   return {head, begin(num_kv_heads, by_heads, thread % by_heads + 1) - head, row,
           begin(tokens, by_rows, thread / by_heads + 1) - row};
+}
+inline call_part part_of_thread(index_t thread, index_t num_threads, index_t num_kv_heads, index_t tokens) {
+  status found;
+  const call_part part = try_part_of_thread(thread, num_threads, num_kv_heads, tokens, found);
+  found.or_fail();
+  return part;
 }
 
 // A prefill that threads make together, each with the same arguments but for its number and its workspace; the bits are

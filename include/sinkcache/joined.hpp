@@ -19,26 +19,32 @@ inline namespace SINKCACHE_TAG {
 // Keys with values that every query sees, wherever it stands: learned sink keys with values (openPangu), meta tokens,
 // soft prompts. They have no positions: a query meets them without its rotary position, and they count nowhere, in no
 // distance and no eviction. (Keys that were trained at position 0, and meet rotated queries, are pinned tokens of a
-// kv_view.) Holds a copy, in formats K and V: in front of a cache of few bits those have to transform rows as its do,
-// transformed<bf16> or q8.
+// kv_view.) Holds a copy, in formats K and V. In front of a few-bit cache they have to transform rows as its own
+// formats do: transformed<bf16> or q8.
 template <kv_format K, kv_format V = K>
 class static_tokens final : public kv_source {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: static_tokens stores tokens one by one");
 
  public:
   // k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim], neither rotated. Of the configuration
-  // sizes, positions, inputs and rope are read, which have to be those of the cache behind; rope has to be given, for
-  // rotated queries are rotated back.
+  // sizes, positions, inputs and rope are read, which have to be those of the cache that follows; rope has to be given,
+  // because rotated queries are rotated back.
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource = default_resource())
-      : static_tokens(checked(config, k, v, resource), k, v, resource, 0) {}
+      : static_tokens(checked(config, k, v, resource), k, v, resource, 0) {
+    status found;
+    if (nbytes() == 0) detail::refuse_memory(found, bytes_of(found, config, k.rows()));
+    found.or_fail();
+  }
   // The same, or nothing and in `found` why.
   static std::optional<static_tokens> try_create(const cache_config& config, const_matrix_view k, const_matrix_view v,
                                                  status& found,
                                                  std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config, k, v);
     detail::require_resource(found, resource);
-    return detail::created(found, "static_tokens", [&] { return static_tokens(config, k, v, resource); });
+    if (!found) return std::nullopt;
+    return detail::made_cache(found, bytes_of(found, config, k.rows()),
+                              [&] { return static_tokens(config, k, v, resource, 0); });
   }
   static_tokens(static_tokens&&) noexcept = default;
   static_tokens& operator=(static_tokens&&) noexcept = default;
@@ -55,7 +61,7 @@ class static_tokens final : public kv_source {
     };
     detail::require_shape(found, "k", k, k.rows(), floats(of.head_dim));
     detail::require_shape(found, "v", v, k.rows(), floats(of.v_head_dim));
-    if (found) detail::storage<K, V>::required_bytes(found, of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim);
+    if (found) bytes_of(found, config, k.rows());
     return found;
   }
 
@@ -89,11 +95,18 @@ class static_tokens final : public kv_source {
     return config;
   }
 
+  static std::size_t bytes_of(status& found, const cache_config& config, index_t tokens) noexcept {
+    const kv_geometry of = detail::geometry_of(config);
+    return detail::storage<K, V>::required_bytes(found, of.num_kv_heads, tokens, of.head_dim, of.v_head_dim);
+  }
+
+  // Without memory where the resource had none, and exceptions are off.
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource, int)
       : kv_source(detail::geometry_of<K, V>(config)),
         num_tokens_(k.rows()),
         rows_(geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim, resource) {
+    if (nbytes() == 0) return;
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
     for (index_t i = 0; i < num_tokens_; ++i)
       for (index_t head = 0; head < geometry_.num_kv_heads; ++head) {
@@ -110,9 +123,9 @@ class static_tokens final : public kv_source {
 };
 
 // Several sources in a row, the last of which may grow: its tokens come after all tokens of those in front, which are
-// seen for ever. So many sequences share one prefix. Each source counts its tokens from 0; first_position of one that
-// follows others has to be where those end. The sources stay the caller's, outlive this, and those in front must not
-// change while it is used.
+// seen for ever. This is how many sequences share one prefix. Each source counts its tokens from 0; first_position of
+// one that follows others has to be where those end. The sources stay the caller's, outlive this, and those in front
+// must not change while it is used.
 class joined_source final : public kv_source {
  public:
   joined_source(std::initializer_list<const kv_source*> sources) : joined_source(std::vector(sources)) {}

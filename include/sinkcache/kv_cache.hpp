@@ -71,7 +71,7 @@ class kv_cache final : public any_kv_cache {
   }
 
   // What the constructors make; or nothing, and in `found` why: a rule, or no memory. noexcept, as every try_ function
-  // is: a policy, format or executor of one's own that throws in one ends the program.
+  // is: a user-defined policy, format or executor that throws in one ends the program.
   static std::optional<kv_cache> try_create(
       const cache_config& config, status& found,
       std::pmr::memory_resource* resource = default_resource()) noexcept requires std::same_as<Policy, sink_window> {
@@ -84,7 +84,7 @@ class kv_cache final : public any_kv_cache {
     return make(config, std::move(policy), found, resource);
   }
 
-  // What the constructor asks its memory resource for.
+  // What the constructor asks its memory resource for. Throws what validate finds.
   static std::size_t required_bytes(const cache_config& config) requires std::same_as<Policy, sink_window> {
     status found = validate(config);
     found.or_fail();
@@ -96,7 +96,7 @@ class kv_cache final : public any_kv_cache {
     return bytes_of(found, config, policy);
   }
 
-  // As many as the ring has rows that the next token does not see; of a user-defined policy, 64 at most.
+  // As many as the ring has rows that the next token does not see; with a user-defined policy 64 at most.
   index_t room() const noexcept override {
     if constexpr (std::same_as<Policy, sink_window>) {
       const position_t oldest = std::max<position_t>(policy_.num_sink_tokens, seen_ + 1 - policy_.window);
@@ -135,13 +135,13 @@ class kv_cache final : public any_kv_cache {
 
   void clear() noexcept override { seen_ = high_ = 0, erased_.clear(); }
 
-  bool can_erase() const noexcept override { return true; }
+  void require_erase(status& found, position_t first, position_t last) const noexcept override {
+    require_range(found, first, last);
+  }
   status try_erase(position_t first, position_t last) noexcept override {
     status found;
-    require_erase(found, first, last);
-    position_t from = 0;  // before it nobody sees anything but pinned tokens again
-    if constexpr (std::same_as<Policy, sink_window>) from = min_truncate() - policy_.window;
-    if (found) erased_.add(found, {first, last}, detail::num_pinned(policy_), from);
+    require_range(found, first, last);
+    if (found) erased_.add(found, {first, last}, policy_, min_truncate());
     return found;
   }
 
@@ -214,8 +214,7 @@ class kv_cache final : public any_kv_cache {
 
   index_t num_visible(position_t query) const noexcept override {
     if (nbytes() == 0 || query < 0) return 0;  // the policy may be moved from, too
-    const span_list visible = policy_.visible(query + 1);
-    return visible.num_tokens() - erased_.count(visible);
+    return erased_.num_left(policy_.visible(query + 1));
   }
 
   // Pinned tokens, then the ring before and after the row where it wraps; a user-defined policy may have as many runs

@@ -32,8 +32,8 @@ struct kv_piece {
   const void *k = nullptr, *v = nullptr;  // element 0 of head 0 of the first token; of any alignment
 };
 
-// A ring of rows: the first `pinned` tokens lie in the first rows for ever, those after them by turns in the `rows`
-// rows after those (gemma.cpp, llama2.c's windows; mlx-lm's RotatingKVCache with its `keep`).
+// A ring of rows: the first `pinned` tokens stay in the first rows for ever, the others take turns in the `rows` rows
+// after those (gemma.cpp, llama2.c's windows; mlx-lm's RotatingKVCache with its `keep`).
 struct kv_ring {
   const void *k = nullptr, *v = nullptr;  // element 0 of head 0 of row 0
   index_t k_row = 0, v_row = 0;           // bytes from row to row

@@ -115,7 +115,8 @@ class kv_view final : public kv_source {
     return n;
   }
 
-  // Tokens that left the window since then have to be held still. Any count will do for those that are missing anyway.
+  // Tokens that have left the window since then must still be in memory; positions that were never held impose no
+  // limit.
   position_t min_truncate() const noexcept override {
     const position_t left = seen_ - window_;  // these and those before them are seen no longer
     if (left <= num_sink_tokens_) return 0;
@@ -261,7 +262,7 @@ class kv_view final : public kv_source {
     found.require(seen >= 0 && seen <= max_position, "seen", seen, "from 0 to", max_position);
   }
 
-  // That sizes do not overflow: bytes from the first element to the last, of all heads of so many tokens.
+  // Bytes from the first element to the last, of all heads of this many tokens; sizes must not overflow.
   static index_t reach(status& found, const kv_strides& bytes, index_t heads, index_t tokens, index_t dim) noexcept {
     constexpr const char* what = "bytes that a layout reaches over";
     const index_t rows =

@@ -2,7 +2,10 @@
 
 // The caches of one sequence: one for each layer of a model.
 
+#include <algorithm>
 #include <memory>
+#include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -12,20 +15,32 @@
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
-// Owns a cache a layer, each with shape, window and formats of its own. A layer's tokens are appended by its own
+// Owns one cache per layer, each with its own shape, window and formats. A layer's tokens are appended by its own
 // attention, layer after layer; what concerns the sequence is asked here. As safe for threads as its caches: const
-// calls may run concurrently, and so may calls for different layers.
+// calls may run concurrently, and so may calls for different layers. One that was moved from has no layers.
 class layer_caches {
  public:
   layer_caches() = default;  // of no layers
   explicit layer_caches(std::vector<std::unique_ptr<any_kv_cache>> caches) : caches_(std::move(caches)) {
-    for (const std::unique_ptr<any_kv_cache>& cache : caches_)
-      detail::check(cache != nullptr, "a layer's cache", "null", "a cache");
+    validate(caches_).or_fail();
+  }
+  // The same, or nothing and in `found` why.
+  static std::optional<layer_caches> try_create(std::vector<std::unique_ptr<any_kv_cache>> caches,
+                                                status& found) noexcept {
+    found = validate(caches);
+    std::optional<layer_caches> result;
+    if (found) result.emplace().caches_ = std::move(caches);
+    return result;
+  }
+  static status validate(std::span<const std::unique_ptr<any_kv_cache>> caches) noexcept {
+    status found;
+    for (const auto& cache : caches) found.require(cache != nullptr, "a layer's cache", "null", "a cache");
+    return found;
   }
 
   index_t size() const noexcept { return static_cast<index_t>(caches_.size()); }
-  any_kv_cache& operator[](index_t layer) { return *caches_[static_cast<std::size_t>(layer)]; }
-  const any_kv_cache& operator[](index_t layer) const { return *caches_[static_cast<std::size_t>(layer)]; }
+  any_kv_cache& operator[](index_t layer) { return *caches_[checked(layer)]; }
+  const any_kv_cache& operator[](index_t layer) const { return *caches_[checked(layer)]; }
 
   // Bytes of all layers.
   std::size_t nbytes() const noexcept {
@@ -41,17 +56,18 @@ class layer_caches {
     return least;
   }
 
-  // Takes back tokens in all layers until `seen` are left, or in none: also the way out of a forward pass that failed
-  // between layers.
+  // Takes back tokens in all layers until `seen` are left, or in none: also after a forward pass that failed between
+  // layers.
   void truncate(position_t seen) { try_truncate(seen).or_fail(); }
   status try_truncate(position_t seen) noexcept {
     status found;
+    found.require(seen >= 0 && seen <= this->seen(), "seen", seen, "from 0 to what was seen,", this->seen());
     for (const auto& cache : caches_) cache->require_truncate(found, seen);
     for (const auto& cache : caches_)
       if (found) found = cache->try_truncate(seen);
     return found;
   }
-  // The smallest argument down to which truncate takes any.
+  // truncate takes any count from this one on.
   position_t min_truncate() const noexcept {
     position_t most = 0;
     for (const auto& cache : caches_) most = std::max(most, cache->min_truncate());
@@ -63,6 +79,8 @@ class layer_caches {
   status try_erase(position_t first, position_t last) noexcept {
     status found;
     for (const auto& cache : caches_) cache->require_erase(found, first, last);
+    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+    found.require(last <= seen(), "last", last, "at most what was seen,", seen());
     for (const auto& cache : caches_)
       if (found) found = cache->try_erase(first, last);
     return found;
@@ -75,13 +93,27 @@ class layer_caches {
   // A copy that goes on by itself. Throws where a cache of your own cannot be copied (any_kv_cache::try_clone_any), or
   // there is no memory.
   layer_caches clone() const {
-    std::vector<std::unique_ptr<any_kv_cache>> copies;
-    copies.reserve(caches_.size());
-    for (const auto& cache : caches_) copies.push_back(cache->clone_any());
-    return layer_caches(std::move(copies));
+    status found;
+    std::optional<layer_caches> copy = try_clone(found);
+    found.or_fail();
+    return std::move(*copy);
+  }
+  std::optional<layer_caches> try_clone(status& found) const noexcept {
+    found = status();
+    auto copies = detail::created(found, "copies of caches", [&] {
+      std::vector<std::unique_ptr<any_kv_cache>> of_layers(caches_.size());
+      return of_layers;
+    });
+    for (std::size_t i = 0; i < caches_.size() && found; ++i) (*copies)[i] = caches_[i]->try_clone_any(found);
+    return found ? try_create(std::move(*copies), found) : std::nullopt;
   }
 
  private:
+  std::size_t checked(index_t layer) const {
+    detail::check(layer >= 0 && layer < size(), "layer", layer, "from 0 to below", size());
+    return static_cast<std::size_t>(layer);
+  }
+
   std::vector<std::unique_ptr<any_kv_cache>> caches_;
 };
 

@@ -15,8 +15,8 @@ inline namespace SINKCACHE_TAG {
 
 // Floats, row-major: an Eigen matrix in all that it does. A class of ours, so that the linker refuses a function that
 // takes one where the caller is compiled for another instruction set, which would take Eigen's memory to be aligned
-// otherwise. A struct that holds one tells the linker nothing, so that memory is not aligned, but malloc's own, too.
-// Between such files let plain pointers cross.
+// otherwise. The linker cannot see one inside a struct, so its memory is malloc's as well, without Eigen's alignment.
+// Pass plain pointers between such files.
 class matrix : public Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor | Eigen::DontAlign> {
  public:
   using Matrix::Matrix;

@@ -3,12 +3,13 @@
 // Caches made at run time from the names of a policy and of formats: for command lines, other languages and
 // configurations.
 //
-// make_cache compiles caches of each pair of formats, most of a minute for all of them: call it in one source file of
-// yours, or name the formats that you need, make_cache<format_list<bf16, q8>>.
+// make_cache compiles caches for each pair of formats, which takes most of a minute for all of them: call it in one
+// source file of yours, or name the formats that you need, make_cache<format_list<bf16, q8>>.
 
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -130,21 +131,32 @@ std::unique_ptr<any_kv_cache> make_cache(const named_cache& of,
   return cache;
 }
 
-// One for each layer of a model.
+// One for each layer of a model; or nothing, and in `found` which layer's cannot be made, and why.
+template <class Formats = all_formats>
+std::optional<layer_caches> try_make_layer_caches(std::span<const named_cache> layers, status& found,
+                                                  std::pmr::memory_resource* resource = default_resource()) noexcept {
+  found = status();
+  auto caches = detail::created(found, "caches of layers", [&] {
+    std::vector<std::unique_ptr<any_kv_cache>> of_layers(layers.size());
+    return of_layers;
+  });
+  for (std::size_t i = 0; i < layers.size() && found; ++i) {
+    status of_layer;
+    (*caches)[i] = try_make_cache<Formats>(layers[i], of_layer, resource);
+    if (of_layer) continue;
+    constexpr const char* words = "layer {}: {}";
+    const std::string_view why = of_layer.message().substr(std::string_view("sinkcache: ").size());
+    of_layer.lacks_memory() ? found.refuse_memory(words, i, why) : found.refuse(words, i, why);
+  }
+  return found ? layer_caches::try_create(std::move(*caches), found) : std::nullopt;
+}
 template <class Formats = all_formats>
 layer_caches make_layer_caches(std::span<const named_cache> layers,
                                std::pmr::memory_resource* resource = default_resource()) {
-  std::vector<std::unique_ptr<any_kv_cache>> caches;
-  caches.reserve(layers.size());
-  for (const named_cache& layer : layers) {
-    status found;
-    caches.push_back(try_make_cache<Formats>(layer, found, resource));
-    if (found) continue;
-    status of_layer;
-    of_layer.refuse("layer {}: {}", caches.size() - 1, found.message().substr(std::string_view("sinkcache: ").size()));
-    of_layer.or_fail();
-  }
-  return layer_caches(std::move(caches));
+  status found;
+  std::optional<layer_caches> made = try_make_layer_caches<Formats>(layers, found, resource);
+  found.or_fail();
+  return std::move(*made);
 }
 
 }  // namespace SINKCACHE_TAG

@@ -1,6 +1,6 @@
 #pragma once
 
-// Whether what is stored is still numbers: a format that cannot hold a value stores infinity, and append does not look.
+// Whether what is stored is finite: a format that cannot hold a value stores infinity, and append does not look.
 
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,10 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
 // How many elements of the keys and values that the newest query sees are infinite or NaN, over all KV heads: what f16
-// could not hold, from 65520 on, and what came so. Of rows that formats of few bits lost, all elements. Keys count as
-// they are stored, rotated or transformed. Reads every row: for looking into a fault, or for every so many tokens.
-// Nothing that is paid elsewhere. Of a cache, a view or any other source; may run beside const calls.
+// could not hold, from 65520 on, and what was so when it was appended. A few-bit row that could not be held counts with
+// all its elements. Keys count as they are stored, rotated or transformed. Reads every row: call it to look into a
+// fault, or once in a while; other calls pay nothing for it. Takes a cache, a view or any other source; may run beside
+// const calls.
 inline index_t num_not_finite(const kv_source& source) {
   const kv_geometry& of = source.geometry();
   const position_t query = source.seen() - 1;

@@ -8,6 +8,8 @@
 
 #include <omp.h>
 
+#include <optional>
+
 #include "detail/macros_off.hpp"
 #include "workspace.hpp"
 
@@ -19,7 +21,17 @@ inline namespace SINKCACHE_TAG {
 class openmp_executor {
  public:
   explicit openmp_executor(index_t num_threads = omp_get_max_threads()) : num_threads_(num_threads) {
-    detail::check(num_threads >= 1 && num_threads <= 1 << 16, "num_threads", num_threads, "from 1 to", 1 << 16);
+    validate(num_threads).or_fail();
+  }
+  // The same, or nothing and in `found` why.
+  static std::optional<openmp_executor> try_create(index_t num_threads, status& found) noexcept {
+    found = validate(num_threads);
+    return found ? std::optional(openmp_executor(num_threads)) : std::nullopt;
+  }
+  static status validate(index_t num_threads) noexcept {
+    status found;
+    found.require(num_threads >= 1 && num_threads <= 1 << 16, "num_threads", num_threads, "from 1 to", 1 << 16);
+    return found;
   }
 
   index_t concurrency() const { return num_threads_; }

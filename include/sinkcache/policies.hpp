@@ -75,7 +75,7 @@ inline void mean_weight(const scored_head& of, index_t n, std::span<float> out) 
 namespace policies {
 
 // Chance, for comparison. A number for each token at each event, or one for its life, which samples the stream evenly.
-// Of the seed, the layer, the KV head, the position and the event alone.
+// It depends on the seed, the layer, the KV head, the position and the event alone.
 struct random final : token_scorer {
   std::uint64_t seed = 0, layer = 0;
   bool draw_once = false;

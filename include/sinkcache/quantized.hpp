@@ -17,8 +17,12 @@
 //
 // Codes lie in the order of elements, from the low bits of a byte to the high ones; those of q6 in two planes, the low
 // four bits of all, then the high two. They are padded to 16 elements: a row of 33 takes as many bytes as one of 48.
-// A row that holds a NaN or an infinity has a scale of NaN, and codes of 0; so has one with a norm above 3.4e38, the
-// transform of which may be no floats.
+//
+// A cache of few bits holds every row whose transform fits floats: any with a norm, the root of the sum of squares, of
+// at most 3.38e38. That is a single element of that size, or a constant row of 3.38e38 / sqrt(head_dim), 4.2e37 at 64.
+// The transform of a larger row may have elements that no float is as large as: of a constant row of 3e38 one
+// is 2.4e39. Such rows, and those that hold a NaN or an infinity, have a scale of NaN and codes of 0: outputs that see
+// them are infinite or NaN, and num_not_finite counts them (extremes_test.cpp).
 
 #include <algorithm>
 #include <bit>
@@ -65,8 +69,8 @@ inline void scale_row(float* row, index_t n, float by) noexcept {
 }
 
 // A Hadamard transform of n floats, a power of two: its own inverse. Additions alone, then one factor: no two compilers
-// round it differently. Where sums might not be floats a power of two is taken out before: what is infinite then is so
-// because it is no float, as of a constant row of 3e38.
+// round it differently. Where sums might not be floats a power of two is taken out before; what is infinite after that
+// is too large for any float, as of a constant row of 3e38.
 inline void hadamard_block(float* row, index_t n) noexcept {
   const bool large = largest_magnitude(row, n) > 0x1p117f;  // sums of up to 512
   if (large) scale_row(row, n, 0x1p-10f);
@@ -127,7 +131,8 @@ inline constexpr row_transform hadamard{&detail::hadamard_row, &detail::hadamard
 
 namespace detail {
 
-// A positive double as a bf16, rounded up: in integers, so that no process's way with subnormal floats matters.
+// A positive double as a bf16, rounded up: in integers, so that how the process treats subnormal floats does not
+// matter.
 inline std::uint16_t bf16_from_above(double x) noexcept {
   if (x < 0x1p-126) return static_cast<std::uint16_t>(std::ceil(x * 0x1p133));
   constexpr int dropped = 52 - 7;
@@ -136,7 +141,7 @@ inline std::uint16_t bf16_from_above(double x) noexcept {
 }
 inline constexpr std::uint16_t nan_scale = 0x7fc0, largest_q2_scale = 0x7f2a;  // 1.5 times that is a float
 
-// Codes below 2^Bits behind each other, and back; n is a multiple of 16.
+// Packs codes below 2^Bits one after another, and unpacks them; n is a multiple of 16.
 template <int Bits>
 void pack_codes(const std::uint8_t* codes, index_t n, std::byte* to) noexcept {
   constexpr int in_byte = 8 / Bits;
@@ -176,8 +181,8 @@ inline std::uint16_t quantized_scale(int bits, const float* y, index_t dim) noex
   return bf16_from_above(static_cast<double>(most) * (2. / (1 << bits)));
 }
 
-// The codes of `lanes` elements. A quotient may have been rounded up to a whole number, never down from one; what it
-// stands for is exact, and tells.
+// The codes of `lanes` elements. A quotient may have been rounded up to a whole number, never down from one; the
+// product whole * d is exact, and shows it.
 [[gnu::always_inline]] inline void quantize(vfloat y, float d, int half, std::uint8_t* codes) noexcept {
   typedef std::uint8_t vbyte __attribute__((vector_size(lanes)));
   const vfloat steps = y / broadcast(d), one = broadcast(1);
@@ -229,7 +234,7 @@ struct quantized_row {
   static constexpr index_t block_rows = 1;
   static constexpr index_t block_bytes(index_t dim) { return scale_bytes + code_bytes(Bits, round_up(dim, 16)); }
 
-  // What is stored is to have gone through this, and what is spared is stored in that.
+  // Stored rows have gone through `transform`; spared tokens are stored in the format `spared`.
   static constexpr const row_transform* transform = &hadamard;
   using spared = bf16;
 
@@ -285,7 +290,7 @@ static_assert(q8::block_bytes(1) == 18 && q6::block_bytes(33) == 38 && q4::block
 
 namespace detail {
 
-// Formats whose rows are those, whatever they are called and spare.
+// Formats with these rows, whatever their name and what they spare.
 template <class F>
 concept quantized_format = kv_format<F> && requires {
   requires F::block_bytes == &quantized_row<F::bits>::block_bytes;
@@ -312,7 +317,7 @@ struct transformed : F {
   static constexpr const row_transform* transform = &hadamard;
 };
 
-// The same rows, so the same kernels: none is compiled again.
+// The rows are the same, so the kernels are too: none is compiled again.
 template <kv_format F>
 inline constexpr kv_reader reader_of<transformed<F>> = reader_of<F>;
 

@@ -29,7 +29,7 @@ enum class rope_pairing {
   interleaved  // dimension 2i is rotated with 2i + 1 (the paper, llama2.c, GPT-J)
 };
 
-// How queries and keys are rotated by their position. A value of about 2 KB.
+// How queries and keys are rotated by their position. About 2 KB, copied by value.
 class rope {
  public:
   static constexpr index_t max_pairs = 256;
@@ -61,7 +61,7 @@ class rope {
     return found;
   }
 
-  // The same, or nothing and in `found` why; so it goes with all factories below.
+  // The same, or nothing and in `found` why. All factories below have such a twin.
   static std::optional<rope> try_create(std::span<const float> inv_freq, status& found,
                                         rope_pairing pairing = rope_pairing::half_split,
                                         float attention_factor = 1) noexcept {
@@ -74,8 +74,8 @@ class rope {
   // Nothing is rotated: models without positions (NoPE), or with ALiBi.
   static rope none() { return rope(std::span<const float>()); }
 
-  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where less than a head is rotated, what
-  // is rotated is the head_dim to give, here and below: head_dim * partial_rotary_factor.
+  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where only a part of a head is rotated,
+  // give the size of that part as head_dim, here and below: head_dim * partial_rotary_factor.
   static rope plain(index_t head_dim, double theta, rope_pairing pairing = rope_pairing::half_split) {
     return checked([&](status& found) { return try_plain(head_dim, theta, found, pairing); });
   }
@@ -105,8 +105,8 @@ class rope {
                     [&](index_t i) { return divided(inverse(power(width, theta, i)), factor); });
   }
 
-  // Llama 3.1: pairs that turn less than low_freq_factor times in the original context are slowed down by factor, those
-  // that turn more than high_freq_factor times are left, between them it is interpolated.
+  // Llama 3.1: pairs that turn fewer than low_freq_factor times in the original context are slowed down by factor,
+  // those that turn more than high_freq_factor times stay as they are, and in between it is interpolated.
   struct llama3_scaling {
     double factor = 0, low_freq_factor = 0, high_freq_factor = 0, original_max_position_embeddings = 0;
   };

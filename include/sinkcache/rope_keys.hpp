@@ -1,8 +1,8 @@
 #pragma once
 
 // Rotary positions from a model's own keys, as a file has them: Hugging Face's config.json, or GGUF's metadata. The
-// file is read by the engine, which hands over what it says as text. What frequencies cannot tell (docs/rope.md), and
-// keys that are not known here and would change the result, are refused by name.
+// engine reads the file, and hands over its keys and values as text. What frequencies cannot express (docs/rope.md),
+// and unknown keys that would change the result, are refused by name.
 
 #include <cmath>
 #include <cstdlib>
@@ -21,7 +21,7 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
 // Key and value, such as {"rope_theta", "10000.0"}. Keys of an object within an object are joined by a dot,
-// {"rope_scaling.factor", "8.0"}; words may keep their quotes; null is as good as absent.
+// {"rope_scaling.factor", "8.0"}; words may keep their quotes; null counts as absent.
 using model_keys = std::map<std::string, std::string, std::less<>>;
 
 namespace detail {
@@ -53,7 +53,7 @@ class key_reader {
     if (text == nullptr) return {};
     char* end = nullptr;
     const double value = std::strtod(text->c_str(), &end);
-    // What strtod takes besides (0x10, " 1", nan) is no number of a file.
+    // What else strtod takes (0x10, " 1", nan) is not a number in a file.
     if (text->empty() || text->find_first_not_of("0123456789.eE+-") != std::string::npos || *end != '\0' ||
         !std::isfinite(value))
       refuse(name, "a number");
@@ -242,8 +242,8 @@ inline rope rope_of_config(const model_keys& keys, index_t head_dim, rope_pairin
 }
 
 // Of GGUF's metadata: general.architecture and that architecture's rope.* and context_length; `rope_freqs` are the
-// values of the tensor of that name, where the file has one. How dimensions are paired goes by the architecture, unless
-// it is given.
+// values of the tensor of that name, where the file has one. The architecture says how dimensions are paired, unless
+// `pairing` does.
 inline std::optional<rope> try_rope_of_gguf(const model_keys& keys, index_t head_dim, std::span<const float> rope_freqs,
                                             status& found,
                                             std::optional<rope_pairing> pairing = std::nullopt) noexcept {

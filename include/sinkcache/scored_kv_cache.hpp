@@ -21,15 +21,15 @@
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
-// Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration the geometry,
-// num_sink_tokens and rollback are read, and recent where a format spares tokens; window has to be 0. One allocation,
+// Keys in format K and values in format V, with the calls that kv_cache has. Of the configuration it reads the
+// geometry, num_sink_tokens and rollback, and recent where a format spares tokens; window has to be 0. One allocation,
 // at construction.
 //
 // An event is due where seen() is a multiple of the interval, and happens before the next token is stored. Scorers that
 // look at queries or weights learn from every call that is handed the cache not const (attention::decode, attend,
 // prefill), or whose reader of weights is learner(). No query may be left out, and no token appended past the place of
 // an event before its query was seen. Threads that share one call may divide its KV heads, not its rows. Const calls
-// may run concurrently, others beside none.
+// may run concurrently; others may not run beside any.
 template <kv_format K, kv_format V = K>
 class scored_kv_cache final : public any_kv_cache {
   static_assert(K::block_rows == 1 && V::block_rows == 1, "sinkcache: scored_kv_cache stores tokens one by one");
@@ -79,10 +79,11 @@ class scored_kv_cache final : public any_kv_cache {
                                                    std::pmr::memory_resource* resource = default_resource()) noexcept {
     found = validate(config, rules, scorer.get());
     detail::require_resource(found, resource);
-    return found ? make(state_config(config, rules, scorer), found, resource) : std::nullopt;
+    const auto of = detail::created(found, "the rules", [&] { return state_config(config, rules, scorer); });
+    return of ? make(*of, found, resource) : std::nullopt;
   }
 
-  // A copy that goes on by itself, in memory from the same resource. Nobody watches it.
+  // A copy that goes on by itself, in memory from the same resource. Its events are told to nobody.
   scored_kv_cache clone() const {
     status found;
     require_memory(found);
@@ -124,11 +125,11 @@ class scored_kv_cache final : public any_kv_cache {
   std::span<const position_t> kept(index_t kv_head) const {
     return held(kv_head) != nullptr ? state().rows.at(kv_head) : std::span<const position_t>();
   }
-  index_t budget(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->budget : 0; }
+  index_t budget(index_t kv_head) const { return of_held(kv_head, &detail::held_rows::budget); }
 
   // With accounts: the sum of the masses of all events, and the largest bound (eviction_event).
-  double evicted_mass(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->mass : 0; }
-  double largest_bound(index_t kv_head) const { return held(kv_head) != nullptr ? held(kv_head)->bound : 0; }
+  double evicted_mass(index_t kv_head) const { return of_held(kv_head, &detail::held_rows::mass); }
+  double largest_bound(index_t kv_head) const { return of_held(kv_head, &detail::held_rows::bound); }
 
   // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it. Refused where
   // it would leave no row free.
@@ -146,7 +147,7 @@ class scored_kv_cache final : public any_kv_cache {
     return found;
   }
 
-  // Who is told of each event from now on; null: nobody.
+  // `reader` is told of each event from now on; null: nobody is.
   void watch(eviction_reader* reader) noexcept { watcher_ = reader; }
 
   void prepare() noexcept override {
@@ -190,6 +191,13 @@ class scored_kv_cache final : public any_kv_cache {
     state().advance(seen_);
   }
 
+  // Refused: scores were given while those tokens were seen, and say nothing of a cache without them.
+  void require_erase(status& found, position_t, position_t) const noexcept override {
+    found.refuse(
+        "this cache evicts by scores that were given while it held these tokens, had to be a kv_cache to drop a range: "
+        "clear it and prefill the tokens that stay");
+  }
+
   void clear() noexcept override {
     seen_ = 0;
     if (nbytes() > 0) state().clear();
@@ -230,7 +238,7 @@ class scored_kv_cache final : public any_kv_cache {
   }
 
  private:
-  // At a place of its own, for the learner keeps hold of it.
+  // On the heap, because the learner keeps a reference to it.
   struct own_parts {
     own_parts(detail::scored_config config, const any_kv_cache* cache)
         : state(std::move(config)), learner(state, cache) {}
@@ -272,11 +280,13 @@ class scored_kv_cache final : public any_kv_cache {
   static index_t bytes_of(status& found, const cache_config& config, const eviction& rules,
                           const token_scorer* scorer) noexcept {
     found.require(scorer != nullptr, "scorer", "null", "a scorer");
-    if (!found) return 0;
-    const detail::scored_config of =
-        state_config(config, rules, std::shared_ptr<const token_scorer>(std::shared_ptr<void>(), scorer));
-    detail::require_rules(found, of, config);
-    return found ? detail::scored_state(of).bytes(found) : 0;
+    const auto bytes = detail::created(found, "the rules", [&] {
+      const detail::scored_config of =
+          state_config(config, rules, std::shared_ptr<const token_scorer>(std::shared_ptr<void>(), scorer));
+      detail::require_rules(found, of, config);
+      return found ? detail::scored_state(of).bytes(found) : 0;
+    });
+    return bytes.value_or(0);
   }
 
   status got_memory() const noexcept {
@@ -288,7 +298,9 @@ class scored_kv_cache final : public any_kv_cache {
   static std::optional<scored_kv_cache> make(const detail::scored_config& of, status& found,
                                              std::pmr::memory_resource* resource) noexcept {
     status fits;
-    return detail::made_cache(found, static_cast<std::size_t>(detail::scored_state(of).bytes(fits)),
+    const auto bytes = detail::created(found, "the rules", [&] { return detail::scored_state(of).bytes(fits); });
+    if (!bytes) return std::nullopt;
+    return detail::made_cache(found, static_cast<std::size_t>(*bytes),
                               [&] { return scored_kv_cache(checked(found, resource), of, resource); });
   }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
@@ -304,6 +316,11 @@ class scored_kv_cache final : public any_kv_cache {
     const index_t heads = geometry_.num_kv_heads;
     detail::check(kv_head >= 0 && kv_head < heads, "kv_head", kv_head, "from 0 to below", heads);
     return nbytes() > 0 ? &state().rows.head(kv_head) : nullptr;
+  }
+  template <class T>
+  T of_held(index_t kv_head, T detail::held_rows::*member) const {
+    const detail::held_rows* const rows = held(kv_head);
+    return rows != nullptr ? rows->*member : T(0);
   }
   const detail::scored_state& held_state() const {
     detail::check(nbytes() > 0, "the cache", "moved from", "one that holds memory");

@@ -1,7 +1,7 @@
 #pragma once
 
 // What a token is worth. A scorer is a small immutable class: it says what it wants to know, and scores the rows of one
-// KV head. It knows nothing of memory, threads, pinned tokens or budgets; those are the cache's (scored_kv_cache.hpp).
+// KV head. Memory, threads, pinned tokens and budgets are the business of the cache (scored_kv_cache.hpp).
 
 #include <cmath>
 #include <cstdint>
@@ -16,8 +16,8 @@ inline namespace SINKCACHE_TAG {
 
 // What a scorer wants to be told.
 struct scorer_needs {
-  // Of the newest `window` queries at an event, what each gives each row then; rows of that window never leave. Or of
-  // the last one alone, as it gave it when it ran: weight(0, i); its own row may leave.
+  // What each of the newest `window` queries gives each row at the event; rows of that window never leave. Or what the
+  // last query alone gave when it ran: weight(0, i); its own row may leave.
   index_t window = 0;
   bool last_query = false;
   enum class over_group {
@@ -25,7 +25,7 @@ struct scorer_needs {
     max,        // of them
     max_logits  // the largest of their logits, not weights
   } group = over_group::mean;
-  bool together = false;          // of the window the mean over its queries will do: weight(0, i)
+  bool together = false;          // the mean over the queries of the window is enough: weight(0, i)
   bool sums = false;              // what all queries since a row came gave it, mean over the group
   bool query_statistics = false;  // means and second moments of queries before their rotary position
   bool carried = false;           // a number per row that it takes from event to event
@@ -54,7 +54,7 @@ struct scored_head {
   std::span<const double> sums;               // what all queries gave, if it is wanted
   std::span<const float> given;               // of each row, what `given` made of its key
   std::span<float> carried;                   // NaN of rows that have none yet; what is written is carried on
-  std::span<float> scratch;                   // of so many floats as it asked for
+  std::span<float> scratch;                   // as many floats as it asked for
   std::span<const query_statistics> queries;  // per query head of the group
 
   // What query number w of the window gave row i, over the group as it was wanted; or, together, all of them.
@@ -91,10 +91,10 @@ class token_scorer {
 
   virtual scorer_needs needs() const noexcept = 0;
 
-  // Of each row, what it is worth; the highest stay. Equal: the younger. NaN is the lowest.
+  // What each row is worth; the highest stay, of equal ones the younger. NaN is the lowest.
   virtual void score(const scored_head& head, std::span<float> scores) const noexcept = 0;
 
-  // Floats of scratch memory that `score` wants for so many rows.
+  // Floats of scratch memory that `score` wants for rows of these sizes.
   virtual index_t scratch_floats(const scored_sizes& /*of*/) const noexcept { return 0; }
   // Of one key [head_dim] as given.
   virtual float given(std::span<const float> /*key*/) const noexcept { return 0; }

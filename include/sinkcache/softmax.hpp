@@ -25,8 +25,8 @@
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
-// What stands in the softmax's denominator beside the visible tokens. One that was moved from can be assigned to; who
-// else is given it refuses it.
+// What stands in the softmax's denominator beside the visible tokens. A moved-from variant can be assigned to;
+// everything else refuses it.
 class softmax_variant {
  public:
   softmax_variant(const softmax_variant&) = default;
@@ -107,7 +107,7 @@ struct states {
 // The factor that brings what was summed relative to `m` to a new maximum `to`.
 inline float rescale(float m, float to) noexcept { return m == to ? 1.f : exp2_nonpositive(m - to); }
 
-// Brings both to m, which is no less than theirs.
+// Brings both to m, which is at least that of each.
 inline void merge_state(const states& into, const states& from, index_t dim, float m) noexcept {
   const float a = rescale(*into.m, m), b = rescale(*from.m, m);
   *into.m = m;
@@ -118,7 +118,7 @@ inline void merge_state(const states& into, const states& from, index_t dim) noe
   merge_state(into, from, dim, *from.m > *into.m ? *from.m : *into.m);
 }
 
-// Sums that would not fit do if m is so far above the logits: those of 2^32 tokens.
+// With m this far above the logits, sums that would not fit do: those of 2^32 tokens.
 inline constexpr float headroom = 32;
 
 inline void copy_state(const states& into, const states& from, index_t dim) noexcept {
@@ -166,7 +166,7 @@ struct attention_output {
   float lse;
 };
 
-// A partial result of attention for one query token: [num_heads, v_head_dim + 2] floats, m, d, o a head. Split the
+// A partial result of attention for one query token: [num_heads, v_head_dim + 2] floats, m, d, o per head. Split the
 // tokens as you like, over caches or machines, attend to each part, merge in any order, finish once. One that was moved
 // from has no heads, and can be assigned to.
 class attention_state {
@@ -208,26 +208,36 @@ class attention_state {
     for (index_t head = 0; head < num_heads_; ++head) row(head).clear(1);
   }
 
-  void merge(const attention_state& other) {
-    require_heads();
-    detail::check(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
-    detail::check(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
-    for (index_t head = 0; head < num_heads_; ++head) merge(head, const_cast<attention_state&>(other).row(head));
+  void merge(const attention_state& other) { try_merge(other).or_fail(); }
+  status try_merge(const attention_state& other) noexcept {
+    status found;
+    require_heads(found);
+    found.require(other.num_heads_ == num_heads_, "other.num_heads()", other.num_heads_, "exactly", num_heads_);
+    found.require(other.v_head_dim_ == v_head_dim_, "other.v_head_dim()", other.v_head_dim_, "exactly", v_head_dim_);
+    for (index_t head = 0; head < num_heads_ && found; ++head)
+      merge(head, const_cast<attention_state&>(other).row(head));
+    return found;
   }
 
   // The head's output into `out`, v_head_dim floats; returns its lse. The state is left as it is.
   float finish(const softmax_variant& variant, index_t head, std::span<float> out) const {
-    require_heads();
-    status given;
-    variant.require_given(given);
-    given.or_fail();
-    detail::check(static_cast<index_t>(out.size()) == v_head_dim_, "out.size()", out.size(), "exactly", v_head_dim_);
-    detail::check(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
+    float lse = 0;
+    try_finish(variant, head, out, lse).or_fail();
+    return lse;
+  }
+  status try_finish(const softmax_variant& variant, index_t head, std::span<float> out, float& lse) const noexcept {
+    status found;
+    require_heads(found);
+    variant.require_given(found);
+    found.require(static_cast<index_t>(out.size()) == v_head_dim_, "out.size()", out.size(), "exactly", v_head_dim_);
+    found.require(head >= 0 && head < num_heads_, "head", head, "from 0 to below", num_heads_);
     const index_t sinks = variant.num_sink_logits();
-    detail::check(sinks == 0 || sinks == num_heads_, "sink_logits.size()", sinks, "exactly", num_heads_);
-    return detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_,
-                                out.data())
-        .lse;
+    found.require(sinks == 0 || sinks == num_heads_, "sink_logits.size()", sinks, "exactly", num_heads_);
+    if (found)
+      lse = detail::finish_state(const_cast<attention_state*>(this)->row(head), variant.sink(head), v_head_dim_,
+                                 out.data())
+                .lse;
+    return found;
   }
   attention_output finish(const softmax_variant& variant, index_t head) const {
     attention_output result{matrix(1, v_head_dim_), 0.f};
@@ -245,7 +255,9 @@ class attention_state {
  private:
   friend class detail::schedule;
 
-  void require_heads() const { detail::check(num_heads_ > 0, "the state", "moved from", "one that has heads"); }
+  void require_heads(status& found) const noexcept {
+    found.require(num_heads_ > 0, "the state", "moved from", "one that has heads");
+  }
 
   void merge(index_t head, const detail::states& from) noexcept {
     const detail::states into = row(head);

@@ -152,7 +152,7 @@ struct kv_part {
   // The query at p sees the row at x if seen_from <= p - x < seen_until.
   position_t seen_from = 0, seen_until = always;
   position_t as_of = always;  // queries after this one see what it does: of a prefix that no longer changes
-  index_t pinned = 0;         // so many of the first rows take sink_bias
+  index_t pinned = 0;         // the number of first rows that take sink_bias
   bool placeless = false;     // no positions: always seen, by queries as they were before rope; counts nowhere
   std::int32_t mark = 0;      // the source's own; comes back with weights
 
@@ -160,7 +160,7 @@ struct kv_part {
   position_t end() const { return at.empty() ? first + rows : last; }
 };
 
-// The parts of a plan, oldest first, in memory of the caller's. What one query sees of a part is older than what it
+// The parts of a plan, oldest first, in the caller's memory. What one query sees of a part is older than what it
 // sees of the next.
 class part_list {
  public:
@@ -187,8 +187,8 @@ class part_list {
   index_t capacity_, size_ = 0;
 };
 
-// How far a plan holds: for so many KV heads from the one asked for (the base of the i-th is `i * head` further), and
-// so many queries from the first. At least 1 of each.
+// How far a plan holds: for how many KV heads from the one asked for (the base of the i-th is `i * head` further), and
+// for how many queries from the first. At least 1 of each.
 struct plan_end {
   index_t kv_heads, queries;
 };
@@ -204,22 +204,23 @@ class kv_source {
   // Most tokens that a query can see, in any KV head; of a part whose rows have positions of their own, all rows count.
   virtual index_t capacity() const noexcept = 0;
 
-  // How many the query at `query` sees, in the KV head where that is most. Work is cut by it, results do not need it.
+  // How many tokens the query at `query` sees, in the KV head where that is most. Work is divided by it; results do not
+  // depend on it.
   virtual index_t num_visible(position_t query) const noexcept {
     return static_cast<index_t>(std::clamp<position_t>(query + 1, 0, capacity()));
   }
 
-  // The smallest count of tokens from which on all that was visible after so many is still stored.
+  // The smallest n such that, for every count from n to seen(), all that was visible is still stored.
   virtual position_t min_truncate() const noexcept = 0;
 
-  // The oldest query whose plan is still what it was: not that of a cache which has put rows aside since, though it
-  // could take them back.
+  // The oldest query whose plan is still what it was. Where a cache has since put rows aside, older queries have none,
+  // though it could take the rows back.
   virtual position_t oldest_query() const noexcept { return std::max<position_t>(0, min_truncate() - 1); }
 
   // Adds to `found` that this source was moved from, if so: it holds nothing, and can be assigned to.
   virtual void require_memory(status& /*found*/) const noexcept {}
 
-  // Most parts of a plan.
+  // The most parts that a plan has.
   virtual index_t max_parts() const noexcept = 0;
 
   // Whether its newest tokens are those of `cache`, which may grow at the end of it.

@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -15,13 +17,13 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 
 // Threads that wait for work; the one that calls `run` is a worker too. One run at a time: a pool for each thread of
-// the host that makes calls. Whoever waits asks a few times before it sleeps: between the products of a decode step the
-// next work comes sooner than a sleeper wakes.
+// the host that makes calls. A waiting thread polls a few times before it sleeps: within a decode step the next work
+// comes sooner than a sleeping thread wakes.
 class thread_pool {
  public:
   // 1 to 1024 workers. Throws std::system_error where the system gives no more threads.
   explicit thread_pool(index_t workers) {
-    detail::check(workers >= 1 && workers <= 1024, "workers", workers, "from 1 to", 1024);
+    validate(workers).or_fail();
     threads_.reserve(static_cast<std::size_t>(workers - 1));
 #if defined(__cpp_exceptions)
     try {
@@ -35,6 +37,28 @@ class thread_pool {
 #endif
   }
   ~thread_pool() { stop(); }
+
+  // The same; or null, and in `found` why. Without exceptions the program ends where the system gives no more threads.
+  static std::unique_ptr<thread_pool> try_create(index_t workers, status& found) noexcept {
+    found = validate(workers);
+    if (!found) return nullptr;
+#if defined(__cpp_exceptions)
+    try {
+      return std::make_unique<thread_pool>(workers);
+    } catch (const std::exception& thrown) {
+      found.refuse_memory("threads could not be started: {}", thrown.what());
+      return nullptr;
+    }
+#else
+    return std::make_unique<thread_pool>(workers);
+#endif
+  }
+  static status validate(index_t workers) noexcept {
+    status found;
+    found.require(workers >= 1 && workers <= 1024, "workers", workers, "from 1 to", 1024);
+    return found;
+  }
+
   thread_pool(const thread_pool&) = delete;
   thread_pool& operator=(const thread_pool&) = delete;
 

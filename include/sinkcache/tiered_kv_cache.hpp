@@ -73,7 +73,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     found.or_fail();
     kv_cache copy(checked(found, this->resource()), this->config(), Policy(this->policy()), this->resource());
     copy.got_memory().or_fail();
-    copy.copy_tokens(*this);
+    copy.copy_tokens(*this, found);
+    found.or_fail();
     return copy;
   }
   std::optional<kv_cache> try_clone(status& found) const noexcept {
@@ -81,7 +82,8 @@ requires(tiered_format<K> || tiered_format<V> || detail::transform_of<K>() != nu
     this->require_memory(found);
     if (!found) return std::nullopt;
     std::optional<kv_cache> copy = make(this->config(), Policy(this->policy()), found, this->resource());
-    if (copy) copy->copy_tokens(*this);
+    if (copy) copy->copy_tokens(*this, found);
+    if (!found) copy.reset();
     return copy;
   }
   std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {

@@ -52,10 +52,10 @@ struct sequential {
   }
 };
 
-// Memory that calls of `attention` work in, and the executor they run on. One for each call that is in flight: share it
+// Memory that calls of `attention` work in, and the executor they run on. Each call in flight needs its own: share it
 // among layers and sequences, not among concurrent calls. It grows when a call needs more and never shrinks; decode of
-// up to 128 heads of 256 fits what the constructor takes. One that was moved from holds no memory, and is good for more
-// calls.
+// up to 128 heads of 256 fits what the constructor takes. A moved-from workspace holds no memory, and takes some at its
+// next call.
 class workspace {
  public:
   workspace() : workspace(sequential_) {}

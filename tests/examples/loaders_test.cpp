@@ -64,6 +64,16 @@ TEST_CASE("a file that is neither GGUF nor safetensors is named as what it is") 
       {"PK\x03\x04\0\0\x08\x08\0\0\0\0archive/data.pkl"s, "is a zip archive, as PyTorch saves checkpoints"},
       {"\x80\x02}q"s + std::string(100, '\0'), "is a pickle, as PyTorch saves checkpoints"},
       {"\x1f\x8b\x08\0\0\0\0\0\0\x03"s, "is compressed by gzip"},
+      {"\x28\xb5\x2f\xfd\x04\0aaaa"s, "is compressed by zstd"},
+      {"\xfd"
+       "7zXZ\0aaaa"s,
+       "is compressed by xz"},
+      {"BZh91AY&SY\x80", "is compressed by bzip2"},
+      {"7z\xbc\xaf\x27\x1c"s, "is a 7z archive"},
+      {"\x89HDF\r\n\x1a\n"s, "is an HDF5 file, as Keras saves weights"},
+      {"\xef\xbb\xbf<!doctype html>", "is a web page"},
+      {"Entry not found", "is text that begins with 'Entry not found'; had to be a GGUF or safetensors file"},
+      {"Invalid username or password.\n", "is text that begins with 'Invalid username or password.'"},
       {R"({"metadata": {"total_size": 1}, "weight_map": {}})", "is JSON: an index or a configuration"},
       {"GGUX\3\0\0\0"s + std::string(100, '\0'), "begins with 'GGUX', had to begin with 'GGUF'"},
       {"gguf\3\0\0\0"s + std::string(100, '\0'), "begins with 'gguf', had to begin with 'GGUF'"},
@@ -79,7 +89,7 @@ TEST_CASE("a file that is neither GGUF nor safetensors is named as what it is") 
       CHECK_THAT(refusal(bytes, ending), Catch::StartsWith(message));
     }
   // What is called .gguf is not judged as the other format.
-  CHECK(refusal("abcdefghijkl", ".gguf") == "begins with 'abcd', had to begin with 'GGUF'");
+  CHECK(refusal("abcd\1efghijkl", ".gguf") == "begins with 'abcd', had to begin with 'GGUF'");
   CHECK(refusal("\xc2\x9b"
                 "2J",
                 ".gguf") == "begins with '\\xc2\\x9b2J', had to begin with 'GGUF'");

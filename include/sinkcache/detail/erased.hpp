@@ -3,6 +3,7 @@
 // Ranges that were dropped from the middle of a cache. Rows stay where they are; plans leave them out.
 
 #include <algorithm>
+#include <concepts>
 #include <exception>
 #include <vector>
 
@@ -18,11 +19,15 @@ class erased_spans {
   index_t size() const noexcept { return static_cast<index_t>(spans_.size()); }
   void clear() noexcept { spans_.clear(); }
 
-  // Adds what is not erased yet. Of older spans those are forgotten that neither are of the first `pinned` positions
-  // nor reach `from`: nobody sees them again.
-  void add(status& found, position_span span, index_t pinned, position_t from) noexcept {
+  // Adds what is not erased yet. Of a window, of which `seen` is the smallest count that can be gone back to, older
+  // spans are forgotten that nobody sees again: neither pinned nor in the window of any query since.
+  template <class Policy>
+  void add(status& found, position_span span, const Policy& policy, position_t seen) noexcept {
     if (span.first >= span.last || !reserve(found, spans_.size() + 1)) return;
-    std::erase_if(spans_, [&](const position_span& old) { return old.first >= pinned && old.last <= from; });
+    if constexpr (std::same_as<Policy, sink_window>)
+      std::erase_if(spans_, [&](const position_span& old) {
+        return old.first >= policy.num_sink_tokens && old.last <= seen - policy.window;
+      });
     const auto begin = std::partition_point(spans_.begin(), spans_.end(),
                                             [&](const position_span& old) { return old.last < span.first; });
     const auto end =
@@ -53,9 +58,10 @@ class erased_spans {
       n += static_cast<index_t>(std::max<position_t>(0, std::min(span.last, of.last) - std::max(span.first, of.first)));
     return n;
   }
-  index_t count(const span_list& of) const noexcept {
-    index_t n = 0;
-    for (const position_span& span : of) n += count(span);
+  // How many are not.
+  index_t num_left(const span_list& of) const noexcept {
+    index_t n = of.num_tokens();
+    for (const position_span& span : of) n -= count(span);
     return n;
   }
 
@@ -77,7 +83,7 @@ class erased_spans {
     try {
       spans_.reserve(size);
     } catch (const std::exception&) {
-      found.refuse("ranges that were erased were {}, had to be at most what the system has memory for", size);
+      found.refuse_memory("ranges that were erased were {}, had to be at most what the system has memory for", size);
     }
 #else
     spans_.reserve(size);

@@ -201,7 +201,9 @@ class kept_rows {
 
   // Takes the newest event back; rows that came after it have to be gone.
   void undo() noexcept {
-    event_record& event = *newest_event();
+    event_record* const newest = newest_event();
+    if (newest == nullptr) return;
+    event_record& event = *newest;
     const held_rows* const before = heads_before(event);
     for (index_t h = 0; h < of_.num_kv_heads; ++h)  // as lay_out, to where the heads lay
       if (before[h].first < heads_[h].first) shift(heads_[h], before[h].first);
@@ -227,7 +229,9 @@ class kept_rows {
 
   // Applies the newest event again.
   void redo(std::span<std::uint8_t> leaves) noexcept {
-    event_record& event = *newest_event();
+    event_record* const newest = newest_event();
+    if (newest == nullptr) return;
+    event_record& event = *newest;
     const index_t count = static_cast<index_t>(event.count);
     event.undone = false;
     event.count = 0;

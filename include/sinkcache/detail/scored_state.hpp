@@ -24,7 +24,7 @@ class scored_state {
   }
 
   // Bytes of all arrays.
-  index_t bytes(status& found) const noexcept {
+  index_t bytes(status& found) const {
     scored_state counted(of);
     carver c(found, nullptr);
     counted.carve(c, found);

@@ -14,6 +14,7 @@
 
 #include "../any_kv_cache.hpp"
 #include "../tiered_storage.hpp"
+#include "erased.hpp"
 #include "macros_off.hpp"
 
 namespace sinkcache {
@@ -23,7 +24,9 @@ namespace detail {
 template <eviction_policy Policy>
 class tiered_cache : public any_kv_cache {
  public:
-  index_t room() const noexcept override { return shape_.room(seen_); }
+  index_t room() const noexcept override {
+    return nbytes() > 0 ? shape_.room(seen_) : 1;
+  }  // the policy may be moved from
 
   void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
              index_t n) noexcept override {
@@ -54,20 +57,32 @@ class tiered_cache : public any_kv_cache {
     encoded_ = std::max(encoded_, seen_ - shape_.recent);
   }
 
-  void clear() noexcept override { seen_ = high_ = encoded_ = 0; }
+  void clear() noexcept override { seen_ = high_ = encoded_ = 0, erased_.clear(); }
+
+  void require_erase(status& found, position_t first, position_t last) const noexcept override {
+    require_range(found, first, last);
+  }
+  status try_erase(position_t first, position_t last) noexcept override {
+    status found;
+    require_range(found, first, last);
+    if (found) erased_.add(found, {first, last}, shape_.policy, min_truncate());
+    return found;
+  }
 
   status try_truncate(position_t seen) noexcept override {
     status found;
     require_truncate(found, seen);
     if (!found) return found;
     seen_ = seen;
+    erased_.truncate(seen);
     encoded_ = std::min(encoded_, seen);
-    if (seen <= shape_.pinned()) high_ = seen;  // nothing else is left that could have been written over
+    if (nbytes() > 0 && seen <= shape_.pinned())
+      high_ = seen;  // nothing else is left that could have been written over
     return found;
   }
   void require_truncate(status& found, position_t seen) const noexcept override {
     found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
-    if (found && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
+    if (found && nbytes() > 0 && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
   }
   position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
 
@@ -95,13 +110,14 @@ class tiered_cache : public any_kv_cache {
   }
 
   index_t num_visible(position_t query) const noexcept override {
-    return nbytes() > 0 && query >= 0 ? shape_.policy.visible(query + 1).num_tokens() : 0;
+    return nbytes() > 0 && query >= 0 ? erased_.num_left(shape_.policy.visible(query + 1)) : 0;
   }
 
   // Pinned tokens, then both rings where they wrap; of a user-defined policy for each span, and a run for each slot.
+  // What was erased cuts one in two, of few bits and whole.
   index_t max_parts() const noexcept override {
     if (nbytes() == 0) return 0;
-    return is_window ? 5 : 3 * span_list::max_spans + shape_.few();
+    return (is_window ? 5 : 3 * span_list::max_spans + shape_.few()) + 2 * erased_.size();
   }
 
   plan_end plan(index_t kv_head, position_t first, position_t last, part_list& parts) const noexcept override {
@@ -136,7 +152,8 @@ class tiered_cache : public any_kv_cache {
         encoded_(std::exchange(from.encoded_, 0)),
         config_recent_(from.config_recent_),
         shape_(std::move(from.shape_)),
-        rows_(std::move(from.rows_)) {}
+        rows_(std::move(from.rows_)),
+        erased_(std::exchange(from.erased_, {})) {}
   tiered_cache& operator=(tiered_cache&& from) noexcept {
     any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
     formats_ = from.formats_;
@@ -145,6 +162,7 @@ class tiered_cache : public any_kv_cache {
     config_recent_ = from.config_recent_;
     shape_ = std::move(from.shape_);
     rows_ = std::move(from.rows_);
+    erased_ = std::exchange(from.erased_, {});
     return *this;
   }
   ~tiered_cache() override = default;
@@ -172,7 +190,8 @@ class tiered_cache : public any_kv_cache {
   }
   std::pmr::memory_resource* resource() const { return rows_.resource(); }
 
-  void copy_tokens(const tiered_cache& from) noexcept {
+  void copy_tokens(const tiered_cache& from, status& found) noexcept {
+    erased_.assign(found, from.erased_);
     std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
     seen_ = from.seen_;
     high_ = from.high_;
@@ -210,6 +229,11 @@ class tiered_cache : public any_kv_cache {
   // A span as the queries [first, last] may see it: what is pinned, what is encoded, then what is among the newest.
   void push_span(index_t kv_head, const position_span& span, position_t first, position_t last, position_t seen_until,
                  part_list& parts) const noexcept {
+    erased_.for_each_kept(span,
+                          [&](const position_span& kept) { push_kept(kv_head, kept, first, last, seen_until, parts); });
+  }
+  void push_kept(index_t kv_head, const position_span& span, position_t first, position_t last, position_t seen_until,
+                 part_list& parts) const noexcept {
     const auto whole_row = [&](position_t p) {
       const index_t row = spared_row(p);
       return placed{row, (p < shape_.pinned() ? shape_.pinned() : shape_.full_rows()) - 1 - row};
@@ -236,6 +260,7 @@ class tiered_cache : public any_kv_cache {
   index_t config_recent_;
   shape shape_;
   tiered_storage rows_;
+  erased_spans erased_;
 };
 
 }  // namespace detail
