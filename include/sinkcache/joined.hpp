@@ -55,7 +55,9 @@ class static_tokens final : public kv_source {
     };
     detail::require_shape(found, "k", k, k.rows(), floats(of.head_dim));
     detail::require_shape(found, "v", v, k.rows(), floats(of.v_head_dim));
-    if (found) detail::storage<K, V>::required_bytes(found, of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim);
+    if (found)
+      detail::storage::required_bytes(found, detail::row_format_of<K>, detail::row_format_of<V>,
+                                      {of.num_kv_heads, k.rows(), of.head_dim, of.v_head_dim});
     return found;
   }
 
@@ -93,20 +95,19 @@ class static_tokens final : public kv_source {
                 std::pmr::memory_resource* resource, int)
       : kv_source(detail::geometry_of<K, V>(config)),
         num_tokens_(k.rows()),
-        rows_(geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim, resource) {
+        rows_(detail::row_format_of<K>, detail::row_format_of<V>,
+              {geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim}, resource) {
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
     for (index_t i = 0; i < num_tokens_; ++i)
       for (index_t head = 0; head < geometry_.num_kv_heads; ++head) {
-        alignas(64) float row[max_head_dim];
-        K::encode(detail::transformed_row(geometry_.k_transform, k.row(i) + head * dim, dim, row), dim,
-                  rows_.k(head, i));
-        V::encode(detail::transformed_row(geometry_.v_transform, v.row(i) + head * v_dim, v_dim, row), v_dim,
-                  rows_.v(head, i));
+        alignas(64) float k_row[max_head_dim], v_row[max_head_dim];
+        rows_.encode(head, i, detail::transformed_row(geometry_.k_transform, k.row(i) + head * dim, dim, k_row),
+                     detail::transformed_row(geometry_.v_transform, v.row(i) + head * v_dim, v_dim, v_row));
       }
   }
 
   index_t num_tokens_;
-  detail::storage<K, V> rows_;
+  detail::storage rows_;
 };
 
 // Several sources in a row, the last of which may grow: its tokens come after all tokens of those in front, which are
