@@ -13,7 +13,7 @@ namespace {
 
 using namespace sinkcache;
 
-// Few, because every pair of formats is compiled.
+// Few, because what reads each format is compiled.
 using formats = format_list<f32, q8>;
 
 named_cache usual(const std::string& policy = "sinks", const std::string& k_format = "f32",

@@ -42,7 +42,17 @@ TEST_CASE("default_resource: aligned, writable, for small and huge") {
     }
 }
 
-using both = detail::storage<f32, bf16>;
+// Of two formats.
+template <class K, class V>
+struct rows_of : detail::storage {
+  rows_of(index_t heads, index_t rows, index_t k_dim, index_t v_dim, std::pmr::memory_resource* resource)
+      : storage(detail::row_format_of<K>, detail::row_format_of<V>, {heads, rows, k_dim, v_dim}, resource) {}
+  static std::size_t required_bytes(index_t heads, index_t rows, index_t k_dim, index_t v_dim) {
+    return storage::required_bytes(detail::row_format_of<K>, detail::row_format_of<V>, {heads, rows, k_dim, v_dim});
+  }
+};
+
+using both = rows_of<f32, bf16>;
 static_assert(!std::is_copy_constructible_v<both> && std::is_nothrow_move_constructible_v<both> &&
               std::is_nothrow_move_assignable_v<both>);
 
@@ -135,14 +145,14 @@ TEST_CASE("storage: sizes that do not fit are refused before anything is allocat
                     "sinkcache: bytes of the cache was 9223372036854775744 * 128, had to fit 63 bits");
   CHECK_THROWS_AS(both::required_bytes(index_t{1} << 31, index_t{1} << 31, 512, 512), std::invalid_argument);
 
-  using odd = detail::storage<odd_blocks, f32>;
+  using odd = rows_of<odd_blocks, f32>;
   CHECK_THROWS_WITH(odd(1, 1, 65, 16, &resource),
                     "sinkcache: a format's block_bytes(dim) was 65, had to be a positive multiple of 64");
   CHECK_THROWS_AS(odd(1, 1, 0, 16, &resource), std::invalid_argument);
   CHECK_NOTHROW(odd(1, 1, 64, 16, &resource));
   CHECK(resource.allocations == 1);
 
-  using packed = detail::storage<packed_blocks, f32>;
+  using packed = rows_of<packed_blocks, f32>;
   CHECK_THROWS_WITH(packed(1, 1, 0, 16, &resource),
                     "sinkcache: a format's block_bytes(dim) was 0, had to be at least 1");
   {

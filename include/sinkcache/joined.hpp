@@ -97,7 +97,8 @@ class static_tokens final : public kv_source {
 
   static std::size_t bytes_of(status& found, const cache_config& config, index_t tokens) noexcept {
     const kv_geometry of = detail::geometry_of(config);
-    return detail::storage<K, V>::required_bytes(found, of.num_kv_heads, tokens, of.head_dim, of.v_head_dim);
+    return detail::storage::required_bytes(found, detail::row_format_of<K>, detail::row_format_of<V>,
+                                           {of.num_kv_heads, tokens, of.head_dim, of.v_head_dim});
   }
 
   // Without memory where the resource had none, and exceptions are off.
@@ -105,21 +106,20 @@ class static_tokens final : public kv_source {
                 std::pmr::memory_resource* resource, int)
       : kv_source(detail::geometry_of<K, V>(config)),
         num_tokens_(k.rows()),
-        rows_(geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim, resource) {
+        rows_(detail::row_format_of<K>, detail::row_format_of<V>,
+              {geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim}, resource) {
     if (nbytes() == 0) return;
     const index_t dim = geometry_.head_dim, v_dim = geometry_.v_head_dim;
     for (index_t i = 0; i < num_tokens_; ++i)
       for (index_t head = 0; head < geometry_.num_kv_heads; ++head) {
-        alignas(64) float row[max_head_dim];
-        K::encode(detail::transformed_row(geometry_.k_transform, k.row(i) + head * dim, dim, row), dim,
-                  rows_.k(head, i));
-        V::encode(detail::transformed_row(geometry_.v_transform, v.row(i) + head * v_dim, v_dim, row), v_dim,
-                  rows_.v(head, i));
+        alignas(64) float k_row[max_head_dim], v_row[max_head_dim];
+        rows_.encode(head, i, detail::transformed_row(geometry_.k_transform, k.row(i) + head * dim, dim, k_row),
+                     detail::transformed_row(geometry_.v_transform, v.row(i) + head * v_dim, v_dim, v_row));
       }
   }
 
   index_t num_tokens_;
-  detail::storage<K, V> rows_;
+  detail::storage rows_;
 };
 
 // Several sources in a row, the last of which may grow: its tokens come after all tokens of those in front, which are

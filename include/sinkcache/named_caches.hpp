@@ -3,8 +3,8 @@
 // Caches made at run time from the names of a policy and of formats: for command lines, other languages and
 // configurations.
 //
-// make_cache compiles caches for each pair of formats, which takes most of a minute for all of them: call it in one
-// source file of yours, or name the formats that you need, make_cache<format_list<bf16, q8>>.
+// make_cache compiles what reads each format, half a minute for all of them: call it in one source file of yours, or
+// name the formats that you need, make_cache<format_list<bf16, q8>>.
 
 #include <algorithm>
 #include <limits>
@@ -97,10 +97,12 @@ std::unique_ptr<any_kv_cache> make_named(const named_cache& of, status& found, s
   eviction rules{.num_qo_heads = of.num_qo_heads};
   const std::shared_ptr<const token_scorer> scorer = named_scorer(of.policy, config, rules, found);
   if (!found) return nullptr;
-  return Formats::call(k_format, v_format, [&]<class K, class V>(K, V) -> std::unique_ptr<any_kv_cache> {
-    if (scorer == nullptr) return on_heap(kv_cache<K, V>::try_create(config, found, resource), found);
-    return on_heap(scored_kv_cache<K, V>::try_create(config, rules, scorer, found, resource), found);
-  });
+  const tier_formats& formats = Formats::call(
+      k_format, v_format, []<class K, class V>(K, V) -> const tier_formats& { return tier_formats_of<K, V>; });
+  if (scorer != nullptr) return on_heap(scored_cache::try_make(formats, config, rules, scorer, found, resource), found);
+  if (formats.spares || formats.k_transform != nullptr || formats.v_transform != nullptr)
+    return on_heap(tiered_cache<sink_window>::try_make(formats, config, window_of(config), found, resource), found);
+  return on_heap(plain_cache<sink_window>::try_make(formats, config, window_of(config), found, resource), found);
 }
 
 }  // namespace detail

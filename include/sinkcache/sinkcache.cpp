@@ -277,7 +277,14 @@ rope make_rope(status& found, const sinkcache_rope& of, index_t head_dim) {
                   {"mscale", of.mscale},
                   {"mscale_all_dim", of.mscale_all_dim}});
   if (!is("yarn", "inv_freq")) require_zero(found, type, {{"attention_factor", of.attention_factor}});
-  if (!is("inv_freq")) require_zero(found, type, {{"num_inv_freq", static_cast<double>(of.num_inv_freq)}});
+  if (is("inv_freq"))
+    found.require(of.num_inv_freq > 0, "rope's num_inv_freq", of.num_inv_freq, "at least 1: type 'none' has none");
+  else
+    require_zero(found, type, {{"num_inv_freq", static_cast<double>(of.num_inv_freq)}});
+  // Said here, because for the library a rope is as wide as a head.
+  if (of.width != 0)
+    found.require(of.width > 0 && of.width % 2 == 0 && of.width <= head_dim, "rope's width", of.width,
+                  "0, or even and at most head_dim,", head_dim);
   if (!found) return rope::none();
 
   const rope_pairing pairing = of.interleaved == 1 ? rope_pairing::interleaved : rope_pairing::half_split;
@@ -315,7 +322,10 @@ named_cache read_config(status& found, const sinkcache_cache_config& of) {
   named_cache to;
   if (of.policy != nullptr) to.policy = of.policy;
   if (of.k_format != nullptr) to.k_format = of.k_format;
-  if (of.v_format != nullptr) to.v_format = of.v_format;
+  if (of.v_format != nullptr) {
+    to.v_format = of.v_format;
+    found.require(!to.v_format.empty(), "the format of values", "''", "a name, or NULL: that of keys");
+  }
   to.num_qo_heads = static_cast<index_t>(of.num_qo_heads);
   cache_config& config = to.config;
   config.num_kv_heads = static_cast<index_t>(of.num_kv_heads);

@@ -23,7 +23,6 @@
 //   config.hpp            integer types; status, what a check found
 //   not_finite.hpp        whether what is stored is still numbers
 //   storage.hpp           the one allocation behind a cache
-//   tiered_kv_cache.hpp   the cache of formats that spare pinned and the newest tokens
 //   tiered_storage.hpp    the one allocation behind that, and which token lies where
 //   detail/erased.hpp     ranges that were dropped from the middle of a cache
 //   detail/schedule.hpp   how a call is cut into work items
@@ -61,7 +60,6 @@
 #include "softmax.hpp"
 #include "source.hpp"
 #include "storage.hpp"
-#include "tiered_kv_cache.hpp"
 #include "tiered_storage.hpp"
 #include "version.hpp"
 #include "with_formats.hpp"

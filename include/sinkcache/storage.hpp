@@ -79,6 +79,13 @@ inline cache_memory take_memory(std::size_t bytes, std::pmr::memory_resource* re
 inline void require_resource(status& found, const std::pmr::memory_resource* resource) noexcept {
   found.require(resource != nullptr, "resource", "null", "a memory resource");
 }
+// What passed all checks; throws otherwise.
+struct checked {
+  checked(status found, const std::pmr::memory_resource* resource) {
+    require_resource(found, resource);
+    found.or_fail();
+  }
+};
 inline void refuse_memory(status& found, std::size_t bytes) noexcept {
   found.refuse_memory("bytes of the cache was {}, had to be at most what the memory resource has", bytes);
 }
@@ -111,59 +118,67 @@ inline index_t checked_block_bytes(status& found, const kv_reader& of, index_t d
     found.require(bytes > 0, "a format's block_bytes(dim)", bytes, "at least 1");
   return bytes;
 }
-template <kv_format F>
-index_t checked_block_bytes(status& found, index_t dim) noexcept {
-  return checked_block_bytes(found, reader_of<F>, dim);
-}
 
-// [num_kv_heads, rows] blocks of keys, then as many of values; a head's rows lie together (HND).
-template <kv_format K, kv_format V>
+// [num_kv_heads, rows] blocks of keys, then as many of values; a head's rows lie together (HND). Of formats that store
+// one token a row.
 class storage {
-  static_assert(K::block_rows == 1 && V::block_rows == 1,
-                "sinkcache: this format keeps several tokens in a block; kv_cache stores one token a row, so "
-                "block_rows must be 1");
-
  public:
+  struct shape {
+    index_t num_kv_heads, rows, head_dim, v_head_dim;
+  };
+
   // Holds no memory where the resource had none, and exceptions are off.
-  storage(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim, std::pmr::memory_resource* resource)
-      : rows_(rows), k_block_(K::block_bytes(head_dim)), v_block_(V::block_bytes(v_head_dim)) {
-    const std::size_t bytes = required_bytes(num_kv_heads, rows, head_dim, v_head_dim);
-    v_offset_ = round_up(num_kv_heads * rows * k_block_, 64);
+  storage(const row_format& k, const row_format& v, const shape& of, std::pmr::memory_resource* resource)
+      : k_(k),
+        v_(v),
+        of_(of),
+        k_block_(k.reader->block_bytes(of.head_dim)),
+        v_block_(v.reader->block_bytes(of.v_head_dim)) {
+    const std::size_t bytes = required_bytes(k, v, of);
+    v_offset_ = round_up(of.num_kv_heads * of.rows * k_block_, 64);
     memory_ = take_memory(bytes, resource);
   }
 
-  static std::size_t required_bytes(index_t num_kv_heads, index_t rows, index_t head_dim, index_t v_head_dim) {
+  static std::size_t required_bytes(const row_format& k, const row_format& v, const shape& of) {
     status found;
-    const std::size_t bytes = required_bytes(found, num_kv_heads, rows, head_dim, v_head_dim);
+    const std::size_t bytes = required_bytes(found, k, v, of);
     found.or_fail();
     return bytes;
   }
-  static std::size_t required_bytes(status& found, index_t num_kv_heads, index_t rows, index_t head_dim,
-                                    index_t v_head_dim) noexcept {
-    const index_t k_bytes = checked_block_bytes<K>(found, head_dim),
-                  v_bytes = checked_block_bytes<V>(found, v_head_dim);
+  static std::size_t required_bytes(status& found, const row_format& k, const row_format& v, const shape& of) noexcept {
+    const index_t k_bytes = checked_block_bytes(found, *k.reader, of.head_dim),
+                  v_bytes = checked_block_bytes(found, *v.reader, of.v_head_dim);
     const index_t row_bytes = checked_sum(found, "bytes of a token", k_bytes, v_bytes);
-    const index_t all_rows = checked_product(found, "num_kv_heads * tokens", num_kv_heads, rows);
+    const index_t all_rows = checked_product(found, "num_kv_heads * tokens", of.num_kv_heads, of.rows);
     const index_t bytes = checked_product(found, "bytes of the cache", all_rows, row_bytes);
     const index_t aligned = found ? round_up(all_rows * k_bytes, 64) - all_rows * k_bytes : 0;  // values begin a line
     return static_cast<std::size_t>(checked_sum(found, "bytes of the cache", bytes, aligned));
   }
 
-  std::byte* k(index_t kv_head, index_t row) const { return data() + (kv_head * rows_ + row) * k_block_; }
-  std::byte* v(index_t kv_head, index_t row) const { return data() + v_offset_ + (kv_head * rows_ + row) * v_block_; }
+  void encode(index_t kv_head, index_t row, const float* key, const float* value) const noexcept {
+    k_.encode(key, of_.head_dim, k(kv_head, row));
+    v_.encode(value, of_.v_head_dim, v(kv_head, row));
+  }
+
+  std::byte* k(index_t kv_head, index_t row) const { return data() + (kv_head * of_.rows + row) * k_block_; }
+  std::byte* v(index_t kv_head, index_t row) const {
+    return data() + v_offset_ + (kv_head * of_.rows + row) * v_block_;
+  }
   // As parts name them.
   kv_rows k_rows(index_t kv_head) const {
-    return {.reader = &reader_of<K>, .base = k(kv_head, 0), .block = k_block_, .head = rows_ * k_block_};
+    return {.reader = k_.reader, .base = k(kv_head, 0), .block = k_block_, .head = of_.rows * k_block_};
   }
   kv_rows v_rows(index_t kv_head) const {
-    return {.reader = &reader_of<V>, .base = v(kv_head, 0), .block = v_block_, .head = rows_ * v_block_};
+    return {.reader = v_.reader, .base = v(kv_head, 0), .block = v_block_, .head = of_.rows * v_block_};
   }
   std::size_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
   std::byte* data() const { return memory_.get(); }
   std::pmr::memory_resource* resource() const { return memory_.get_deleter().resource; }
 
  private:
-  index_t rows_, k_block_, v_block_, v_offset_ = 0;
+  row_format k_, v_;
+  shape of_;
+  index_t k_block_, v_block_, v_offset_ = 0;
   cache_memory memory_;
 };
 

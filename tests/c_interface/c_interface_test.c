@@ -465,6 +465,10 @@ static void wrong_configurations(void) {
   WRONG(rope.width = INT64_MAX, "width was");
   WRONG(rope.width = 18, "rope's width was 18");
   WRONG(rope.num_inv_freq = 3, "num_inv_freq was 3");
+  WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq"}), "rope's num_inv_freq was 0");
+  WRONG((rope = (sinkcache_rope){.size = sizeof rope, .theta = 100, .width = 7}), "rope's width was 7");
+  WRONG((rope = (sinkcache_rope){.size = sizeof rope, .theta = 100, .width = -2}), "rope's width was -2");
+  WRONG(config.v_format = "", "the format of values was ''");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq", .inv_freq = q}), "num_inv_freq was 0");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "none", .theta = 1}), "rope's theta was 1");
 #undef WRONG

@@ -1,5 +1,5 @@
 // The C interface as a shared library, and beside it the same work through the C++ classes themselves, for the tests to
-// compare: few formats, because each pair is compiled.
+// compare: few formats, because what reads each is compiled.
 
 #define SINKCACHE_C_FORMATS sinkcache::f32, sinkcache::q8
 #include <sinkcache/sinkcache.cpp>

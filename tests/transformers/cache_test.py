@@ -323,6 +323,13 @@ def check_refusals():
         activation_sparsity_pattern=[0.0] * 2)))
     refused("layer 0's type was chunked_attention", SinkCache, made(t.Llama4TextConfig(
         **small, num_local_experts=2, attention_chunk_size=32, head_dim=16, intermediate_size_mlp=32)))
+    mla = t.DeepseekV3Config(
+        **{**small, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=2)
+    model = made(mla)
+    refused("kv_lora_rank was 16", SinkCache, model)
+    model.model.config.kv_lora_rank = 0  # the same layers, not known by name
+    refused("layers do something else with what a cache gives them", SinkCache, model)
     refused("decoders with a rotary embedding was 0", SinkCache, made(t.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)))
 

@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <concepts>
 #include <cstring>
+#include <memory>
 #include <memory_resource>
+#include <optional>
 #include <utility>
 
 #include "../any_kv_cache.hpp"
@@ -21,12 +23,45 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 namespace detail {
 
-template <eviction_policy Policy>
+template <class Policy>
 class tiered_cache : public any_kv_cache {
+  static_assert(eviction_policy<Policy>, "sinkcache: the third argument of kv_cache must model eviction_policy");
+
  public:
-  index_t room() const noexcept override {
-    return nbytes() > 0 ? shape_.room(seen_) : 1;
-  }  // the policy may be moved from
+  tiered_cache(tiered_cache&& from) noexcept
+      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
+        formats_(from.formats_),
+        high_(std::exchange(from.high_, 0)),
+        encoded_(std::exchange(from.encoded_, 0)),
+        config_recent_(from.config_recent_),
+        shape_(std::move(from.shape_)),
+        rows_(std::move(from.rows_)),
+        erased_(std::exchange(from.erased_, {})) {}
+  tiered_cache& operator=(tiered_cache&& from) noexcept {
+    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
+    formats_ = from.formats_;
+    high_ = std::exchange(from.high_, 0);
+    encoded_ = std::exchange(from.encoded_, 0);
+    config_recent_ = from.config_recent_;
+    shape_ = std::move(from.shape_);
+    rows_ = std::move(from.rows_);
+    erased_ = std::exchange(from.erased_, {});
+    return *this;
+  }
+
+  // What kv_cache's try_create makes, of formats that are known when the program runs.
+  static std::optional<tiered_cache> try_make(const tier_formats& formats, const cache_config& config, Policy policy,
+                                              status& found, std::pmr::memory_resource* resource) noexcept {
+    found = validate_with(formats, config, policy);
+    require_resource(found, resource);
+    return found ? make(formats, config, std::move(policy), found, resource) : std::nullopt;
+  }
+  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
+    return on_heap(try_copy(found), found);
+  }
+
+  // Where it was moved from, the policy may be, too.
+  index_t room() const noexcept override { return nbytes() > 0 ? shape_.room(seen_) : 1; }
 
   void write(index_t first_kv_head, index_t num_kv_heads, const_matrix_view k, const_matrix_view v, index_t first_row,
              index_t n) noexcept override {
@@ -137,35 +172,11 @@ class tiered_cache : public any_kv_cache {
  protected:
   static constexpr bool is_window = std::same_as<Policy, sink_window>;
 
-  // Without memory where the resource had none, and exceptions are off.
-  tiered_cache(const tier_formats& formats, const cache_config& config, Policy&& policy,
+  tiered_cache(checked, const tier_formats& formats, const cache_config& config, Policy&& policy,
                std::pmr::memory_resource* resource)
-      : any_kv_cache(geometry_of(formats, config)),
-        formats_(&formats),
-        config_recent_(config.recent),
-        shape_(shape_of(formats, config, std::move(policy))),
-        rows_(formats, storage_shape(config, shape_), resource) {}
-  tiered_cache(tiered_cache&& from) noexcept
-      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
-        formats_(from.formats_),
-        high_(std::exchange(from.high_, 0)),
-        encoded_(std::exchange(from.encoded_, 0)),
-        config_recent_(from.config_recent_),
-        shape_(std::move(from.shape_)),
-        rows_(std::move(from.rows_)),
-        erased_(std::exchange(from.erased_, {})) {}
-  tiered_cache& operator=(tiered_cache&& from) noexcept {
-    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
-    formats_ = from.formats_;
-    high_ = std::exchange(from.high_, 0);
-    encoded_ = std::exchange(from.encoded_, 0);
-    config_recent_ = from.config_recent_;
-    shape_ = std::move(from.shape_);
-    rows_ = std::move(from.rows_);
-    erased_ = std::exchange(from.erased_, {});
-    return *this;
+      : tiered_cache(formats, config, std::move(policy), resource) {
+    got_memory().or_fail();
   }
-  ~tiered_cache() override = default;
 
   static status validate_with(const tier_formats& formats, const cache_config& config, const Policy& policy) noexcept {
     status found;
@@ -183,13 +194,47 @@ class tiered_cache : public any_kv_cache {
     return tiered_storage::required_bytes(found, formats,
                                           storage_shape(config, shape_of(formats, config, Policy(policy))));
   }
+
+  tiered_cache copy() const {
+    status found;
+    require_memory(found);
+    found.or_fail();
+    tiered_cache made(checked(found, rows_.resource()), *formats_, config(), Policy(shape_.policy), rows_.resource());
+    made.copy_tokens(*this, found);
+    found.or_fail();
+    return made;
+  }
+  std::optional<tiered_cache> try_copy(status& found) const noexcept {
+    found = status();
+    require_memory(found);
+    if (!found) return std::nullopt;
+    std::optional<tiered_cache> made = make(*formats_, config(), Policy(shape_.policy), found, rows_.resource());
+    if (made) made->copy_tokens(*this, found);
+    if (!found) made.reset();
+    return made;
+  }
+
+ private:
+  using shape = tier_shape<Policy>;
+
+  // Without memory where the resource had none, and exceptions are off.
+  tiered_cache(const tier_formats& formats, const cache_config& config, Policy&& policy,
+               std::pmr::memory_resource* resource)
+      : any_kv_cache(geometry_of(formats, config)),
+        formats_(&formats),
+        config_recent_(config.recent),
+        shape_(shape_of(formats, config, std::move(policy))),
+        rows_(formats, storage_shape(config, shape_), resource) {}
+  static std::optional<tiered_cache> make(const tier_formats& formats, const cache_config& config, Policy&& policy,
+                                          status& found, std::pmr::memory_resource* resource) noexcept {
+    return made_cache(found, bytes_of(found, formats, config, policy),
+                      [&] { return tiered_cache(formats, config, std::move(policy), resource); });
+  }
   status got_memory() const noexcept {
     status found;
     if (nbytes() == 0) refuse_memory(found, bytes_of(found, *formats_, config(), shape_.policy));
     return found;
   }
-  std::pmr::memory_resource* resource() const { return rows_.resource(); }
-
   void copy_tokens(const tiered_cache& from, status& found) noexcept {
     erased_.assign(found, from.erased_);
     std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
@@ -198,21 +243,12 @@ class tiered_cache : public any_kv_cache {
     encoded_ = from.encoded_;
   }
 
- private:
-  using shape = tier_shape<Policy>;
-
-  static kv_geometry geometry_of(const tier_formats& formats, const cache_config& config) noexcept {
-    kv_geometry geometry = detail::geometry_of(config);
-    geometry.k_transform = formats.k_transform;
-    geometry.v_transform = formats.v_transform;
-    return geometry;
-  }
   // Where neither format spares any, a window is whole, and of a user-defined policy what it pins.
   static shape shape_of(const tier_formats& formats, const cache_config& config, Policy policy) noexcept {
     return {std::move(policy), formats.spares ? config.recent : is_window ? index_t{max_position} : 0, config.rollback};
   }
   static tiered_storage::shape storage_shape(const cache_config& config, const shape& of) noexcept {
-    return {config.num_kv_heads, config.head_dim, detail::geometry_of(config).v_head_dim, of.full_rows(), of.few()};
+    return {config.num_kv_heads, config.head_dim, geometry_of(config).v_head_dim, of.full_rows(), of.few()};
   }
 
   index_t spared_row(position_t position) const noexcept {

@@ -94,6 +94,8 @@ def measure(decoder, probe):
             refuse("rope_type", kind, "one whose frequencies do not change with the length: " + ", ".join(_FIXED))
         if "mrope_section" in parameters:
             refuse("mrope_section", parameters["mrope_section"], "absent: tokens of one position each")
+    if getattr(decoder.config, "kv_lora_rank", None):
+        refuse("kv_lora_rank", decoder.config.kv_lora_rank, "absent: MLA caches what its keys and values are made from")
     positions = torch.tensor([[0, 1, 37, 1003]])
 
     def given(at, hooked):
@@ -103,6 +105,11 @@ def measure(decoder, probe):
             with torch.no_grad():
                 decoder(input_ids=torch.tensor([[0, 1, 2, 3]]), position_ids=at, use_cache=True,
                         **{cache_name(decoder): probe})
+        except (RuntimeError, IndexError, AttributeError) as error:
+            if str(error).startswith("sinkcache: "):
+                raise
+            raise ValueError(f"sinkcache: {type(decoder).__name__}'s layers do something else with what a cache gives "
+                             f"them, had to hand it to attention: {error}") from error
         finally:
             forwards.cache = None
         return dict(probe.notes)

@@ -1,12 +1,15 @@
 // Attention as an operator of PyTorch, over keys and values where the host's tensors hold them: of any strides, in f32,
 // f16 or bf16. attention.py gives it the signature of Hugging Face's AttentionInterface.
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include "host.hpp"
@@ -78,67 +81,42 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   if (batch == 0 || q_len == 0) return out.to(q.scalar_type());
 
   const std::vector<span_of> seen = spans_of(spans, batch, q_len, kv_len, sliding_window);
-  const sinkcache::attention attention(attention_params(heads, scaling, softcap, sinks));
+  const sinkcache::attention_params params = attention_params(heads, scaling, softcap, sinks);
   sinkcache::workspace& workspace = torch_workspace();
-
-  require(sinkcache::try_with_formats(
-      format_name(k), format_name(v), [&]<sinkcache::viewed_format K, sinkcache::viewed_format V>(K, V) -> status {
-        using view = sinkcache::kv_view<K, V>;
-        std::vector<view> views;
-        views.reserve(static_cast<std::size_t>(batch));
-        const auto at = [](const at::Tensor& t, int64_t sequence, int64_t column) {
-          return static_cast<const std::byte*>(t.data_ptr()) +
-                 (sequence * t.stride(0) + column * t.stride(2)) * t.element_size();
-        };
-        status view_found;
-        std::vector<int64_t> first_row;
-        for (int64_t i = 0; i < batch; ++i) {
-          // Of what is there alone: padding has no place, so the first key that is none has position 0.
-          const span_of& span = seen[static_cast<std::size_t>(i)];
-          first_row.push_back(std::clamp<int64_t>(span.first - span.query, 0, q_len));
-          const sinkcache::cache_config config{.num_kv_heads = k.size(1),
-                                               .head_dim = dim,
-                                               .v_head_dim = v.size(3),
-                                               .num_sink_tokens = std::max<int64_t>(0, num_sink_tokens - span.first),
-                                               .window = span.window,
-                                               .positions = sinkcache::positions::absolute,
-                                               .inputs = sinkcache::inputs::rotated};
-          const sinkcache::kv_piece keys{0, span.end - span.first, at(k, i, span.first), at(v, i, span.first)};
-          const int64_t until = std::min(span.query + q_len, span.end);
-          std::optional<view> one = view::try_create(config, {strides(k), strides(v)}, keys,
-                                                     std::max<int64_t>(0, until - span.first), view_found);
-          if (!one) return view_found;
-          views.push_back(std::move(*one));
-        }
-        const auto q_of = [&](int64_t i, int64_t row) {
-          return rows.data_ptr<float>() + (i * q_len + row) * heads * dim;
-        };
-        const auto out_of = [&](int64_t i, int64_t row) {
-          return out.data_ptr<float>() + (i * q_len + row) * heads * v.size(3);
-        };
-        if (q_len == 1) {  // all sequences at once
-          std::vector<sinkcache::decode_item> items;
-          const auto floats = [](auto* row, int64_t n) { return std::span(row, static_cast<std::size_t>(n)); };
-          for (int64_t i = 0; i < batch; ++i) {
-            const span_of& span = seen[static_cast<std::size_t>(i)];
-            if (span.first <= span.query && span.query < span.end)
-              items.push_back({.q = floats(static_cast<const float*>(q_of(i, 0)), heads * dim),
-                               .keys = &views[static_cast<std::size_t>(i)],
-                               .out = floats(out_of(i, 0), heads * v.size(3))});
-          }
-          return attention.try_decode(items, workspace);
-        }
-        for (int64_t i = 0; i < batch && view_found; ++i) {
-          const view& keys = views[static_cast<std::size_t>(i)];
-          const int64_t row = first_row[static_cast<std::size_t>(i)];
-          const span_of& span = seen[static_cast<std::size_t>(i)];
-          const int64_t n = std::max<int64_t>(0, std::min(q_len, span.end - span.query) - row);
-          if (n > 0)
-            view_found = attention.try_attend({q_of(i, row), n, heads * dim}, keys,
-                                              {out_of(i, row), n, heads * v.size(3)}, workspace);
-        }
-        return view_found;
-      }));
+  const auto at = [](const at::Tensor& t, int64_t sequence, int64_t column) {
+    return static_cast<const std::byte*>(t.data_ptr()) +
+           (sequence * t.stride(0) + column * t.stride(2)) * t.element_size();
+  };
+  std::vector<std::shared_ptr<const sinkcache::kv_source>> views;
+  std::vector<sinkcache::decode_item> items;
+  for (int64_t i = 0; i < batch; ++i) {
+    // Of what is there alone: padding has no place, so the first key that is none has position 0.
+    const span_of& span = seen[static_cast<std::size_t>(i)];
+    const sinkcache::cache_config config{.num_kv_heads = k.size(1),
+                                         .head_dim = dim,
+                                         .v_head_dim = v.size(3),
+                                         .num_sink_tokens = std::max<int64_t>(0, num_sink_tokens - span.first),
+                                         .window = span.window,
+                                         .positions = sinkcache::positions::absolute,
+                                         .inputs = sinkcache::inputs::rotated};
+    const sinkcache::kv_piece keys{0, span.end - span.first, at(k, i, span.first), at(v, i, span.first)};
+    const int64_t until = std::min(span.query + q_len, span.end);
+    const int64_t row = std::clamp<int64_t>(span.first - span.query, 0, q_len);
+    const int64_t n = std::max<int64_t>(0, std::min(q_len, span.end - span.query) - row);
+    views.push_back(library::view_of(format_name(k), format_name(v), config, {strides(k), strides(v)}, keys,
+                                     std::max<int64_t>(0, until - span.first), found));
+    require(found);
+    if (n == 0) continue;
+    const float* const from = rows.data_ptr<float>() + (i * q_len + row) * heads * dim;
+    float* const to = out.data_ptr<float>() + (i * q_len + row) * heads * v.size(3);
+    if (q_len == 1)
+      items.push_back({.q = {from, static_cast<std::size_t>(heads * dim)},
+                       .keys = views.back().get(),
+                       .out = {to, static_cast<std::size_t>(heads * v.size(3))}});
+    else
+      require(library::attend(params, {from, n, heads * dim}, *views.back(), {to, n, heads * v.size(3)}, workspace));
+  }
+  require(library::decode(params, items, workspace));  // all sequences at once
   return out.to(q.scalar_type());
 }
 

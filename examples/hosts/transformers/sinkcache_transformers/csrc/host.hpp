@@ -1,12 +1,14 @@
 // What attention over the host's caches and attention over caches of this library's share of PyTorch.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <optional>
-#include <sinkcache/sinkcache.hpp>
 #include <string_view>
+
+#include "library.hpp"
 
 using sinkcache::index_t;
 using sinkcache::position_t;

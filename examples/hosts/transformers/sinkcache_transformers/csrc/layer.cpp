@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <sinkcache/named_caches.hpp>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,20 +22,20 @@ class layer final : public torch::CustomClassHolder {
   layer(std::string policy, std::string k_format, std::string v_format, int64_t num_kv_heads, int64_t num_qo_heads,
         int64_t head_dim, int64_t v_head_dim, int64_t num_sink_tokens, int64_t window, int64_t rollback, int64_t recent,
         bool absolute, const at::Tensor& inv_freq, bool interleaved)
-      : of_{.policy = std::move(policy),
-            .k_format = std::move(k_format),
-            .v_format = std::move(v_format),
-            .config = {.num_kv_heads = num_kv_heads,
-                       .head_dim = head_dim,
-                       .v_head_dim = v_head_dim,
-                       .num_sink_tokens = num_sink_tokens,
-                       .window = window,
-                       .positions = absolute ? sinkcache::positions::absolute : sinkcache::positions::in_cache,
-                       .rollback = rollback,
-                       .recent = recent},
-            .num_qo_heads = num_qo_heads} {
+      : policy_(std::move(policy)),
+        k_format_(std::move(k_format)),
+        v_format_(std::move(v_format)),
+        config_{.num_kv_heads = num_kv_heads,
+                .head_dim = head_dim,
+                .v_head_dim = v_head_dim,
+                .num_sink_tokens = num_sink_tokens,
+                .window = window,
+                .positions = absolute ? sinkcache::positions::absolute : sinkcache::positions::in_cache,
+                .rollback = rollback,
+                .recent = recent},
+        num_qo_heads_(num_qo_heads) {
     const at::Tensor frequencies = inv_freq.to(at::kFloat).contiguous();
-    of_.config.rope =
+    config_.rope =
         sinkcache::rope({frequencies.data_ptr<float>(), static_cast<std::size_t>(frequencies.numel())},
                         interleaved ? sinkcache::rope_pairing::interleaved : sinkcache::rope_pairing::half_split);
     make();  // tells now what could not be made later
@@ -55,7 +54,6 @@ class layer final : public torch::CustomClassHolder {
   at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& first,
                     const std::vector<int64_t>& end, double scaling, double softcap,
                     const c10::optional<at::Tensor>& sinks) {
-    const sinkcache::cache_config& config = of_.config;
     status found;
     const auto require_shape = [&](const char* what, const at::Tensor& t, int64_t heads, int64_t dim) {
       found.require(t.dim() == 4, what, t.dim(), "a tensor of 4 dimensions");
@@ -67,17 +65,17 @@ class layer final : public torch::CustomClassHolder {
       found.require(t.size(3) == dim, what, t.size(3), "of so many dimensions:", dim);
       require_float_type(found, what, t);
     };
-    require_shape("query", q, of_.num_qo_heads, config.head_dim);
-    require_shape("key", k, config.num_kv_heads, config.head_dim);
-    require_shape("value", v, config.num_kv_heads, config.v_head_dim);
-    if (sinks) found.require(sinks->numel() == of_.num_qo_heads, "sinks", sinks->numel(), "one per query head");
+    require_shape("query", q, num_qo_heads_, config_.head_dim);
+    require_shape("key", k, config_.num_kv_heads, config_.head_dim);
+    require_shape("value", v, config_.num_kv_heads, config_.v_head_dim);
+    if (sinks) found.require(sinks->numel() == num_qo_heads_, "sinks", sinks->numel(), "one per query head");
     require(found);
 
     const auto rows_of = [](const at::Tensor& t) { return t.transpose(1, 2).to(at::kFloat).contiguous().flatten(2); };
     const at::Tensor q_rows = rows_of(q), k_rows = rows_of(k), v_rows = rows_of(v);
     const int64_t batch = q.size(0), tokens = q.size(2);
-    at::Tensor out = at::zeros({batch, tokens, of_.num_qo_heads, config.v_head_dim}, q_rows.options());
-    const sinkcache::attention attention(attention_params(of_.num_qo_heads, scaling, softcap, sinks));
+    at::Tensor out = at::zeros({batch, tokens, num_qo_heads_, config_.v_head_dim}, q_rows.options());
+    const sinkcache::attention_params params = attention_params(num_qo_heads_, scaling, softcap, sinks);
     sinkcache::workspace& workspace = torch_workspace();
 
     const bool padded = !first.empty();
@@ -93,10 +91,10 @@ class layer final : public torch::CustomClassHolder {
       const auto view = [&](const at::Tensor& t) {
         return sinkcache::const_matrix_view(t.data_ptr<float>() + (i * tokens + row) * t.size(2), n, t.size(2));
       };
-      const int64_t out_cols = of_.num_qo_heads * config.v_head_dim;
+      const int64_t out_cols = num_qo_heads_ * config_.v_head_dim;
       float* const to = out.data_ptr<float>() + (i * tokens + row) * out_cols;
       if (n > 1 || tokens > 1) {
-        found = attention.try_prefill(view(q_rows), view(k_rows), view(v_rows), cache, {to, n, out_cols}, workspace);
+        found = library::prefill(params, view(q_rows), view(k_rows), view(v_rows), cache, {to, n, out_cols}, workspace);
         continue;
       }
       found = cache.try_append(view(k_rows), view(v_rows));
@@ -105,7 +103,7 @@ class layer final : public torch::CustomClassHolder {
                        .out = {to, static_cast<std::size_t>(out_cols)},
                        .weights = cache.learner()});
     }
-    if (found) found = attention.try_decode(items, workspace);  // all sequences at once
+    if (found) found = library::decode(params, items, workspace);  // all sequences at once
     require(found);
     return out.to(q.scalar_type());
   }
@@ -148,7 +146,7 @@ class layer final : public torch::CustomClassHolder {
     caches_ = std::move(selected);
   }
   c10::intrusive_ptr<layer> clone() const {
-    auto result = c10::make_intrusive<layer>(of_);
+    auto result = c10::make_intrusive<layer>(*this);
     for (const auto& cache : caches_) result->caches_.push_back(copy(*cache));
     return result;
   }
@@ -158,12 +156,18 @@ class layer final : public torch::CustomClassHolder {
     return static_cast<int64_t>(bytes);
   }
 
-  explicit layer(sinkcache::named_cache of) : of_(std::move(of)) {}
+  // Of the same kind, and without sequences.
+  layer(const layer& like)
+      : policy_(like.policy_),
+        k_format_(like.k_format_),
+        v_format_(like.v_format_),
+        config_(like.config_),
+        num_qo_heads_(like.num_qo_heads_) {}
 
  private:
   std::unique_ptr<sinkcache::any_kv_cache> make() const {
     status found;
-    auto made = sinkcache::try_make_cache(of_, found);
+    auto made = library::make_cache(policy_, k_format_, v_format_, config_, num_qo_heads_, found);
     require(found);
     return made;
   }
@@ -174,7 +178,9 @@ class layer final : public torch::CustomClassHolder {
     return made;
   }
 
-  sinkcache::named_cache of_;
+  std::string policy_, k_format_, v_format_;
+  sinkcache::cache_config config_;
+  index_t num_qo_heads_;
   caches caches_;
 };
 
