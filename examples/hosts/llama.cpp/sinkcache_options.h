@@ -1,0 +1,30 @@
+#pragma once
+
+// Command-line options of llama.cpp's programs for what the environment says: docs/llama-cpp.md. For common/arg.cpp.
+
+#include <cstdlib>
+#include <string>
+
+#include "arg.h"
+
+inline void sinkcache_set(const char* variable, const std::string& value) {
+#if defined(_WIN32)
+  _putenv_s(variable, value.c_str());
+#else
+  setenv(variable, value.c_str(), 1);
+#endif
+}
+
+template <class AddOption>
+void sinkcache_options(const AddOption& add) {
+  add(common_arg({"--sink-window"}, "N", "sinkcache: the newest tokens that are kept, in constant memory",
+                 [](common_params&, const std::string& value) { sinkcache_set("SINKCACHE_WINDOW", value); })
+          .set_env("SINKCACHE_WINDOW"));
+  add(common_arg({"--sink-tokens"}, "N", "sinkcache: the first tokens, which are kept too (default: 4)",
+                 [](common_params&, const std::string& value) { sinkcache_set("SINKCACHE_SINK_TOKENS", value); })
+          .set_env("SINKCACHE_SINK_TOKENS"));
+  add(common_arg({"--sink-policy"}, "NAME",
+                 "sinkcache: sinks, or a policy by score with its parameters (default: sinks)",
+                 [](common_params&, const std::string& value) { sinkcache_set("SINKCACHE_POLICY", value); })
+          .set_env("SINKCACHE_POLICY"));
+}
