@@ -203,7 +203,7 @@ class visible_memory final : public std::pmr::memory_resource {
 
 // The caches of as many layers as hold `bytes`, at least one: one stays in the last-level cache, those of cold() come
 // from memory when they are walked in turn.
-template <class F>
+template <class K, class V = K>
 class layers {
  public:
   layers(const sinkcache::cache_config& config, index_t tokens, std::size_t bytes = 0)
@@ -221,7 +221,7 @@ class layers {
 
   std::size_t size() const { return caches_.size(); }
   std::size_t layer_bytes() const { return memory_[0].size(); }
-  sinkcache::kv_cache<F>& cache(std::size_t i) { return caches_[i % size()]; }
+  sinkcache::kv_cache<K, V>& cache(std::size_t i) { return caches_[i % size()]; }
   // Plainly, one of so many parts of a layer's bytes.
   void read(std::size_t i, std::size_t part = 0, std::size_t parts = 1) const {
     const visible_memory& memory = memory_[i % size()];
@@ -230,17 +230,25 @@ class layers {
 
  private:
   static std::size_t bytes_of(const sinkcache::cache_config& config) {
-    return sinkcache::kv_cache<F>::required_bytes(config);
+    return sinkcache::kv_cache<K, V>::required_bytes(config);
   }
 
   std::vector<visible_memory> memory_;
-  std::vector<sinkcache::kv_cache<F>> caches_;
+  std::vector<sinkcache::kv_cache<K, V>> caches_;
 };
 
+// A stored row as floats, as it was before the cache transformed it.
+inline void decode_row(const sinkcache::kv_rows& rows, const sinkcache::row_transform* transform, index_t row,
+                       index_t dim, float* to) {
+  alignas(64) float padded[sinkcache::max_head_dim];
+  rows.reader->load(rows, row, 1, dim, sinkcache::max_head_dim, padded);
+  if (transform != nullptr) transform->undo(padded, dim);
+  std::copy_n(padded, dim, to);
+}
+
 // What double arithmetic over the stored rows gives the newest token, [num_qo_heads * head_dim].
-template <class F>
-std::vector<double> exact(const sinkcache::kv_cache<F>& cache, const sinkcache::attention_params& params,
-                          const float* q) {
+inline std::vector<double> exact(const sinkcache::any_kv_cache& cache, const sinkcache::attention_params& params,
+                                 const float* q) {
   const sinkcache::kv_geometry& config = cache.geometry();
   const index_t dim = config.head_dim, group = params.num_qo_heads / config.num_kv_heads;
   oracle::layer layer;
@@ -260,8 +268,8 @@ std::vector<double> exact(const sinkcache::kv_cache<F>& cache, const sinkcache::
     for (const sinkcache::kv_part& part : parts)
       for (index_t i = 0; i < part.rows; ++i) {
         const position_t p = part.position(i);
-        F::decode(part.k.base + (part.row + i) * part.k.block, 0, dim, keys.data() + p * dim);
-        F::decode(part.v.base + (part.row + i) * part.v.block, 0, dim, values.data() + p * dim);
+        decode_row(part.k, config.k_transform, part.row + i, dim, keys.data() + p * dim);
+        decode_row(part.v, config.v_transform, part.row + i, dim, values.data() + p * dim);
         visible.push_back(p);
       }
     layer.sink_logits.clear();
@@ -285,9 +293,8 @@ inline double error(const std::vector<double>& exact, const float* out) {
   return largest_error / largest;
 }
 
-template <class F>
-double error_of(const sinkcache::kv_cache<F>& cache, const sinkcache::attention_params& params, const float* q,
-                const float* out) {
+inline double error_of(const sinkcache::any_kv_cache& cache, const sinkcache::attention_params& params, const float* q,
+                       const float* out) {
   return error(exact(cache, params, q), out);
 }
 

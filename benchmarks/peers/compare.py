@@ -207,7 +207,7 @@ def main():
           % (versions, processor, datetime.date.today().isoformat(), args.rounds))
     print("| | | us | times ours | of the machine's limit | error |\n|--|--|--|--|--|--|")
     cases = [(shape, format, visible, 1) for visible in (1024, 32768) for shape in HEADS
-             for format in ("f32", "f16", "bf16")]
+             for format in ("f32", "f16", "bf16", "q8", "q4")]
     cases += [(shape, format, visible, 512) for visible in (1024, 4096) for shape in HEADS for format in ("f32", "f16")]
     for shape, format, visible, tokens in cases:
         if args.only in "%s of %d, %s, %s" % ("decode" if tokens == 1 else "prefill of 512", visible, shape, format):

@@ -3,6 +3,8 @@
 
 #include "../measure.hpp"
 
+#include <sinkcache/ggml_formats.hpp>
+
 #if defined(HAVE_GGML)
 #include <ggml-cpu.h>
 #include <ggml.h>
@@ -94,9 +96,11 @@ void add_ours(layer& layer) {
 enum class cells { by_head, by_token };  // [head][token][dim], and as llama.cpp has them, [token][head][dim]
 
 template <class F>
-constexpr ggml_type type_of = std::is_same_v<F, sinkcache::f32>   ? GGML_TYPE_F32
-                              : std::is_same_v<F, sinkcache::f16> ? GGML_TYPE_F16
-                                                                  : GGML_TYPE_BF16;
+constexpr ggml_type type_of = std::is_same_v<F, sinkcache::f32>    ? GGML_TYPE_F32
+                              : std::is_same_v<F, sinkcache::f16>  ? GGML_TYPE_F16
+                              : std::is_same_v<F, sinkcache::bf16> ? GGML_TYPE_BF16
+                              : std::is_same_v<F, sinkcache::q8_0> ? GGML_TYPE_Q8_0
+                                                                   : GGML_TYPE_Q4_0;
 
 // A graph, and the thread and the memory that it is computed with.
 struct ggml_program {
@@ -134,7 +138,7 @@ ggml_tensor* stored(ggml_context* context, const layer& layer, const matrix& row
       F::encode(rows.row(i).data() + head * dim, dim, block.data());
       std::memcpy(
           static_cast<char*>(t->data) + i * static_cast<index_t>(t->nb[1]) + head * static_cast<index_t>(t->nb[2]),
-          block.data(), static_cast<std::size_t>(dim * F::element_bytes));
+          block.data(), block.size());
     }
   return t;
 }
@@ -177,7 +181,7 @@ void add_ggml(layer& layer, bool flash, cells order, const std::string& name) {
   if (flash) {
     out = ggml_flash_attn_ext(context, q, k, v, mask_of(context, layer), layer.scale(), 0, 0);
     if (of.sink_logits) ggml_flash_attn_ext_add_sinks(out, sinks_of(context, layer));
-  } else {
+  } else if constexpr (sinkcache::elementwise_format<F>) {
     // Without flash attention llama.cpp keeps values transposed, [head][dim][token].
     ggml_tensor* const transposed = ggml_new_tensor_3d(context, v->type, layer.visible, of.head_dim, of.num_kv_heads);
     for (index_t head = 0; head < of.num_kv_heads; ++head)
@@ -250,6 +254,16 @@ void add_all(layer& layer) {
 #endif
 }
 
+// Few bits, of ours and of ggml's own: each stores what it was given in its way.
+template <class F, class Ggml>
+void add_few_bits(layer& layer) {
+  add_ours<F>(layer);
+#if defined(HAVE_GGML)
+  add_ggml<Ggml>(layer, true, cells::by_head, "ggml flash");
+  add_ggml<Ggml>(layer, true, cells::by_token, "ggml flash, llama.cpp's cache");
+#endif
+}
+
 }  // namespace
 
 extern "C" {
@@ -276,6 +290,8 @@ void* layer_new(const char* format, const char* shape_name, long visible, long t
   if (name == "f32") add_all<sinkcache::f32>(*result);
   if (name == "f16") add_all<sinkcache::f16>(*result);
   if (name == "bf16") add_all<sinkcache::bf16>(*result);
+  if (name == "q8") add_few_bits<sinkcache::q8, sinkcache::q8_0>(*result);
+  if (name == "q4") add_few_bits<sinkcache::q4, sinkcache::q4_0>(*result);
   return result;
 }
 void layer_free(layer* of) { delete of; }
