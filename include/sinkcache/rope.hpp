@@ -216,6 +216,10 @@ class rope {
       rotate_pairs<2>(by, from, 1, to);
     for (index_t i = width(); i < dim; ++i) to[i] = from[i];
   }
+  [[deprecated("its name is rotate now")]] void turn(const angles& by, const float* from, index_t dim,
+                                                     float* to) const noexcept {
+    rotate(by, from, dim, to);
+  }
 
   // The angles of the ranks 0 to 63, with the attention factor: for keys that are stored as they were before rope, and
   // rotated as they are loaded (kv_part::rank_angles). For each rank sixteen cosines and sixteen sines by turns;
