@@ -11,8 +11,6 @@ template <class F>
 void decode(benchmark::State& state, const effort& effort, const shape& of, index_t visible, std::size_t bytes,
             int calls = 1) {
   const auto config = config_of(of, visible);
-  // Cold: two at least, so that the plain read is of another layer than the call.
-  if (bytes > 0) bytes = std::max(bytes, 2 * sinkcache::kv_cache<F>::required_bytes(config));
   layers<F> layers(config, visible + visible / 3, bytes);
   const matrix q = queries(of, 1);
   matrix out(1, q.cols());

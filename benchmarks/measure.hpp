@@ -201,13 +201,14 @@ class visible_memory final : public std::pmr::memory_resource {
   std::size_t size_ = 0;
 };
 
-// The caches of as many layers as hold `bytes`, at least one: one stays in the last-level cache, those of cold() come
-// from memory when they are walked in turn.
+// The caches of as many layers as hold `bytes`, or of one: that stays in the last-level cache, those of cold() come
+// from memory when they are walked in turn. They are two at least, so that a plain read is of another layer than the
+// call.
 template <class K, class V = K>
 class layers {
  public:
   layers(const sinkcache::cache_config& config, index_t tokens, std::size_t bytes = 0)
-      : memory_(std::max<std::size_t>(1, (bytes + bytes_of(config) - 1) / bytes_of(config))) {
+      : memory_(bytes == 0 ? 1 : std::max<std::size_t>(2, (bytes + bytes_of(config) - 1) / bytes_of(config))) {
     const index_t cols = config.num_kv_heads * config.head_dim, chunk = std::min<index_t>(tokens, 1024);
     const matrix k = normal(chunk, cols, 1), v = normal(chunk, cols, 2);
     for (visible_memory& memory : memory_) {
