@@ -18,11 +18,10 @@ inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
-// Of formats that spare tokens, or that transform rows; or that do neither.
 template <kv_format K, kv_format V, class Policy>
-using cache_of = std::conditional_t<tiered_format<K> || tiered_format<V> || transform_of<K>() != nullptr ||
-                                        transform_of<V>() != nullptr,
-                                    tiered_cache<Policy>, plain_cache<Policy>>;
+using cache_of =
+    std::conditional_t<in_tiers(tiered_format<K> || tiered_format<V>, transform_of<K>(), transform_of<V>()),
+                       tiered_cache<Policy>, plain_cache<Policy>>;
 
 inline sink_window window_of(const cache_config& config) noexcept {
   return {config.num_sink_tokens, config.window, config.rollback};

@@ -100,7 +100,7 @@ std::unique_ptr<any_kv_cache> make_named(const named_cache& of, status& found, s
   const tier_formats& formats = Formats::call(
       k_format, v_format, []<class K, class V>(K, V) -> const tier_formats& { return tier_formats_of<K, V>; });
   if (scorer != nullptr) return on_heap(scored_cache::try_make(formats, config, rules, scorer, found, resource), found);
-  if (formats.spares || formats.k_transform != nullptr || formats.v_transform != nullptr)
+  if (in_tiers(formats.spares, formats.k_transform, formats.v_transform))
     return on_heap(tiered_cache<sink_window>::try_make(formats, config, window_of(config), found, resource), found);
   return on_heap(plain_cache<sink_window>::try_make(formats, config, window_of(config), found, resource), found);
 }

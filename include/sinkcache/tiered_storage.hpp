@@ -105,6 +105,11 @@ struct tier_shape<sink_window> {
   }
 };
 
+// Whether formats that spare tokens, or that transform rows, make a cache a tiered one.
+constexpr bool in_tiers(bool spares, const row_transform* of_k, const row_transform* of_v) noexcept {
+  return spares || of_k != nullptr || of_v != nullptr;
+}
+
 // Formats of tokens, and of those that are spared.
 struct tier_formats {
   row_format k, v, whole_k, whole_v;
