@@ -136,8 +136,7 @@ std::vector<cell> spared_cells(index_t pinned) {
   std::vector<cell> all;
   for (const char* name : few_bits)
     for (const index_t recent : {0, 32, 64})
-      if ((pinned == 1 && recent < 64) || (pinned != 1 && recent == 64) || (pinned == 0 && recent == 0))
-        all.push_back({&formats_named(name), pinned, recent});
+      if (pinned != 1 || recent != 64) all.push_back({&formats_named(name), pinned, recent});
   return all;
 }
 

@@ -34,7 +34,7 @@ struct formats_job {
 inline constexpr const char* few_bits[] = {"q8", "q6/q4", "q4", "q4/q2", "q2"};
 
 std::vector<cell> main_cells();                  // all formats, sparing 1 pinned token and the newest 64
-std::vector<cell> spared_cells(index_t pinned);  // the same formats that spare more or fewer
+std::vector<cell> spared_cells(index_t pinned);  // the same formats with 0, 32 and 64 recent, but for main_cells()
 std::vector<cell> unlike_cells();                // without rotation, keys or values alone, and as ggml rounds
 const compare::kv_formats& formats_named(const std::string&);
 

@@ -182,28 +182,25 @@ class formats_page {
   }
 
   std::string spared(index_t cache) const {
-    constexpr std::pair<index_t, index_t> places[] = {{0, 0}, {1, 0}, {1, 32}, {0, 64}, {1, 64}, {4, 64}};
-    std::string out = fmt::format("\nWhat is spared, with a cache of {}: KL, and perplexity.\n\n| keys/values |",
-                                  compare::tokens_text(cache)),
-                rule = "|---|";
-    for (const auto& [pinned, recent] : places) {
-      out += fmt::format(" {} pinned, {} recent |", pinned, recent);
-      rule += "---|";
-    }
-    out += "\n" + rule + "\n";
+    std::string out = fmt::format(
+        "\nWhat is spared, with a cache of {}: KL, and perplexity.\n\n"
+        "| keys/values | pinned | 0 recent | 32 recent | 64 recent |\n|---|---|---|---|---|\n",
+        compare::tokens_text(cache));
     const std::vector<cell> mains = main_cells();
     bool any = false;
-    for (const char* name : few_bits) {
-      out += fmt::format("| {} |", name);
-      for (const auto& [pinned, recent] : places) {
-        const auto found = measured_.side(cache, {&formats_named(name), pinned, recent});
-        any |= found && !std::ranges::count(mains, cell{&formats_named(name), pinned, recent});
-        out += found ? fmt::format(" {}, {}% |", shown_nats(mean(*found, &kept_blocks::nats).estimate),
-                                   shown_percent(more_perplexity(*found).estimate))
-                     : " |";
+    for (const char* name : few_bits)
+      for (const index_t pinned : {0, 1, 4}) {
+        out += fmt::format("| {} | {} |", name, pinned);
+        for (const index_t recent : {0, 32, 64}) {
+          const cell c{&formats_named(name), pinned, recent};
+          const auto found = measured_.side(cache, c);
+          any |= found && !std::ranges::count(mains, c);
+          out += found ? fmt::format(" {}, {}% |", shown_nats(mean(*found, &kept_blocks::nats).estimate),
+                                     shown_percent(more_perplexity(*found).estimate))
+                       : " |";
+        }
+        out += "\n";
       }
-      out += "\n";
-    }
     return any ? out : "";
   }
 

@@ -215,8 +215,10 @@ TEST_CASE("evidence of formats has every cell in one run, and reports what is ke
     }
   }
   CHECK(scored == 20000);
-  for (const char* name : {"q4 p0 r0", "q4 p1 r0", "q4 p1 r32", "q4 p0 r64", "q4 p4 r64", "q4 p1 r64", "bf16 p1 r64",
-                           "unrotated q4 p1 r64", "q4/f32 p1 r64", "f32/q4 p1 r64", "q4_0 p1 r64", "q4_0 p1 r0"}) {
+  for (const int pinned : {0, 1, 4})
+    for (const int recent : {0, 32, 64}) CHECK(cells.contains(fmt::format("q4 p{} r{}", pinned, recent)));
+  for (const char* name :
+       {"bf16 p1 r64", "unrotated q4 p1 r64", "q4/f32 p1 r64", "f32/q4 p1 r64", "q4_0 p1 r64", "q4_0 p1 r0"}) {
     INFO(name);
     CHECK(cells.contains(name));
   }
@@ -245,7 +247,8 @@ TEST_CASE("evidence of formats has every cell in one run, and reports what is ke
   const std::string page = evidence::formats_report(texts, "evidence --formats", results);
   CHECK_THAT(
       page, Catch::Contains("| f32 | 32 |") && Catch::Contains("+100% (+100 to +100) | 0.25 (0.25 to 0.25) | 50.0% |"));
-  CHECK_THAT(page, Catch::Contains("| q4 | 0.25, +100% | 0.25, +100% |") && Catch::Contains("| unrotated q4 | 64 |"));
+  CHECK_THAT(page, Catch::Contains("| q4 | 4 | 0.25, +100% | 0.25, +100% | 0.25, +100% |") &&
+                       Catch::Contains("| unrotated q4 | 64 |"));
   CHECK_THAT(evidence::formats_svg(texts, results),
              Catch::Contains(">q4/q2<") && Catch::Contains("A cache of 256 tokens"));
   all_kept = false;
