@@ -179,7 +179,7 @@ class page {
   std::string recall() const {
     std::string out =
         "\n## Recall\n\n"
-        "The share of digits of planted numbers that are recalled so many tokens later; guessing gives 0.10.\n\n"
+        "The share of the digits of planted numbers that are recalled that many tokens later; guessing gives 0.10.\n\n"
         "| cache | tokens later | the fact in the window | window | sinks:4 |\n|---|---|---|---|---|\n";
     for (const index_t cache : setting_.options.caches) {
       using row = std::pair<index_t, std::string>;
@@ -229,7 +229,7 @@ class page {
     const options& o = setting_.options;
     std::string out = fmt::format(
         "\n## How it is measured\n\n"
-        "- `window` keeps the newest tokens, `sinks:N` the first N for ever and the newest of the rest; `recompute` is "
+        "- `window` keeps the newest tokens, `sinks:N` the first N forever and the newest of the rest; `recompute` is "
         "a\n"
         "  fresh pass over the first token and the newest, for each of {} tokens, evenly spaced after the first "
         "eviction.\n"
@@ -237,7 +237,7 @@ class page {
         "above\n"
         "  those of sinks:4 over the same tokens. *less recompute's*: bits per token above those of recompute, over "
         "the\n"
-        "  tokens that it was asked about.\n"
+        "  tokens that it computed.\n"
         "- In brackets is the 95% interval of a percentile bootstrap of 2,000 seeded draws: of blocks of {} tokens, "
         "of\n"
         "  recompute's tokens, and of facts. It says how much depends on which part of this text one takes, not how "
@@ -253,17 +253,18 @@ class page {
           "  decoding token by token was {:.1g} bits, of any token.",
           compare::tokens_text(o.check), compare::grouped(check->cache),
           result(*check).at("largest_difference_bits").get<double>());
-    return out + fmt::format(
-                     "\n- The times are means over 512 decoded tokens with a full cache, {} threads, nothing else of "
-                     "ours running;\n"
-                     "  recompute's is that of a pass over a full cache. *cache* is the memory of all layers' caches, "
-                     "in float32.\n"
-                     "- Recall: between the lines of the text stand facts, \"The secret code of Anna is 4821.\", {} "
-                     "for each\n"
-                     "  distance, and so many tokens later, or some more where another fact was in the way, the same "
-                     "words again.\n"
-                     "  A digit is recalled if it is the likeliest of the ten, after the true ones before it.\n",
-                     o.threads, compare::grouped(o.facts));
+    return out +
+           fmt::format(
+               "\n- The times are means over 512 decoded tokens with a full cache, {} threads, nothing else of "
+               "ours running;\n"
+               "  recompute's is that of a pass over a full cache. *cache* is the memory of all layers' caches, "
+               "in float32.\n"
+               "- Recall: facts (\"The secret code of Anna is 4821.\") are planted between the lines of the text, {} "
+               "for each\n"
+               "  distance. That many tokens later, or a few more where another fact was in the way, the same "
+               "words follow.\n"
+               "  A digit is recalled if it is the likeliest of the ten, given the true digits before it.\n",
+               o.threads, compare::grouped(o.facts));
   }
 
   const setting& setting_;
