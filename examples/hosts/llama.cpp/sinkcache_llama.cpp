@@ -52,6 +52,11 @@ struct options {
 
 using formats = sinkcache::format_list<sinkcache::f32, sinkcache::f16, sinkcache::bf16, sinkcache::q8, sinkcache::q4>;
 
+// This library's format of as many bits.
+std::string format_of(ggml_type type) {
+  return type == GGML_TYPE_Q8_0 ? "q8" : type == GGML_TYPE_Q4_0 ? "q4" : ggml_type_name(type);
+}
+
 // What a status says, without the library's name.
 std::string words(const sinkcache::status& found) { return std::string(found.message().substr(11)); }
 
@@ -157,8 +162,8 @@ class sinkcache_memory_impl final : public llama_memory_i {
     only(params.ctx_type == LLAMA_CONTEXT_TYPE_DEFAULT, "contexts for drafts");
     only(options_.positions == "in_cache" || options_.positions == "absolute",
          "SINKCACHE_POSITIONS other than in_cache and absolute");
-    k_format_ = options_.format.empty() ? ggml_type_name(params.type_k) : options_.format;
-    v_format_ = options_.format.empty() ? ggml_type_name(params.type_v) : options_.format;
+    k_format_ = options_.format.empty() ? format_of(params.type_k) : options_.format;
+    v_format_ = options_.format.empty() ? format_of(params.type_v) : options_.format;
     LLAMA_LOG_INFO("sinkcache: %td + %td tokens, policy %s, %s and %s, positions %s\n", options_.sink_tokens,
                    options_.window, options_.policy.c_str(), k_format_.c_str(), v_format_.c_str(),
                    options_.positions.c_str());
