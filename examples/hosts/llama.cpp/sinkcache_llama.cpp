@@ -146,7 +146,8 @@ class sinkcache_memory_impl final : public llama_memory_i {
         layers_(static_cast<std::size_t>(hparams_.n_layer_all)),
         sequences_(cparams.n_seq_max) {
     const auto only = [](bool served, const char* what) {
-      if (!served) refuse(std::string("this memory does not serve ") + what + "; unset SINKCACHE_WINDOW");
+      if (!served)
+        refuse(std::string("this memory does not serve ") + what + "; leave out SINKCACHE_WINDOW (--sink-window)");
     };
     only(model.arch != LLM_ARCH_GROK, "Grok's scaled logits");
     only(model.arch != LLM_ARCH_T5 && hparams_.n_rel_attn_bkts == 0, "relative attention biases");
@@ -160,8 +161,8 @@ class sinkcache_memory_impl final : public llama_memory_i {
          "windows that are chunked or look ahead");
     only(!cparams.training, "training");
     only(params.ctx_type == LLAMA_CONTEXT_TYPE_DEFAULT, "contexts for drafts");
-    only(options_.positions == "in_cache" || options_.positions == "absolute",
-         "SINKCACHE_POSITIONS other than in_cache and absolute");
+    if (options_.positions != "in_cache" && options_.positions != "absolute")
+      refuse("SINKCACHE_POSITIONS was '" + options_.positions + "', had to be in_cache or absolute");
     k_format_ = options_.format.empty() ? format_of(params.type_k) : options_.format;
     v_format_ = options_.format.empty() ? format_of(params.type_v) : options_.format;
     LLAMA_LOG_INFO("sinkcache: %td + %td tokens, policy %s, %s and %s, positions %s\n", options_.sink_tokens,
@@ -480,8 +481,14 @@ ggml_tensor* append_and_attend(const llm_graph_context& graph, sinkcache_memory_
 
 llama_memory_i* sinkcache_memory(const llama_model& model, const llama_memory_params& params,
                                  const llama_cparams& cparams) {
-  const char* const window = std::getenv("SINKCACHE_WINDOW");
-  return window == nullptr || *window == '\0' ? nullptr : new sinkcache_memory_impl(model, params, cparams);
+  const auto given = [](const char* variable) { return !text_of(variable, "").empty(); };
+  if (given("SINKCACHE_WINDOW")) {
+    if (given("SINKCACHE_CELLS")) refuse("SINKCACHE_WINDOW and SINKCACHE_CELLS were both set, had to be one of them");
+    return new sinkcache_memory_impl(model, params, cparams);
+  }
+  for (const char* const variable : {"SINKCACHE_SINK_TOKENS", "SINKCACHE_POLICY"})
+    if (given(variable)) refuse(std::string(variable) + " was set without SINKCACHE_WINDOW (--sink-window)");
+  return nullptr;
 }
 
 template <class Input>

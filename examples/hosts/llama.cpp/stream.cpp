@@ -73,7 +73,7 @@ context_ptr context_of(llama_model* model, const options& of, const std::string&
     setenv("SINKCACHE_WINDOW", std::to_string(number(of, "cached") - sinks).c_str(), 1);
     setenv("SINKCACHE_POLICY", of.at("policy").c_str(), 1);
   } else {
-    unsetenv("SINKCACHE_WINDOW");
+    for (const char* const each : {"SINKCACHE_SINK_TOKENS", "SINKCACHE_WINDOW", "SINKCACHE_POLICY"}) unsetenv(each);
   }
   setenv("SINKCACHE_CELLS", memory == "cells" ? "1" : "", 1);
   llama_context_params params = llama_context_default_params();
