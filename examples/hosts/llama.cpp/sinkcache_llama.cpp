@@ -20,6 +20,7 @@
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-io.h"
 #include "llama-model.h"
 
 namespace {
@@ -334,11 +335,15 @@ class sinkcache_memory_impl final : public llama_memory_i {
     return {{ggml_backend_cpu_buffer_type(), bytes}};
   }
 
-  void state_write(llama_io_write_i&, llama_seq_id, llama_state_seq_flags) const override {
-    refuse("caches cannot be saved yet");
+  // The state of one sequence is a word that cannot be read again: of no bytes llama-server would think that it had.
+  void state_write(llama_io_write_i& io, llama_seq_id seq_id, llama_state_seq_flags) const override {
+    if (seq_id < 0) refuse("caches cannot be saved");
+    LLAMA_LOG_WARN("sinkcache: caches cannot be saved: the state of sequence %d will not load\n", seq_id);
+    const std::uint32_t nothing = 0;
+    io.write(&nothing, sizeof nothing);
   }
   void state_read(llama_io_read_i&, llama_seq_id, llama_state_seq_flags) override {
-    refuse("caches cannot be read yet");
+    refuse("caches cannot be saved, so there is none to load");
   }
 
  private:

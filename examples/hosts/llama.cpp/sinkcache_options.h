@@ -25,7 +25,11 @@ inline void sinkcache_set_number(const char* variable, const std::string& value)
 template <class AddOption>
 void sinkcache_options(const AddOption& add) {
   add(common_arg({"--sink-window"}, "N", "sinkcache: the newest tokens that are kept, in constant memory",
-                 [](common_params&, const std::string& value) { sinkcache_set_number("SINKCACHE_WINDOW", value); })
+                 [](common_params& params, const std::string& value) {
+                   sinkcache_set_number("SINKCACHE_WINDOW", value);
+                   // llama-server would save states, which this memory cannot.
+                   if (!value.empty()) params.cache_ram_mib = params.n_ctx_checkpoints = 0;
+                 })
           .set_env("SINKCACHE_WINDOW"));
   add(common_arg({"--sink-tokens"}, "N", "sinkcache: the first tokens, which are kept too (default: 4)",
                  [](common_params&, const std::string& value) { sinkcache_set_number("SINKCACHE_SINK_TOKENS", value); })

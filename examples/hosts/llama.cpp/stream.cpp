@@ -297,6 +297,12 @@ int sequences(llama_model* model, const std::vector<llama_token>& tokens, const 
     require(llama_decode(context.get(), next.of) != 0, "a token after seq_add");
     llama_memory_seq_rm(memory, 2, -1, -1);
     check("and then it is used again", decode(0, end, 2));
+    llama_memory_seq_div(memory, 2, 10, -1, 2);
+    require(llama_decode(context.get(), next.of) != 0, "a token after seq_div");
+    std::vector<std::uint8_t> state(llama_state_seq_get_size(context.get(), 2));
+    llama_state_seq_get_data(context.get(), state.data(), state.size(), 2);
+    require(llama_state_seq_set_data(context.get(), state.data(), state.size(), 3) != state.size(), "a saved state");
+    require(llama_state_get_size(context.get()) == 0, "the state of all sequences");
   }
   return failures;
 }
