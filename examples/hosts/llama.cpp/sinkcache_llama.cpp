@@ -144,6 +144,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
       : hparams_(model.hparams),
         team_(std::max<index_t>({1, cparams.n_threads, cparams.n_threads_batch})),
         workspace_(team_),
+        longest_window_(params.swa_full ? 0 : llama_model_n_swa(&model)),
         layers_(static_cast<std::size_t>(hparams_.n_layer_all)),
         sequences_(cparams.n_seq_max) {
     const auto only = [](bool served, const char* what) {
@@ -312,7 +313,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
     if (d != 1 && of.next >= 0) of.broken = "its positions were divided, which this memory does not do";
   }
 
-  // The oldest position that seq_rm can go back to, less one: callers read it as the oldest that is held.
+  // Callers take it for the oldest position that is held, and go back as far as a window of the model's lies after it.
   llama_pos seq_pos_min(llama_seq_id seq_id) const override {
     const sequence& of = sequences_.at(static_cast<std::size_t>(seq_id));
     if (of.next < 0) return -1;
@@ -320,7 +321,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
     for (const layer& l : layers_)
       if (const auto* cache = l.caches ? l.caches->get(seq_id) : nullptr; cache != nullptr)
         least = std::max<index_t>(least, cache->min_truncate());
-    return static_cast<llama_pos>(of.first + std::max<index_t>(0, least - 1));
+    return static_cast<llama_pos>(of.first + std::max<index_t>(0, least - 1 - longest_window_));
   }
   llama_pos seq_pos_max(llama_seq_id seq_id) const override {
     return std::max(-1, sequences_.at(static_cast<std::size_t>(seq_id)).next - 1);
@@ -382,6 +383,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
   std::string k_format_, v_format_;
   ggml_team team_;
   sinkcache::workspace workspace_;
+  index_t longest_window_;  // of the model's layers, as callers count it
   std::vector<layer> layers_;
   std::vector<sequence> sequences_;
 };
