@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Runs the programs of a hooked llama.cpp: llama_cpp_programs.py PROGRAMS STREAM MODELS TEXT
 
-PROGRAMS is the folder of llama-completion, llama-perplexity and llama-server, STREAM what stream.cpp was compiled to,
-MODELS what llama_cpp_models.py wrote.
+PROGRAMS is the folder of llama-completion, llama-cli, llama-perplexity and llama-server, STREAM what stream.cpp was
+compiled to, MODELS what llama_cpp_models.py wrote.
 """
 
 import json
@@ -47,6 +47,12 @@ def run(program, *arguments, **variables):
 def complete(*options, n=40, **variables):
     return run("llama-completion", "-m", SMOLLM2, "-p", PROMPT, "-n", n, "-c", 4096, "-t", 1, "-no-cnv", "--temp", 0,
                "--ignore-eos", "--no-warmup", *(() if "-fa" in options else ("-fa", "off")), *options, **variables)
+
+
+def chat(*options, **variables):
+    status, out, log = run("llama-cli", "-m", SMOLLM2, "-p", PROMPT, "-n", 120, "-c", 4096, "-t", 1, "--single-turn",
+                           "--temp", 0, "--ignore-eos", "-fa", "off", "-ctk", "f32", "-ctv", "f32", *options, **variables)
+    return status, re.sub(r"\[ Prompt: .*\]", "", out[out.find(PROMPT):]), log
 
 
 def peak(length, n):
@@ -108,8 +114,17 @@ def completions():
     _, _, log = complete("--sink-window", 60, "--grp-attn-n", 2, "--grp-attn-w", 32, n=60)
     check("sequence 0: its positions were divided, which this memory does not do" in log,
           "completion: self-extend is refused", log[-600:])
+    status, plain, log = chat()
+    check(status == 0 and len(plain) > 300, "cli: no option", status, plain, log[-600:])
+    check(chat("--sink-window", 400, "--sink-tokens", 0)[1] == plain, "cli: a window that holds all gives the same text")
+    by_option = chat("--sink-window", 60, "--sink-tokens", 3)
+    check(by_option[1] == chat(WINDOW=60, SINK_TOKENS=3)[1] != plain, "cli: variables give the same text as options",
+          *by_option)
+    status, _, log = chat("--sink-window", "abc")
+    check(status > 0 and """argument "--sink-window": was 'abc'""" in log, "cli: what is no number is refused", status, log)
     short, long, longer = peak(4096, 100), peak(1000000, 100), peak(1000000, 600)
-    check(max(long, longer) < short + 24, "completion: the memory of a million tokens is that of 4,096", short, long, longer)
+    check(max(long, longer) < short + 24, "completion: the memory of a million tokens is that of 4,096", short, long,
+          longer)
     saved = MODELS / "saved"
     saved.unlink(missing_ok=True)
     _, _, log = complete("--sink-window", 60, "--prompt-cache", saved, n=4)
@@ -132,8 +147,8 @@ def perplexities():
     window = ("--sink-window", 60, "--sink-tokens", 4)
     by_option = program("smollm2-f32", *window)
     check(by_option == program("smollm2-f32", WINDOW=60, SINK_TOKENS=4), "perplexity: variables give the same")
-    out = subprocess.run([str(STREAM), "perplexity", str(SMOLLM2), str(SHORT), "--tokens", "512", "--from", "256", "--cached",
-                          "64", "--type", "f32"], capture_output=True, text=True, timeout=600).stdout
+    out = subprocess.run([str(STREAM), "perplexity", str(SMOLLM2), str(SHORT), "--tokens", "512", "--from", "256",
+                          "--cached", "64", "--type", "f32"], capture_output=True, text=True, timeout=600).stdout
     near(by_option, float(re.search(r"perplexity ([0-9.]+)", out)[1]), 1e-5, "stream.cpp gives the same")
     for chunk in 1, 512:
         near(program("smollm2-f32", *window, chunk=chunk), by_option, 1e-4, f"chunks of {chunk} and of 16")
@@ -165,7 +180,8 @@ class server:
 
     def __enter__(self):
         self.log = open(MODELS / "server.log", "w", encoding="utf-8")
-        self.process = subprocess.Popen(self.arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(self.arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=self.log,
+                                        stderr=self.log)
         for _ in range(240):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).read()
@@ -238,8 +254,8 @@ def servers():
             tokens = list(range(1000, 1200))
             tokens += one.post(tokens, return_tokens=True)["tokens"] + [77, 78]
             times = one.post(tokens, n=1)["timings"]
-            check(times["prompt_n"] < 9 and times["cache_n"] > 250, f"server: {model} {options} goes on, and computes what is new",
-                  times)
+            check(times["prompt_n"] < 9 and times["cache_n"] > 250,
+                  f"server: {model} {options} goes on, and computes what is new", times)
             times = one.post(tokens[:150], n=1)["timings"]
             check(times["cache_n"] == 0, f"server: {model} {options} begins again where that was evicted", times)
 
