@@ -15,6 +15,7 @@ else()
   find_package(ggml CONFIG QUIET)
 endif()
 if(NOT ggml_targets AND TARGET ggml::ggml)
+  enable_language(C) # an installed ggml names a C standard, which CMake knows of a C compiler alone
   set(ggml_targets ggml::ggml ggml::ggml-base)
   if(TARGET ggml::ggml-cpu)
     list(APPEND ggml_targets ggml::ggml-cpu)

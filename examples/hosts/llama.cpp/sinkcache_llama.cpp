@@ -20,6 +20,7 @@
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-io.h"
 #include "llama-model.h"
 
 namespace {
@@ -51,6 +52,11 @@ struct options {
 };
 
 using formats = sinkcache::format_list<sinkcache::f32, sinkcache::f16, sinkcache::bf16, sinkcache::q8, sinkcache::q4>;
+
+// This library's format of as many bits.
+std::string format_of(ggml_type type) {
+  return type == GGML_TYPE_Q8_0 ? "q8" : type == GGML_TYPE_Q4_0 ? "q4" : ggml_type_name(type);
+}
 
 // What a status says, without the library's name.
 std::string words(const sinkcache::status& found) { return std::string(found.message().substr(11)); }
@@ -138,10 +144,12 @@ class sinkcache_memory_impl final : public llama_memory_i {
       : hparams_(model.hparams),
         team_(std::max<index_t>({1, cparams.n_threads, cparams.n_threads_batch})),
         workspace_(team_),
+        longest_window_(params.swa_full ? 0 : llama_model_n_swa(&model)),
         layers_(static_cast<std::size_t>(hparams_.n_layer_all)),
         sequences_(cparams.n_seq_max) {
     const auto only = [](bool served, const char* what) {
-      if (!served) refuse(std::string("this memory does not serve ") + what + "; unset SINKCACHE_WINDOW");
+      if (!served)
+        refuse(std::string("this memory does not serve ") + what + "; leave out SINKCACHE_WINDOW (--sink-window)");
     };
     only(model.arch != LLM_ARCH_GROK, "Grok's scaled logits");
     only(model.arch != LLM_ARCH_T5 && hparams_.n_rel_attn_bkts == 0, "relative attention biases");
@@ -155,10 +163,10 @@ class sinkcache_memory_impl final : public llama_memory_i {
          "windows that are chunked or look ahead");
     only(!cparams.training, "training");
     only(params.ctx_type == LLAMA_CONTEXT_TYPE_DEFAULT, "contexts for drafts");
-    only(options_.positions == "in_cache" || options_.positions == "absolute",
-         "SINKCACHE_POSITIONS other than in_cache and absolute");
-    k_format_ = options_.format.empty() ? ggml_type_name(params.type_k) : options_.format;
-    v_format_ = options_.format.empty() ? ggml_type_name(params.type_v) : options_.format;
+    if (options_.positions != "in_cache" && options_.positions != "absolute")
+      refuse("SINKCACHE_POSITIONS was '" + options_.positions + "', had to be in_cache or absolute");
+    k_format_ = options_.format.empty() ? format_of(params.type_k) : options_.format;
+    v_format_ = options_.format.empty() ? format_of(params.type_v) : options_.format;
     LLAMA_LOG_INFO("sinkcache: %td + %td tokens, policy %s, %s and %s, positions %s\n", options_.sink_tokens,
                    options_.window, options_.policy.c_str(), k_format_.c_str(), v_format_.c_str(),
                    options_.positions.c_str());
@@ -305,7 +313,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
     if (d != 1 && of.next >= 0) of.broken = "its positions were divided, which this memory does not do";
   }
 
-  // The oldest position that seq_rm can go back to, less one: callers read it as the oldest that is held.
+  // Callers take it for the oldest position that is held, and go back as far as a window of the model's lies after it.
   llama_pos seq_pos_min(llama_seq_id seq_id) const override {
     const sequence& of = sequences_.at(static_cast<std::size_t>(seq_id));
     if (of.next < 0) return -1;
@@ -313,7 +321,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
     for (const layer& l : layers_)
       if (const auto* cache = l.caches ? l.caches->get(seq_id) : nullptr; cache != nullptr)
         least = std::max<index_t>(least, cache->min_truncate());
-    return static_cast<llama_pos>(of.first + std::max<index_t>(0, least - 1));
+    return static_cast<llama_pos>(of.first + std::max<index_t>(0, least - 1 - longest_window_));
   }
   llama_pos seq_pos_max(llama_seq_id seq_id) const override {
     return std::max(-1, sequences_.at(static_cast<std::size_t>(seq_id)).next - 1);
@@ -328,11 +336,15 @@ class sinkcache_memory_impl final : public llama_memory_i {
     return {{ggml_backend_cpu_buffer_type(), bytes}};
   }
 
-  void state_write(llama_io_write_i&, llama_seq_id, llama_state_seq_flags) const override {
-    refuse("caches cannot be saved yet");
+  // The state of one sequence is a word that cannot be read again: of no bytes llama-server would think that it had.
+  void state_write(llama_io_write_i& io, llama_seq_id seq_id, llama_state_seq_flags) const override {
+    if (seq_id < 0) refuse("caches cannot be saved");
+    LLAMA_LOG_WARN("sinkcache: caches cannot be saved: the state of sequence %d will not load\n", seq_id);
+    const std::uint32_t nothing = 0;
+    io.write(&nothing, sizeof nothing);
   }
   void state_read(llama_io_read_i&, llama_seq_id, llama_state_seq_flags) override {
-    refuse("caches cannot be read yet");
+    refuse("caches cannot be saved, so there is none to load");
   }
 
  private:
@@ -371,6 +383,7 @@ class sinkcache_memory_impl final : public llama_memory_i {
   std::string k_format_, v_format_;
   ggml_team team_;
   sinkcache::workspace workspace_;
+  index_t longest_window_;  // of the model's layers, as callers count it
   std::vector<layer> layers_;
   std::vector<sequence> sequences_;
 };
@@ -475,8 +488,14 @@ ggml_tensor* append_and_attend(const llm_graph_context& graph, sinkcache_memory_
 
 llama_memory_i* sinkcache_memory(const llama_model& model, const llama_memory_params& params,
                                  const llama_cparams& cparams) {
-  const char* const window = std::getenv("SINKCACHE_WINDOW");
-  return window == nullptr || *window == '\0' ? nullptr : new sinkcache_memory_impl(model, params, cparams);
+  const auto given = [](const char* variable) { return !text_of(variable, "").empty(); };
+  if (given("SINKCACHE_WINDOW")) {
+    if (given("SINKCACHE_CELLS")) refuse("SINKCACHE_WINDOW and SINKCACHE_CELLS were both set, had to be one of them");
+    return new sinkcache_memory_impl(model, params, cparams);
+  }
+  for (const char* const variable : {"SINKCACHE_SINK_TOKENS", "SINKCACHE_POLICY"})
+    if (given(variable)) refuse(std::string(variable) + " was set without SINKCACHE_WINDOW (--sink-window)");
+  return nullptr;
 }
 
 template <class Input>

@@ -1,22 +1,24 @@
 // Text through llama.cpp, a chunk at a time, in a bounded cache: this library's or llama.cpp's own. Links to libllama
 // only.
 //
-//   stream perplexity MODEL TEXT   how well tokens are predicted, and how fast they go through
+//   stream perplexity MODEL TEXT   how well tokens are predicted, those after --from, and how fast they go through
 //   stream steps MODEL TEXT        milliseconds of a decode step after --cached tokens
 //   stream compare MODEL TEXT      logits beside those of llama.cpp's full cache, for --sequences parts of the text at
-//   once
-//
+//                                  once
+//   stream sequences MODEL TEXT    seq_rm, seq_cp, seq_keep and clear: tokens that came so, beside those in one go
 //   stream cells MODEL TEXT        the same history of llama.cpp's cells, context shift and shared prefix and all, with
-//   its
-//                                  attention and with this library's
+//                                  its attention and with this library's
 //
 //   --memory M     sinkcache: this library's, --sinks tokens pinned of --cached (needs a hooked llama.cpp)
 //                  shift: llama.cpp's with its context shift, --sinks tokens kept
 //                  window: llama.cpp's, the oldest tokens removed
 //                  full: llama.cpp's, all tokens kept
 //                  cells: the same with this library's attention over llama.cpp's cells
-//   --tokens N --cached N --sinks N --chunk N --threads N --flash on|off --type f32|f16|bf16 --policy NAME --sequences
-//   N
+//   --tokens N --cached N --sinks N --chunk N --threads N --flash on|off --type f32|f16|bf16 --policy NAME
+//   --sequences N --from N
+//   --plain-chunk N, of compare: the full cache's chunks, so that --memory full shows what llama.cpp's own rounding
+//   does
+//   --most X       the largest difference of a logit that is not a failure
 
 #include <llama.h>
 
@@ -73,7 +75,7 @@ context_ptr context_of(llama_model* model, const options& of, const std::string&
     setenv("SINKCACHE_WINDOW", std::to_string(number(of, "cached") - sinks).c_str(), 1);
     setenv("SINKCACHE_POLICY", of.at("policy").c_str(), 1);
   } else {
-    unsetenv("SINKCACHE_WINDOW");
+    for (const char* const each : {"SINKCACHE_SINK_TOKENS", "SINKCACHE_WINDOW", "SINKCACHE_POLICY"}) unsetenv(each);
   }
   setenv("SINKCACHE_CELLS", memory == "cells" ? "1" : "", 1);
   llama_context_params params = llama_context_default_params();
@@ -132,6 +134,8 @@ int perplexity(llama_model* model, const std::vector<llama_token>& tokens, const
   const std::string& memory = of.at("memory");
   const int cached = number(of, "cached"), keep = number(of, "sinks"), chunk = number(of, "chunk"),
             n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+  const auto from = std::size_t(number(of, "from"));
+  if (from + 1 >= tokens.size()) fail("--from had to be below --tokens, less 1");
   const bool bounded = memory == "shift" || memory == "window";
   if (bounded && chunk > cached - keep) fail("a chunk does not fit beside what is kept");
   const context_ptr context =
@@ -160,15 +164,15 @@ int perplexity(llama_model* model, const std::vector<llama_token>& tokens, const
     next.decode(context.get());
     const times taken = times::now().since(start);
     time.clock += taken.clock, time.processor += taken.processor;
-    for (std::size_t j = 0; j < n && i + j + 1 < tokens.size(); ++j)
+    for (std::size_t j = i < from ? std::min(n, from - i) : 0; j < n && i + j + 1 < tokens.size(); ++j)
       nats += loss(llama_get_logits_ith(context.get(), int(j)), n_vocab, tokens[i + j + 1]);
   }
   const double n = double(tokens.size());
   std::printf(
-      "%s %d+%d, flash %s, chunk %d: perplexity %.2f, %.1f tokens a second, %.1f a second of the processor (%zu "
+      "%s %d+%d, flash %s, chunk %d: perplexity %.4f, %.1f tokens a second, %.1f a second of the processor (%zu "
       "tokens)\n",
-      memory.c_str(), keep, cached - keep, of.at("flash").c_str(), chunk, std::exp(nats / (n - 1)), n / time.clock,
-      n / time.processor, tokens.size());
+      memory.c_str(), keep, cached - keep, of.at("flash").c_str(), chunk, std::exp(nats / (n - 1 - double(from))),
+      n / time.clock, n / time.processor, tokens.size());
   return 0;
 }
 
@@ -199,13 +203,15 @@ int steps(llama_model* model, const std::vector<llama_token>& tokens, const opti
 }
 
 int compare(llama_model* model, const std::vector<llama_token>& tokens, const options& of) {
-  const int sequences = number(of, "sequences"), chunk = number(of, "chunk");
+  const int sequences = number(of, "sequences"), plain_chunk = number(of, "plain-chunk");
+  if (plain_chunk != 0 && sequences > 1) fail("--plain-chunk goes with one sequence");
   const auto each = tokens.size() / std::size_t(sequences);
   const auto n_vocab = std::size_t(llama_vocab_n_tokens(llama_model_get_vocab(model)));
   std::vector<float> logits[2];
   options plain = of;
   plain["flash"] = "off", plain["type"] = "f32";
   for (const int which : {0, 1}) {
+    const int chunk = which == 0 && plain_chunk != 0 ? plain_chunk : number(of, "chunk");
     const context_ptr context = context_of(model, which == 0 ? plain : of, which == 0 ? "full" : of.at("memory"),
                                            int(tokens.size()) + 256, chunk * sequences);
     batch next(chunk * sequences);
@@ -232,9 +238,10 @@ int compare(llama_model* model, const std::vector<llama_token>& tokens, const op
     worst = off <= worst ? worst : off;  // NaN too
     largest = std::max(largest, std::abs(double(logits[0][i])));
   }
-  std::printf("%s, %d sequences of %zu tokens, chunk %d, flash %s, %s: logits up to %.1f, off by at most %.2e\n",
-              of.at("memory").c_str(), sequences, each, chunk, of.at("flash").c_str(), of.at("type").c_str(), largest,
-              worst);
+  std::printf("%s, %d sequences of %zu tokens, chunk %d%s, flash %s, %s: logits up to %.1f, off by at most %.2e\n",
+              of.at("memory").c_str(), sequences, each, number(of, "chunk"),
+              plain_chunk == 0 ? "" : (" against " + of.at("plain-chunk")).c_str(), of.at("flash").c_str(),
+              of.at("type").c_str(), largest, worst);
   return worst <= std::atof(of.at("most").c_str()) ? 0 : 1;
 }
 
@@ -297,6 +304,12 @@ int sequences(llama_model* model, const std::vector<llama_token>& tokens, const 
     require(llama_decode(context.get(), next.of) != 0, "a token after seq_add");
     llama_memory_seq_rm(memory, 2, -1, -1);
     check("and then it is used again", decode(0, end, 2));
+    llama_memory_seq_div(memory, 2, 10, -1, 2);
+    require(llama_decode(context.get(), next.of) != 0, "a token after seq_div");
+    std::vector<std::uint8_t> state(llama_state_seq_get_size(context.get(), 2));
+    llama_state_seq_get_data(context.get(), state.data(), state.size(), 2);
+    require(llama_state_seq_set_data(context.get(), state.data(), state.size(), 3) != state.size(), "a saved state");
+    require(llama_state_get_size(context.get()) == 0, "the state of all sequences");
   }
   return failures;
 }
@@ -354,7 +367,8 @@ int cells(llama_model* model, const std::vector<llama_token>& tokens, const opti
 int main(int argc, char** argv) {
   options of = {{"memory", "sinkcache"}, {"tokens", "4096"}, {"cached", "512"}, {"sinks", "4"},
                 {"chunk", "16"},         {"threads", "1"},   {"flash", "off"},  {"type", "f16"},
-                {"policy", "sinks"},     {"sequences", "1"}, {"most", "1e30"}};
+                {"policy", "sinks"},     {"sequences", "1"}, {"from", "0"},     {"plain-chunk", "0"},
+                {"most", "1e30"}};
   if (argc < 4 || argc % 2 != 0) fail("see the top of stream.cpp: COMMAND MODEL TEXT [--OPTION VALUE]...");
   for (int i = 4; i < argc; i += 2) {
     const std::string name = std::string(argv[i]).substr(0, 2) == "--" ? argv[i] + 2 : "";
