@@ -22,7 +22,7 @@ void group_dots(const float* packed, index_t count, index_t dim, tile_rows k, in
 template <elementwise_format V>
 void group_add(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
                const running_states& to, tile_rows next) noexcept {
-  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+  in_groups<cpu.value_rows>(count, [&]<int Rows>(index_t r, index_t group) {
     const running_states sums = to.from_row(r);
     const float* const of_group = logits_of(const_cast<float*>(weights), group);
     in_strips<Rows>(dim, [&]<int Vectors>(index_t column) {

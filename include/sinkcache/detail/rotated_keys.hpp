@@ -30,20 +30,8 @@ struct key_rotations {
 // Where cosines lie in a row of the table; sines follow after sixteen.
 [[gnu::always_inline]] inline index_t in_table(index_t pair) { return lanes == 16 ? 2 * pair : 2 * pair - pair % 16; }
 
-// Groups of query rows that keys are rotated for: those of in_groups, but two of four rows together, where registers
-// hold the sums.
-template <class F>
-void in_rotated_groups(index_t count, const F& f) {
-  bool second = false;
-  in_groups(count, [&]<int Rows>(index_t row, index_t group) {
-    if constexpr (Rows == 4 && cpu.registers == 32) {
-      second = !second;
-      if (second && row + 8 <= count) return f.template operator()<8>(row, group);
-      if (!second) return;
-    }
-    f.template operator()<Rows>(row, group);
-  });
-}
+// Query rows that keys are rotated for at a time: as many as there are registers for the sums of.
+inline constexpr int rows_together = cpu.registers == 32 ? 8 : 4;
 
 // `count` rows, rotated back by these angles, as rotated_dot_products reads them: the two halves of pairs by turns,
 // then what is not rotated.
@@ -51,7 +39,7 @@ inline void pack_rotated_back(const key_rotations& rotations, const rope::angles
                               index_t count, index_t dim, float* to) noexcept {
   const index_t width = rotations.of.width(), pairs = width / 2;
   const bool interleaved = rotations.interleaved();
-  in_rotated_groups(count, [&]<int Rows>(index_t first, index_t) {
+  in_groups<rows_together>(count, [&]<int Rows>(index_t first, index_t) {
     for (int r = 0; r < Rows; ++r) {
       const float* const row = rows + (first + r) * dim;
       float* const packed = to + first * dim + r * lanes;
@@ -150,7 +138,7 @@ template <class K>
 void rotated_group_dots(const float* packed, index_t count, index_t dim, const key_rotations& rotations,
                         position_t place, tile_rows k, index_t n, tile_rows next, index_t done,
                         float* logits) noexcept {
-  in_rotated_groups(count, [&]<int Rows>(index_t r, index_t group) {
+  in_groups<rows_together>(count, [&]<int Rows>(index_t r, index_t group) {
     float* const to = logits_of(logits, group) + done * std::min(Rows, 4);
     const auto multiply = [&]<bool Interleaved, int Width = 0>() {
       rotated_dot_products<K, Rows, Interleaved, Width>(packed + r * dim, dim, rotations, place, k, n, next, to);

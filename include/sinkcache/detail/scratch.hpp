@@ -79,7 +79,8 @@ struct tile_scratch {
 };
 
 // Where a group's logits lie among those of a tile.
-inline float* logits_of(float* logits, index_t group) { return logits + group * 4 * (tile_scratch::keys + 16); }
+inline constexpr index_t group_floats = 4 * (tile_scratch::keys + 16);
+inline float* logits_of(float* logits, index_t group) { return logits + group * group_floats; }
 
 // How many of so many query rows a work item takes: whole panels.
 inline constexpr index_t max_item_rows = 384;

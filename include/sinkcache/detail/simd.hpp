@@ -41,6 +41,8 @@ struct processor {
     return rows < 4 || (registers == 32 && !joins_late && loaded_at_once) ? 4 : 3;
   }
   constexpr int vectors_of(int rows) const { return rows == 1 ? 8 : registers == 32 ? 16 / rows : rows == 4 ? 3 : 4; }
+  // Rows that values are added to at a time: of eight a processor that takes whole vectors reads them half as often.
+  int value_rows = lanes == 16 && !halves ? 8 : 4;
   int panel_keys = registers == 32 ? 6 : 4, panel_vectors = registers == 32 ? 4 : 2;
 };
 

@@ -113,13 +113,15 @@ template <class F, class V = vfloat>
   }
 }
 
-// Calls f<Rows>(row, group) for groups of up to four of `count` rows.
-template <class F>
+// Calls f<Rows>(row, group) for groups of up to four of `count` rows; or for two of four rows each, where `Most` is 8.
+template <int Most = 4, class F>
 void in_groups(index_t count, const F& f) {
   index_t group = 0;
   for (index_t row = 0; row < count; ++group) {
     const index_t left = count - row;
-    if (left % 4 == 0)
+    if (Most == 8 && left % 8 == 0)
+      f.template operator()<Most>(row, group), row += 8, ++group;
+    else if (left % 4 == 0)
       f.template operator()<4>(row, group), row += 4;
     else if (left >= 3)
       f.template operator()<3>(row, group), row += 3;

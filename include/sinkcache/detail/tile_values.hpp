@@ -55,15 +55,15 @@ struct key_prefetcher {
   }
 };
 
-// o[r] += sum over j of weights[j][r] * v[j], for Rows rows of Width and a strip of columns. `keys_at_once` keys,
-// counted from key number -`offset` on, are summed by themselves, then the tile. The strip's share of the next tile's
-// keys is prefetched meanwhile, unless the rows are of a panel.
+// o[r] += sum over j of weights[j][r] * v[j], for Rows rows (of Width, or a group or two) and a strip of columns.
+// `keys_at_once` keys, counted from key number -`offset` on, are summed by themselves, then the tile. The strip's share
+// of the next tile's keys is prefetched meanwhile, unless the rows are of a panel.
 inline constexpr index_t keys_at_once = 32;
 
-template <class V, int Rows, int Vectors, int Width = Rows>
+template <class V, int Rows, int Vectors, int Width = std::min(Rows, 4)>
 [[gnu::noinline]] void add_values(const float* weights, tile_rows v, index_t offset, index_t n, index_t column,
                                   const running_states& to, tile_rows next = {}) noexcept {
-  constexpr bool of_panel = Width != Rows;
+  constexpr bool of_panel = Width != std::min(Rows, 4);
   using weight = std::conditional_t<of_panel, vfloat, multiplier>;
   const std::byte* value = v.data + column * V::element_bytes;
   key_prefetcher<Vectors * lanes * V::element_bytes> prefetch(next, n, column * V::element_bytes);
@@ -77,7 +77,9 @@ template <class V, int Rows, int Vectors, int Width = Rows>
       if constexpr (!of_panel) prefetch.next();
       add_products(
           sums, [&](int c) __attribute__((always_inline)) { return load_vector<V>(value, c, Vectors); },
-          [&](int r) __attribute__((always_inline)) { return multiply_by<weight>(weights + r); }, no_prefetch{});
+          [&](int r)
+              __attribute__((always_inline)) { return multiply_by<weight>(weights + r / 4 * group_floats + r % 4); },
+          no_prefetch{});
     }
     add(tile, sums);
   }
