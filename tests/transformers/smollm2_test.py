@@ -40,7 +40,7 @@ def main(file, text, compare=None):
     file = pathlib.Path(file)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     ids = tokenizer(pathlib.Path(text).read_text()[:20000], return_tensors="pt", add_special_tokens=False).input_ids
-    ids = ids[:, :TOKENS]
+    ids = ids[:, :TOKENS + 1]
 
     expected = eager(ids[:, :500]).logits
     largest = expected.abs().max().item()
