@@ -12,6 +12,8 @@
 #include <span>
 #include <string>
 
+#include "../engine/kernels.hpp"
+
 namespace compare {
 
 using sinkcache::index_t;

@@ -15,6 +15,7 @@
 
 #include <sinkcache/thread_pool.hpp>
 #include "../loaders/weights.hpp"
+#include "kernels.hpp"
 #include "linear.hpp"
 
 namespace engine {

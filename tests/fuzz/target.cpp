@@ -1,17 +1,41 @@
-// One of the functions of targets.hpp as a fuzzer: `tests/fuzz/run` compiles this with -DFUZZ_TARGET=NAME; or that of
-// cache_target.hpp, with -DFUZZ_CACHES.
+// The functions of targets.hpp as fuzzers, one in each program of its name: `tests/fuzz/run` compiles this once and
+// links to it under all names; or, with -DFUZZ_CACHES, that of cache_target.hpp.
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 
 #if defined(FUZZ_CACHES)
 #include "cache_target.hpp"
-#define FUZZ_TARGET cache_target
+namespace fuzz {
+struct target {
+  const char* name;
+  void (*run)(std::span<const std::byte>);
+};
+inline constexpr target targets[] = {{"caches", cache_target}};
+}  // namespace fuzz
 #else
 #include "targets.hpp"
 #endif
 
+#include <string_view>
+
+namespace {
+const fuzz::target* chosen = nullptr;
+}
+
+extern "C" int LLVMFuzzerInitialize(int*, char*** argv) {
+  const std::string_view path = (*argv)[0], name = path.substr(path.rfind('/') + 1);
+  for (const fuzz::target& each : fuzz::targets)
+    if (each.name == name) chosen = &each;
+  if (chosen == nullptr) {
+    std::fprintf(stderr, "no target is called %s\n", path.data());
+    return 1;
+  }
+  return 0;
+}
+
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  fuzz::FUZZ_TARGET(std::as_bytes(std::span(data, size)));
+  chosen->run(std::as_bytes(std::span(data, size)));
   return 0;
 }

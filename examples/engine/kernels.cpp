@@ -1,0 +1,3 @@
+#include "kernels.hpp"
+
+EXAMPLES_KERNELS()

@@ -1,3 +1,0 @@
-#include "precompiled.hpp"
-
-SINKCACHE_TEST_KERNELS()
