@@ -67,9 +67,8 @@ template <class V, int M, int N, class Vector, class Factor, class Prefetch>
   const std::uintptr_t to = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(bytes);
   return reinterpret_cast<const std::byte*>(to);  // NOLINT(performance-no-int-to-ptr)
 }
-// Prefetches a line into the L2: on the way to the L1 fewer may be under way, and those too many are dropped.
 [[gnu::always_inline]] inline void prefetch_line(const std::byte* from, index_t offset) noexcept {
-  __builtin_prefetch(moved(from, offset), 0, 2);
+  __builtin_prefetch(moved(from, offset), 0, cpu.prefetch_level);
 }
 struct no_prefetch {
   [[gnu::always_inline]] void operator()(int) const noexcept {}
