@@ -43,12 +43,12 @@ struct processor {
   constexpr int vectors_of(int rows) const { return rows == 1 ? 8 : registers == 32 ? 16 / rows : rows == 4 ? 3 : 4; }
   // Rows that values are added to at a time: of eight a processor that takes whole vectors reads them half as often.
   int value_rows = lanes == 16 && !halves ? 8 : 4;
-  // The level of __builtin_prefetch: 2 is the L2, because on the way to the L1 fewer lines may be under way, and those
-  // too many are dropped. A Zen 5 gains by the L1 (no other has AVX-512 and AVX-VNNI without FP16).
+  // Lines are prefetched into the L2: on the way to the L1 fewer may be under way, and those too many are dropped. A
+  // Zen 5 gains by the L1 (no other has AVX-512 and AVX-VNNI without FP16).
 #if defined(__AVX512DQ__) && defined(__AVXVNNI__) && !defined(__AVX512FP16__)
-  int prefetch_level = 3;
+  bool prefetches_to_l1 = true;
 #else
-  int prefetch_level = 2;
+  bool prefetches_to_l1 = false;
 #endif
   int panel_keys = registers == 32 ? 6 : 4, panel_vectors = registers == 32 ? 4 : 2;
 };

@@ -68,7 +68,10 @@ template <class V, int M, int N, class Vector, class Factor, class Prefetch>
   return reinterpret_cast<const std::byte*>(to);  // NOLINT(performance-no-int-to-ptr)
 }
 [[gnu::always_inline]] inline void prefetch_line(const std::byte* from, index_t offset) noexcept {
-  __builtin_prefetch(moved(from, offset), 0, cpu.prefetch_level);
+  if constexpr (cpu.prefetches_to_l1)
+    __builtin_prefetch(moved(from, offset), 0, 3);
+  else
+    __builtin_prefetch(moved(from, offset), 0, 2);
 }
 struct no_prefetch {
   [[gnu::always_inline]] void operator()(int) const noexcept {}
