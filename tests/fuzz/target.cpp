@@ -7,35 +7,27 @@
 
 #if defined(FUZZ_CACHES)
 #include "cache_target.hpp"
-namespace fuzz {
-struct target {
-  const char* name;
-  void (*run)(std::span<const std::byte>);
-};
-inline constexpr target targets[] = {{"caches", cache_target}};
-}  // namespace fuzz
+namespace {
+constexpr auto run = fuzz::cache_target;
+}
 #else
-#include "targets.hpp"
-#endif
-
 #include <string_view>
 
+#include "targets.hpp"
 namespace {
-const fuzz::target* chosen = nullptr;
+void (*run)(fuzz::bytes) = nullptr;
 }
 
 extern "C" int LLVMFuzzerInitialize(int*, char*** argv) {
   const std::string_view path = (*argv)[0], name = path.substr(path.rfind('/') + 1);
   for (const fuzz::target& each : fuzz::targets)
-    if (each.name == name) chosen = &each;
-  if (chosen == nullptr) {
-    std::fprintf(stderr, "no target is called %s\n", path.data());
-    return 1;
-  }
-  return 0;
+    if (each.name == name) run = each.run;
+  if (run == nullptr) std::fprintf(stderr, "no target is called %s\n", path.data());
+  return run == nullptr;
 }
+#endif
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  chosen->run(std::as_bytes(std::span(data, size)));
+  run(std::as_bytes(std::span(data, size)));
   return 0;
 }
