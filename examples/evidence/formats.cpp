@@ -132,11 +132,12 @@ std::vector<cell> main_cells() {
   return all;
 }
 
-std::vector<cell> spared_cells(index_t pinned) {
+std::vector<cell> spared_cells() {
   std::vector<cell> all;
   for (const char* name : few_bits)
-    for (const index_t recent : {0, 32, 64})
-      if (pinned != 1 || recent != 64) all.push_back({&formats_named(name), pinned, recent});
+    for (const index_t pinned : pinned_tokens)
+      for (const index_t recent : recent_tokens)
+        if (pinned != 1 || recent != 64) all.push_back({&formats_named(name), pinned, recent});
   return all;
 }
 
@@ -158,11 +159,9 @@ std::vector<formats_job> formats_plan(const options& o) {
     };
     for (index_t first = 0; first < o.tokens; first += part_tokens)
       add(1, first, std::min(part_tokens, o.tokens - first), true, main_cells());
-    std::vector<cell> side = spared_cells(1);
+    std::vector<cell> side = spared_cells();
     for (const cell& c : unlike_cells()) side.push_back(c);
-    add(1, 0, side_tokens, false, side);
-    add(0, 0, side_tokens, false, spared_cells(0));
-    add(4, 0, side_tokens, false, spared_cells(4));
+    for (const index_t pinned : pinned_tokens) add(pinned, 0, side_tokens, false, side);
   }
   std::stable_partition(all.begin(), all.end(), [](const formats_job& j) { return j.is_main; });
   return all;

@@ -31,11 +31,12 @@ struct formats_job {
   std::string name() const;
 };
 
+inline constexpr index_t pinned_tokens[] = {0, 1, 4}, recent_tokens[] = {0, 32, 64};
 inline constexpr const char* few_bits[] = {"q8", "q6/q4", "q4", "q4/q2", "q2"};
 
-std::vector<cell> main_cells();                  // all formats, sparing 1 pinned token and the newest 64
-std::vector<cell> spared_cells(index_t pinned);  // the same formats with 0, 32 and 64 recent, but for main_cells()
-std::vector<cell> unlike_cells();                // without rotation, keys or values alone, and as ggml rounds
+std::vector<cell> main_cells();    // all formats, sparing 1 pinned token and the newest 64
+std::vector<cell> spared_cells();  // the same formats with all of pinned_tokens and recent_tokens else
+std::vector<cell> unlike_cells();  // without rotation, keys or values alone, and as ggml rounds
 const compare::kv_formats& formats_named(const std::string&);
 
 // Most telling first.

@@ -189,9 +189,9 @@ class formats_page {
     const std::vector<cell> mains = main_cells();
     bool any = false;
     for (const char* name : few_bits)
-      for (const index_t pinned : {0, 1, 4}) {
+      for (const index_t pinned : pinned_tokens) {
         out += fmt::format("| {} | {} |", name, pinned);
-        for (const index_t recent : {0, 32, 64}) {
+        for (const index_t recent : recent_tokens) {
           const cell c{&formats_named(name), pinned, recent};
           const auto found = measured_.side(cache, c);
           any |= found && !std::ranges::count(mains, c);
