@@ -90,9 +90,16 @@ template <class V = vfloat>
 }
 [[gnu::always_inline]] inline vfloat broadcast(float x) noexcept { return x - vfloat{}; }
 [[gnu::always_inline]] inline vuint broadcast_bits(std::uint32_t x) noexcept { return x - vuint{}; }
-// sum + a * b, fused where the instruction set can.
+// sum + a * b, fused where the instruction set can: by name on x86, where the same sums are also written in assembly
+// below and must agree with those, and g++ -O1 and -ffp-contract=off fuse nothing by themselves.
 template <class V>
 [[gnu::always_inline]] inline V add_product(V sum, V a, V b) noexcept {
+#if defined(__AVX512DQ__)
+  if constexpr (width_of<V> == 16) return _mm512_fmadd_ps(a, b, sum);
+#endif
+#if defined(__FMA__)
+  if constexpr (width_of<V> == 8) return _mm256_fmadd_ps(a, b, sum);
+#endif
   return sum + a * b;
 }
 
