@@ -130,9 +130,9 @@ TEST_CASE("simd: from_lane, and repeated from any lane on, every bit") {
   std::array<float, 2 * width> both;
   for (std::size_t i = 0; i < both.size(); ++i) both[i] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i));
   const vfloat a = detail::load(both.data()), b = detail::load(both.data() + lanes);
-  const floats half = lanes_of(detail::from_lane<lanes / 2>(a, b, detail::lane_numbers)),
-               three_quarters = lanes_of(detail::from_lane<3 * lanes / 4>(a, b, detail::lane_numbers)),
-               next = lanes_of(detail::repeated<3, lanes>(a, detail::lane_numbers));
+  const floats half = lanes_of(detail::from_lane<lanes / 2>(a, b)),
+               three_quarters = lanes_of(detail::from_lane<3 * lanes / 4>(a, b)),
+               next = lanes_of(detail::repeated<3, lanes>(a));
   for (std::size_t i = 0; i < width; ++i) {
     REQUIRE(same_bits(half[i], both[i + width / 2]));
     REQUIRE(same_bits(three_quarters[i], both[i + 3 * width / 4]));
@@ -141,19 +141,32 @@ TEST_CASE("simd: from_lane, and repeated from any lane on, every bit") {
 }
 
 TEST_CASE("simd: every_second and by_turns, every bit") {
-  constexpr auto numbers = detail::lane_numbers;
   std::array<float, 2 * width> both;
   for (std::size_t i = 0; i < both.size(); ++i) both[i] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i));
   const vfloat a = detail::load(both.data()), b = detail::load(both.data() + lanes);
-  const vfloat even = detail::every_second<0>(a, b, numbers), odd = detail::every_second<1>(a, b, numbers);
-  const floats first = lanes_of(detail::by_turns<0>(even, odd, numbers)),
-               second = lanes_of(detail::by_turns<lanes>(even, odd, numbers));
+  const vfloat even = detail::every_second<0>(a, b), odd = detail::every_second<1>(a, b);
+  const floats first = lanes_of(detail::by_turns<0>(even, odd)), second = lanes_of(detail::by_turns<lanes>(even, odd));
   for (std::size_t i = 0; i < width; ++i) {
     REQUIRE(same_bits(lanes_of(even)[i], both[2 * i]));
     REQUIRE(same_bits(lanes_of(odd)[i], both[2 * i + 1]));
     REQUIRE(same_bits(first[i], both[i]));
     REQUIRE(same_bits(second[i], both[width + i]));
   }
+}
+
+TEST_CASE("simd: every_third, every bit") {
+  vfloat v[3];
+  for (std::size_t i = 0; i < 3; ++i) {
+    floats some;
+    for (std::size_t j = 0; j < width; ++j)
+      some[j] = std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(i * width + j));
+    v[i] = vector_of(some);
+  }
+  const floats rows[] = {lanes_of(detail::every_third<0>(v)), lanes_of(detail::every_third<1>(v)),
+                         lanes_of(detail::every_third<2>(v))};
+  for (std::size_t r = 0; r < 3; ++r)
+    for (std::size_t i = 0; i < width; ++i)
+      REQUIRE(same_bits(rows[r][i], std::bit_cast<float>(0x7fa00001u + static_cast<unsigned>(3 * i + r))));
 }
 
 TEST_CASE("simd: transpose, every bit") {
@@ -190,10 +203,9 @@ TEST_CASE("simd: join_lanes") {
 template <class V>
 void check_sums_across(effort::dice& dice) {
   constexpr auto n = sizeof(V) / sizeof(float);
-  using numbers = std::make_index_sequence<n>;
   const auto sums_of = [](const V(&v)[4]) {
-    const V v01 = detail::join_pair(v[0], v[1], numbers()), v23 = detail::join_pair(v[2], v[3], numbers());
-    return detail::sums_of_lanes(detail::join_pairs(v01, v23, numbers()));
+    const V v01 = detail::join_pair(v[0], v[1]), v23 = detail::join_pair(v[2], v[3]);
+    return detail::sums_of_lanes(detail::join_pairs(v01, v23));
   };
   for (int trial = 0; trial < 500; ++trial) {
     V v[4];

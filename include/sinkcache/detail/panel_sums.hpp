@@ -43,7 +43,14 @@ struct kept_logits {
   template <int Rows>
   void keep(const float* logits, index_t row, index_t number, index_t n) const noexcept {
     float* const at = to + row * stride + first + number;
-    for (index_t j = 0; j < n; ++j)
+    index_t j = 0;
+    for (; j + lanes <= n; j += lanes) {
+      vfloat of_keys[Rows];
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) of_keys[i] = load(logits + j * Rows + i * lanes);
+      row_lanes<Rows>::for_rows(of_keys, [&](int r, vfloat of_row) { store(at + r * stride + j, of_row); });
+    }
+    for (; j < n; ++j)
       for (int r = 0; r < Rows; ++r) at[r * stride + j] = logits[j * Rows + r];
   }
 };

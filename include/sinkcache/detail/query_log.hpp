@@ -83,10 +83,11 @@ class query_log {
   void add(std::int64_t* sums, position_t query, index_t row, const weight_tile& tile) noexcept {
     float* const given = of_.rollback == 0 ? nullptr : given_ + query % of_.rollback * of_.rows + row;
     const bool first = tile.first_qo_head % group() == 0;
+    const auto heads = static_cast<float>(group());
     for (index_t j = 0; j < tile.n; ++j) {
       float w = 0;
       for (index_t i = 0; i < tile.num_qo_heads; ++i) w += known_weight(tile.weight(j, i));
-      w /= static_cast<float>(group());
+      w /= heads;
       const float before = given == nullptr || first ? 0.f : given[j];  // from other blocks of the group
       sums[j] += whole(before + w) - whole(before);
       if (given != nullptr) given[j] = before + w;
@@ -94,7 +95,9 @@ class query_log {
   }
   // What several queries that cannot be taken back gave n rows, summed over them and the group.
   void add_sums(std::int64_t* sums, std::span<const float> given) const noexcept {
-    for (std::size_t j = 0; j < given.size(); ++j) sums[j] += whole(given[j] / static_cast<float>(group()));
+    const auto heads = static_cast<float>(group());
+    const float* const from = given.data();
+    for_each_index(static_cast<index_t>(given.size()), [&](index_t j) { sums[j] += whole(from[j] / heads); });
   }
   // Takes it back, of the first n rows of a head, which lie as they did.
   void take_back(std::int64_t* sums, position_t query, index_t row, index_t n) const noexcept {

@@ -47,7 +47,7 @@ inline void pack_rotated_back(const key_rotations& rotations, const rope::angles
         vfloat a, b;
         if (interleaved) {
           const vfloat x = load(row + 2 * p), y = load(row + 2 * p + lanes);
-          a = every_second<0>(x, y, lane_numbers), b = every_second<1>(x, y, lane_numbers);
+          a = every_second<0>(x, y), b = every_second<1>(x, y);
         } else {
           a = load(row + p), b = load(row + p + pairs);
         }
@@ -101,7 +101,7 @@ template <class K, int Rows, bool Interleaved, int Width = 0>
           vfloat a, b;
           if constexpr (Interleaved) {
             const vfloat x = K::load(key[i] + 2 * p * bytes), y = K::load(key[i] + (2 * p + lanes) * bytes);
-            a = every_second<0>(x, y, lane_numbers), b = every_second<1>(x, y, lane_numbers);
+            a = every_second<0>(x, y), b = every_second<1>(x, y);
           } else {
             a = K::load(key[i] + p * bytes), b = K::load(key[i] + (p + pairs) * bytes);
           }

@@ -311,9 +311,11 @@ class schedule {
             const worker_scratch& scratch) const noexcept {
     if (job.weights->wants(job.query)) tell_weights(job, kv_head, first_head, count, weights, stride, scratch);
     if (!job.weights->wants_sums(job.query, job.query)) return;
-    for (index_t i = 0; i < stride; ++i) weights[i] = known_weight(weights[i]);
-    for (index_t r = 1; r < count; ++r)
-      for (index_t i = 0; i < stride; ++i) weights[i] += known_weight(weights[r * stride + i]);
+    for_each_index(stride, [&](index_t i) { weights[i] = known_weight(weights[i]); });
+    for (index_t r = 1; r < count; ++r) {
+      const float* const of_row = weights + r * stride;
+      for_each_index(stride, [&](index_t i) { weights[i] += known_weight(of_row[i]); });
+    }
     tell_sums(*job.weights, *job.keys, kv_head, job.query, 1, weights, scratch);
   }
   void tell_weights(const decode_job& job, index_t kv_head, index_t first_head, index_t count, const float* weights,

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "../config.hpp"
 #include "macros_off.hpp"
@@ -148,9 +147,6 @@ template <class V>
 #endif
 }
 
-// The number of lanes of what shuffles.
-inline constexpr std::make_index_sequence<lanes> lane_numbers;
-
 // Width of the lanes of a, then those of b: the i-th is number At(i). Written out: nvcc loses packs among a builtin's
 // arguments.
 template <int Width, auto At, class V>
@@ -166,15 +162,15 @@ template <int Width, auto At, class V>
 
 // Sums across vectors, of any width: join_pair two by two, join_pairs of two of those, then sums_of_lanes, whose lane i
 // is the sum of the lanes of the i-th vector. Every sum is associated alike, whatever i is.
-template <class V, std::size_t... I>
-[[gnu::always_inline]] inline V join_pair(V v0, V v1, std::index_sequence<I...>) noexcept {
-  constexpr int n = sizeof...(I);
+template <class V>
+[[gnu::always_inline]] inline V join_pair(V v0, V v1) noexcept {
+  constexpr int n = width_of<V>;
   return shuffled<n, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * n; }>(v0, v1) +
          shuffled<n, [](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * n + 2; }>(v0, v1);
 }
-template <class V, std::size_t... I>
-[[gnu::always_inline]] inline V join_pairs(V v01, V v23, std::index_sequence<I...>) noexcept {
-  constexpr int n = sizeof...(I);
+template <class V>
+[[gnu::always_inline]] inline V join_pairs(V v01, V v23) noexcept {
+  constexpr int n = width_of<V>;
   return shuffled<n, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * n; }>(v01, v23) +
          shuffled<n, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * n + 2; }>(v01, v23);
 }
@@ -190,19 +186,25 @@ template <class V>
 }
 
 // Of the lanes of a, then those of b: as many as a vector has, from number First on.
-template <int First, std::size_t... I>
-[[gnu::always_inline]] inline vfloat from_lane(vfloat a, vfloat b, std::index_sequence<I...>) noexcept {
+template <int First>
+[[gnu::always_inline]] inline vfloat from_lane(vfloat a, vfloat b) noexcept {
   return shuffled<lanes, [](int i) { return (i + First) % (2 * lanes); }>(a, b);
 }
 
 // Of the lanes of a, then those of b: every second, from number First on.
-template <int First, std::size_t... I>
-[[gnu::always_inline]] inline vfloat every_second(vfloat a, vfloat b, std::index_sequence<I...>) noexcept {
+template <int First>
+[[gnu::always_inline]] inline vfloat every_second(vfloat a, vfloat b) noexcept {
   return shuffled<lanes, [](int i) { return 2 * i + First; }>(a, b);
 }
+// Of the lanes of all three: every third, from number First on.
+template <int First>
+[[gnu::always_inline]] inline vfloat every_third(const vfloat (&v)[3]) noexcept {
+  const vfloat of_two = shuffled<lanes, [](int i) { return (3 * i + First) % (2 * lanes); }>(v[0], v[1]);
+  return shuffled<lanes, [](int i) { return 3 * i + First < 2 * lanes ? i : 3 * i + First - lanes; }>(of_two, v[2]);
+}
 // The reverse: lanes of `even` and `odd` by turns, from number First on.
-template <int First, std::size_t... I>
-[[gnu::always_inline]] inline vfloat by_turns(vfloat even, vfloat odd, std::index_sequence<I...>) noexcept {
+template <int First>
+[[gnu::always_inline]] inline vfloat by_turns(vfloat even, vfloat odd) noexcept {
   return shuffled<lanes, [](int i) { return (First + i) / 2 + i % 2 * lanes; }>(even, odd);
 }
 
@@ -215,16 +217,16 @@ template <int First, std::size_t... I>
     for (int i = 0; i < lanes; ++i) from[i] = v[i];
 #pragma GCC unroll 8
     for (int i = 0; i < lanes / 2; ++i) {
-      v[2 * i] = by_turns<0>(from[i], from[i + lanes / 2], lane_numbers);
-      v[2 * i + 1] = by_turns<lanes>(from[i], from[i + lanes / 2], lane_numbers);
+      v[2 * i] = by_turns<0>(from[i], from[i + lanes / 2]);
+      v[2 * i + 1] = by_turns<lanes>(from[i], from[i + lanes / 2]);
     }
   }
 }
 
 // The first Period lanes over and over, from number First on.
-template <int Period, int First = 0, class V, std::size_t... I>
-[[gnu::always_inline]] inline auto repeated(V v, std::index_sequence<I...>) noexcept {
-  return shuffled<sizeof...(I), [](int i) { return (First + i) % Period; }>(v, v);
+template <int Period, int First = 0, int Width = lanes, class V>
+[[gnu::always_inline]] inline auto repeated(V v) noexcept {
+  return shuffled<Width, [](int i) { return (First + i) % Period; }>(v, v);
 }
 // The first Period of the four floats there, over and over.
 template <int Period>
@@ -232,10 +234,10 @@ template <int Period>
   vquad four;
   std::memcpy(&four, from, sizeof four);
   if constexpr (lanes > 8) {  // in two steps: g++ 12 takes one through memory
-    const auto eight = repeated<Period>(four, std::make_index_sequence<8>());
-    return repeated<8>(eight, lane_numbers);
+    const auto eight = repeated<Period, 0, 8>(four);
+    return repeated<8>(eight);
   } else {
-    return repeated<Period>(four, lane_numbers);
+    return repeated<Period>(four);
   }
 }
 
@@ -243,8 +245,7 @@ template <int Period>
 // 2 * Distance lanes alone into the first Width, if that is given.
 template <int Width, int Distance = lanes / 2, class F>
 [[gnu::always_inline]] inline vfloat join_lanes(vfloat v, const F& join) noexcept {
-  if constexpr (Distance >= Width)
-    v = join_lanes<Width, Distance / 2>(join(v, from_lane<Distance>(v, v, lane_numbers)), join);
+  if constexpr (Distance >= Width) v = join_lanes<Width, Distance / 2>(join(v, from_lane<Distance>(v, v)), join);
   return v;
 }
 

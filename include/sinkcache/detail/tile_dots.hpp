@@ -29,8 +29,8 @@ void pack_rows(const float* rows, index_t dim, float* to) noexcept {
     if constexpr (in_pairs<K>)
       for (; d + 2 * lanes <= dim; d += 2 * lanes) {
         const vfloat a = load(row + d), b = load(row + d + lanes);
-        store(packed + d * Rows, every_second<0>(a, b, lane_numbers));
-        store(packed + (d + lanes) * Rows, every_second<1>(a, b, lane_numbers));
+        store(packed + d * Rows, every_second<0>(a, b));
+        store(packed + (d + lanes) * Rows, every_second<1>(a, b));
       }
     for (; d < dim; d += width) store(packed + d * Rows, load<vector>(row + d));
   }
@@ -47,7 +47,6 @@ const float* packed_rows(const float* rows, index_t count, index_t dim, float* t
 template <class V, int Keys, int Rows>
 struct joined_sums {
   static constexpr int quads = Keys * Rows / 4, steps = 4;
-  static constexpr std::make_index_sequence<width_of<V>> numbers{};
 
   V joined[quads][2];
   vquad dots[quads];
@@ -57,9 +56,9 @@ struct joined_sums {
 #pragma GCC unroll 4
     for (int i = 0; i < quads; ++i) {
       if (number < 2)
-        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1), numbers);
+        joined[i][number] = join_pair(sum(4 * i + 2 * number), sum(4 * i + 2 * number + 1));
       else if (number == 2)
-        joined[i][0] = join_pairs(joined[i][0], joined[i][1], numbers);
+        joined[i][0] = join_pairs(joined[i][0], joined[i][1]);
       else
         dots[i] = sums_of_lanes(joined[i][0]);
     }

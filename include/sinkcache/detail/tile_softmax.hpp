@@ -35,9 +35,9 @@ struct row_lanes {
   // The same in all lanes of the row.
   static void spread(const vfloat (&rows)[row_vectors], vfloat (&to)[vectors]) noexcept {
     if constexpr (Rows == 3) {
-      to[0] = repeated<3>(rows[0], lane_numbers);
-      to[1] = repeated<3, lanes>(rows[0], lane_numbers);
-      to[2] = repeated<3, 2 * lanes>(rows[0], lane_numbers);
+      to[0] = repeated<3>(rows[0]);
+      to[1] = repeated<3, lanes>(rows[0]);
+      to[2] = repeated<3, 2 * lanes>(rows[0]);
     } else {
       for (int i = 0; i < vectors; ++i) to[i] = rows[i];
     }
@@ -46,9 +46,9 @@ struct row_lanes {
   template <class F>
   static vfloat join(vfloat (&of)[Rows], const F& f) noexcept {
     if constexpr (Rows == 3) {
-      const vfloat half = f(of[0], from_lane<lanes / 2>(of[1], of[2], lane_numbers));
-      const vfloat rest = f(of[1], from_lane<lanes / 2>(of[2], of[2], lane_numbers));
-      const vfloat quarter = f(half, from_lane<3 * lanes / 4>(half, rest, lane_numbers));
+      const vfloat half = f(of[0], from_lane<lanes / 2>(of[1], of[2]));
+      const vfloat rest = f(of[1], from_lane<lanes / 2>(of[2], of[2]));
+      const vfloat quarter = f(half, from_lane<3 * lanes / 4>(half, rest));
       return join_lanes<3, 3 * lanes / 8>(quarter, f);
     } else {
 #pragma GCC unroll 4
@@ -56,6 +56,27 @@ struct row_lanes {
 #pragma GCC unroll 4
         for (int part = 0; part < half; ++part) of[part] = f(of[part], of[part + half]);
       return join_lanes<Rows>(of[0], f);
+    }
+  }
+  // Calls f(row, its logits for `lanes` keys) of up to four rows.
+  template <class F>
+  static void for_rows(const vfloat (&of)[Rows], const F& f) noexcept {
+    if constexpr (Rows == 1) {
+      f(0, of[0]);
+    } else if constexpr (Rows == 2) {
+      f(0, every_second<0>(of[0], of[1]));
+      f(1, every_second<1>(of[0], of[1]));
+    } else if constexpr (Rows == 3) {
+      f(0, every_third<0>(of));
+      f(1, every_third<1>(of));
+      f(2, every_third<2>(of));
+    } else {
+      const vfloat even[] = {every_second<0>(of[0], of[1]), every_second<0>(of[2], of[3])};
+      const vfloat odd[] = {every_second<1>(of[0], of[1]), every_second<1>(of[2], of[3])};
+      f(0, every_second<0>(even[0], even[1]));
+      f(1, every_second<0>(odd[0], odd[1]));
+      f(2, every_second<1>(even[0], even[1]));
+      f(3, every_second<1>(odd[0], odd[1]));
     }
   }
   // The keys' numbers, from 0 on.

@@ -20,8 +20,8 @@ template <int Vectors, int Rows>
   for (int i = 0; i < Vectors / 2 * Rows; ++i) {
     vfloat &first = columns[i / Rows * 2][i % Rows], &second = columns[i / Rows * 2 + 1][i % Rows];
     const vfloat even = first, odd = second;
-    first = by_turns<0>(even, odd, lane_numbers);
-    second = by_turns<lanes>(even, odd, lane_numbers);
+    first = by_turns<0>(even, odd);
+    second = by_turns<lanes>(even, odd);
   }
 }
 
