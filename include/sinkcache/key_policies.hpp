@@ -39,7 +39,8 @@ template <class Row>
 void read_key(const scored_head& of, index_t i, bool shown, Row&& to) noexcept {
   alignas(64) float row[max_head_dim];
   shown ? of.shown_key(i, row) : of.key(i, row);
-  for (index_t d = 0; d < of.geometry.head_dim; ++d) to[d] = static_cast<double>(row[d]);
+  double* const at = to.data();
+  for_each_index(of.geometry.head_dim, [&](index_t d) { at[d] = static_cast<double>(row[d]); });
 }
 inline double value_norm(const scored_head& of, index_t i) noexcept {
   alignas(64) float row[max_head_dim];
@@ -174,28 +175,31 @@ struct lagkv final : token_scorer {
     const index_t dim = keys ? head.geometry.head_dim : head.geometry.v_head_dim;
     float *const lo = head.scratch.data(), *const hi = lo + dim;
     alignas(64) float x[max_head_dim];
+    alignas(64) double one_over[max_head_dim], in_range[max_head_dim];
     const auto read = [&](index_t i) {
       const auto row = static_cast<index_t>(rows[i]);
       keys ? head.key(row, x) : head.value(row, x);
     };
     for (index_t i = n; i < 2 * n; ++i) {
       read(i);
-      for (index_t d = 0; d < dim; ++d) {
-        lo[d] = i == n ? x[d] : std::min(lo[d], x[d]);
-        hi[d] = i == n ? x[d] : std::max(hi[d], x[d]);
-      }
+      if (i == n) std::copy_n(x, dim, lo), std::copy_n(x, dim, hi);
+      detail::for_each_index(dim, [&](index_t d) {
+        lo[d] = x[d] < lo[d] ? x[d] : lo[d];
+        hi[d] = x[d] > hi[d] ? x[d] : hi[d];
+      });
     }
+    // A channel that does not vary there counts as 0.
+    for (index_t d = 0; d < dim; ++d)
+      one_over[d] = lo[d] == hi[d] ? 0 : 1 / (static_cast<double>(hi[d]) - static_cast<double>(lo[d]));
+    const detail::double_row scaled(in_range, dim);
     float* const spread = total + n;
     float most = -std::numeric_limits<float>::infinity();
     for (index_t i = 0; i < n; ++i) {
       read(i);
-      double sum = 0, squares = 0;
-      for (index_t d = 0; d < dim; ++d) sum += scaled(x[d], lo[d], hi[d]);
-      const double mean = sum / static_cast<double>(dim);
-      for (index_t d = 0; d < dim; ++d) {
-        const double from_mean = scaled(x[d], lo[d], hi[d]) - mean;
-        squares += from_mean * from_mean;
-      }
+      detail::for_each_index(dim, [&](index_t d) {
+        in_range[d] = (static_cast<double>(x[d]) - static_cast<double>(lo[d])) * one_over[d];
+      });
+      const double mean = scaled.mean(), squares = (scaled.array() - mean).square().sum();
       spread[i] = static_cast<float>(std::sqrt(squares / static_cast<double>(std::max<index_t>(1, dim - 1))));
       most = std::max(most, spread[i]);
     }
@@ -204,10 +208,6 @@ struct lagkv final : token_scorer {
     for (index_t i = 0; i < n; ++i)
       total[i] += static_cast<float>((keys ? 1. : static_cast<double>(v_ratio)) *
                                      std::exp(static_cast<double>(spread[i]) - static_cast<double>(most)) / sum);
-  }
-  static double scaled(float x, float lo, float hi) noexcept {
-    if (lo == hi) return 0;
-    return (static_cast<double>(x) - static_cast<double>(lo)) / (static_cast<double>(hi) - static_cast<double>(lo));
   }
 
   // What a partition's tokens are worth beside each other; under fifo the best of them survive and the others leave.

@@ -16,33 +16,41 @@ inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
-inline constexpr index_t redundancy_block = 16;
+inline constexpr index_t redundancy_rows = 16, redundancy_columns = 64;  // compared at a time
 
 inline index_t redundancy_floats(const scored_sizes& of) noexcept {
-  return 2 * (of.rows * of.head_dim + (redundancy_block + 1) * of.rows);
+  return 2 * ((of.rows + 1) * of.head_dim + redundancy_rows * redundancy_columns + of.rows);
 }
 
 // How like the others a row's key is, its newest copy not counted (R-KV, section 3.3), as a softmax over all rows:
 // copies are rows with a cosine above 0.5, and where a row has none, row 0 is left out for it, as in the authors' code.
 inline double_row redundancy(const scored_head& of, double_scratch& memory) noexcept {
   const index_t n = of.rows, d = of.geometry.head_dim;
-  double_rows keys = memory.rows(n, d), like = memory.rows(redundancy_block, n);
-  double_row mean = memory.row(n);
+  double_rows keys = memory.rows(n, d), like = memory.rows(redundancy_rows, redundancy_columns);
+  double_row all = memory.row(d), mean = memory.row(n);
   for (index_t i = 0; i < n; ++i) {
     read_key(of, i, false, keys.row(i));
     const double norm = keys.row(i).norm();
     if (norm > 0) keys.row(i) /= norm;
   }
-  mean.setZero();
-  for (index_t from = 0; from < n; from += redundancy_block) {
-    const index_t m = std::min(redundancy_block, n - from);
-    like.topRows(m).noalias() = keys.middleRows(from, m) * keys.transpose();
-    for (index_t i = 0; i < m; ++i) {
-      like(i, from + i) = 0;
-      index_t newest = n - 1;
-      while (newest > 0 && !(like(i, newest) > 0.5)) --newest;
-      like(i, newest) = 0;
-      mean += like.row(i);
+  // All cosines with a key sum to its product with the sum of keys. What to leave out is searched from the newest on.
+  all = keys.colwise().sum();
+  for (index_t i = 0; i < n; ++i) mean[i] = keys.row(i).dot(all) - keys.row(i).squaredNorm();
+  for (index_t from = 0; from < n; from += redundancy_rows) {
+    const index_t m = std::min(redundancy_rows, n - from);
+    bool found[redundancy_rows] = {};
+    for (index_t end = n, missing = m, first; missing > 0; end = first) {
+      first = std::max<index_t>(0, end - redundancy_columns);
+      like.topLeftCorner(m, end - first).noalias() =
+          keys.middleRows(from, m) * keys.middleRows(first, end - first).transpose();
+      for (index_t i = 0; i < m; ++i)
+        for (index_t j = end - 1; j >= first && !found[i]; --j) {
+          const double cosine = j == from + i ? 0 : like(i, j - first);
+          if (!(cosine > 0.5) && j > 0) continue;
+          mean[j] -= cosine;
+          found[i] = true;
+          --missing;
+        }
     }
   }
   mean /= static_cast<double>(n);
