@@ -229,7 +229,12 @@ TEST_CASE("names that do not go together are refused") {
   CHECK(message_of(of) == "sinkcache: num_sink_tokens + window was 2 + 9223372036854775807, had to fit 63 bits");
   of = usual("h2o:interval=0");
   CHECK(message_of(of) == "sinkcache: interval was 0, had to be at least 1");
-  CHECK(message_of(usual("h2o:interval=64")).starts_with("sinkcache: budget was -40, had to be"));
+  // 2 pinned rows, 8 recent ones, and 14 that come between two events leave none of 24 free.
+  CHECK(message_of(usual("h2o:recent=8,interval=14")) ==
+        "sinkcache: num_sink_tokens + window was 24, had to be above num_sink_tokens, recent (or the scorer's window) "
+        "and interval together, 24");
+  CHECK(message_of(usual("h2o:recent=8,interval=13")).empty());
+  CHECK(message_of(usual("snapkv:recent=0,interval=14")) == message_of(usual("h2o:recent=8,interval=14")));
 }
 
 TEST_CASE("named caches take memory from the resource that is given") {
