@@ -769,6 +769,10 @@ TEST_CASE("attention: bad shapes are refused in exact words, and change nothing"
         "sinkcache: q's data was null, had to be 1 x 20 floats");
   CHECK(attention.try_decode(q, cache, {nullptr, 1, 12}, scratch).message() ==
         "sinkcache: out's data was null, had to be 1 x 12 floats");
+  CHECK(attention.try_attend({floats, 2, 20, 3}, cache, {floats, 2, 12}, scratch).message() ==
+        "sinkcache: q's stride was 3, had to be at least 20");
+  CHECK(attention.try_attend({floats, 2, 20}, cache, {floats, 2, 12, 0}, scratch).message() ==
+        "sinkcache: out's stride was 0, had to be at least 12");
   CHECK(cache.seen() == 12);
   CHECK(std::equal(before.begin(), before.end(), memory));
 }

@@ -797,6 +797,9 @@ TEST_CASE("kv_cache: a try_ call that is refused says what would be thrown, and 
   const const_matrix_view v(floats, 1, 6), nothing(nullptr, 1, 8), k(floats, 1, 8);
   CHECK(any.try_append(nothing, v).message() == "sinkcache: k's data was null, had to be 1 x 8 floats");
   CHECK(any.try_append(k, {nullptr, 1, 6}).message() == "sinkcache: v's data was null, had to be 1 x 6 floats");
+  for (const index_t stride : {-8, 0, 7})
+    CHECK(any.try_append({floats, 2, 8, stride}, {floats, 2, 6}).message() ==
+          "sinkcache: k's stride was " + std::to_string(stride) + ", had to be at least 8");
   CHECK(any.try_append({floats, -1, 8}, {floats, -1, 6}).message() ==
         "sinkcache: k.rows() was -1, had to be at least 0");
   CHECK(any.try_append({floats, most, 8}, {floats, most, 6}).message() ==

@@ -977,8 +977,10 @@ TEST_CASE("kv_view: bad pieces are refused in exact words, and change nothing") 
         "sinkcache: a page of the table was -1, had to be at least 0 and below num_pages, 4");
   CHECK(changed(&kv_pages::page_tokens, index_t{0}) == "sinkcache: page_tokens was 0, had to be at least 1");
   CHECK(changed(&kv_pages::num_pages, index_t{-1}) == "sinkcache: num_pages was -1, had to be at least 0");
-  CHECK(changed(&kv_pages::k_page, index_t{-1}) == "sinkcache: k_page was -1, had to be at least 0");
-  CHECK(changed(&kv_pages::v_page, index_t{-1}) == "sinkcache: v_page was -1, had to be at least 0");
+  for (const index_t none : {-1, 0}) {  // 0: forgotten, all pages would be the first
+    CHECK(changed(&kv_pages::k_page, none) == fmt::format("sinkcache: k_page was {}, had to be at least 1", none));
+    CHECK(changed(&kv_pages::v_page, none) == fmt::format("sinkcache: v_page was {}, had to be at least 1", none));
+  }
   CHECK(changed(&kv_pages::first, position_t{-1}) ==
         fmt::format("sinkcache: the pages' first position was -1, had to be from 0 to {}", max_position));
   CHECK(changed(&kv_pages::k, static_cast<const void*>(nullptr)) == "sinkcache: k was null, had to be where keys lie");
@@ -986,6 +988,9 @@ TEST_CASE("kv_view: bad pieces are refused in exact words, and change nothing") 
         fmt::format("sinkcache: positions of the table was {} * 3, had to fit 63 bits", index_t{1} << 62));
   CHECK(changed(&kv_pages::k_page, index_t{1} << 61) ==
         fmt::format("sinkcache: bytes of a page was {} * 4, had to fit 63 bits", index_t{1} << 61));
+  const std::int32_t first_page[] = {0};
+  CHECK(view.try_assign(kv_pages{p, p, 0, 0, 1, 16, first_page}, 64).ok());  // of one page none is the next
+  view.assign(kv_piece{0, 64, p, p}, 64);
   CHECK(view.try_set_seen(-3).message() == fmt::format("sinkcache: seen was -3, had to be from 0 to {}", max_position));
   CHECK(view.seen() == 64);
 }

@@ -202,7 +202,13 @@ TEST_CASE("a name that is not known says which are") {
     CHECK(message_of(usual(text)) == "sinkcache: h2o's parameter was '', had to be name=value");
   CHECK(message_of(usual("h2o:recent=3,recent=3")) ==
         "sinkcache: h2o's parameters were given twice, had to be given once each");
-  CHECK(message_of(usual("h2o:recent=3x")) == "sinkcache: h2o's recent was '3x', had to be a number");
+  for (const std::string text : {"3x", "1.5", "1e3", "99999999999999999999", ""})
+    CHECK(message_of(usual("h2o:recent=" + text)) ==
+          "sinkcache: h2o's recent was '" + text +
+              "', had to be a whole number from -9223372036854775808 to 9223372036854775807");
+  CHECK(message_of(usual("random:seed=-1")) ==
+        "sinkcache: random's seed was '-1', had to be a whole number from 0 to 18446744073709551615");
+  CHECK(message_of(usual("gkv:decay=x")) == "sinkcache: gkv's decay was 'x', had to be a number");
   CHECK(message_of(usual("sinks", "f8")) == "sinkcache: the format of keys was 'f8', had to be f32 or q8");
   CHECK(message_of(usual("sinks", "f32", "f16")) == "sinkcache: the format of values was 'f16', had to be f32 or q8");
   CHECK(message_of(usual("h2o:recent=3,interval=8", "f32", "Q8")) ==
@@ -223,7 +229,12 @@ TEST_CASE("names that do not go together are refused") {
   CHECK(message_of(of) == "sinkcache: num_sink_tokens + window was 2 + 9223372036854775807, had to fit 63 bits");
   of = usual("h2o:interval=0");
   CHECK(message_of(of) == "sinkcache: interval was 0, had to be at least 1");
-  CHECK(message_of(usual("h2o:interval=64")).starts_with("sinkcache: budget was -40, had to be"));
+  // 2 pinned rows, 8 recent ones, and 14 that come between two events leave none of 24 free.
+  CHECK(message_of(usual("h2o:recent=8,interval=14")) ==
+        "sinkcache: num_sink_tokens + window was 24, had to be above num_sink_tokens, recent (or the scorer's window) "
+        "and interval together, 24");
+  CHECK(message_of(usual("h2o:recent=8,interval=13")).empty());
+  CHECK(message_of(usual("snapkv:recent=0,interval=14")) == message_of(usual("h2o:recent=8,interval=14")));
 }
 
 TEST_CASE("named caches take memory from the resource that is given") {

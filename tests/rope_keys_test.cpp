@@ -3,6 +3,7 @@
 
 #include <sinkcache/rope_keys.hpp>
 
+#include <clocale>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -68,6 +69,19 @@ TEST_CASE("rope_keys: what config.json of well-known models says") {
                         {"rope_scaling.factor", "2"}},
                        96, rope_pairing::interleaved) ==
         rope::yarn(24, 10000, {.factor = 2, .original_max_position_embeddings = 2048}, rope_pairing::interleaved));
+}
+
+TEST_CASE("rope_keys: numbers are a file's, whatever the program's locale writes before decimals") {
+  const std::string before = std::setlocale(LC_NUMERIC, nullptr);
+  for (const char* comma : {"de_DE.UTF-8", "fr_FR.UTF-8", "ru_RU.UTF-8"})
+    if (std::setlocale(LC_NUMERIC, comma) != nullptr) break;
+  const auto read = [] {
+    status found;
+    return try_rope_of_config({{"rope_theta", "10000.5"}}, 64, found);
+  };
+  const std::optional<rope> found = read();
+  std::setlocale(LC_NUMERIC, before.c_str());
+  CHECK(found == rope::plain(64, 10000.5));
 }
 
 TEST_CASE("rope_keys: what frequencies cannot tell, and what is wrong, is refused in exact words") {

@@ -843,7 +843,7 @@ TEST_CASE("rope: errors name the argument, its value and what it had to be") {
 
   for (index_t dim : {-2, 0, 1, 3, 127, 514})
     CHECK_THROWS_WITH(rope::plain(dim, 1e4),
-                      "sinkcache: head_dim was " + std::to_string(dim) + ", had to be even and from 2 to 512");
+                      "sinkcache: width was " + std::to_string(dim) + ", had to be even and from 2 to 512");
   const auto both = rope_pairing::interleaved;
   CHECK(rope::plain(64, 1e4, both).width() == 64);
   const auto throws = [](const auto& make, const std::string& message) {
@@ -935,7 +935,7 @@ TEST_CASE("rope: what the factories refuse, the try_ functions return, and they 
   CHECK(!rope::try_create(bad, found));
   CHECK(found.message() == "sinkcache: an inv_freq was -1, had to be from 0 to 2^32");
   CHECK(!rope::try_plain(63, 1e4, found));
-  CHECK(found.message() == "sinkcache: head_dim was 63, had to be even and from 2 to 512");
+  CHECK(found.message() == "sinkcache: width was 63, had to be even and from 2 to 512");
   CHECK(!rope::try_linear(64, 1e4, 0.5, found));
   CHECK(found.message() == "sinkcache: factor was 0.5, had to be from 1 to 2^64");
   CHECK(!rope::try_llama3(64, 1e4, {8, 4, 1, 8192}, found));

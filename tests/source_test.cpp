@@ -370,4 +370,24 @@ TEST_CASE("source: a joined_source that was moved from sees nothing, one of othe
         "sinkcache: a source's rope was another, had to be that of the last");
 }
 
+TEST_CASE("source: a prefix that changed after it was joined is refused") {
+  cache_config config{.num_kv_heads = 1, .head_dim = 8, .window = 40, .rope = rope::plain(8, 10000.0)};
+  kv_cache<f32> prefix(config);
+  const matrix rows = matrix::Ones(3, 8);
+  prefix.append(rows, rows);
+  config.first_position = 3;
+  kv_cache<f32> own(config);
+  const joined_source joined({&prefix, &own});
+  own.append(rows, rows);
+  const sinkcache::attention attention({.num_qo_heads = 1});
+  workspace scratch;
+  matrix out(1, 8);
+  CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).ok());
+  prefix.append(rows.topRows(1), rows.topRows(1));
+  CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).message() ==
+        "sinkcache: tokens of the sources in front was 4, had to be as when they were joined, 3");
+  prefix.truncate(3);
+  CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).ok());
+}
+
 }  // namespace

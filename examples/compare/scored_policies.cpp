@@ -222,7 +222,7 @@ std::string listed_policies() {
   std::string out =
       "full                nothing is evicted\n"
       "window              the newest tokens\n"
-      "sinks:N             the first N tokens for ever, and the newest (Xiao et al. 2023, arXiv 2309.17453)\n"
+      "sinks:N             the first N tokens for ever, and the newest (Xiao et al. 2024, arXiv 2309.17453)\n"
       "recompute           a fresh pass over the first token and the newest, at sampled tokens\n"
       "\nBy score, at events:\n";
   const auto add = [&out](std::string_view name, std::string_view keeps, std::string_view source) {

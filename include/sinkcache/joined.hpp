@@ -176,6 +176,9 @@ class joined_source final : public kv_source {
   void require_memory(status& found) const noexcept override {
     found.require(!sources_.empty(), "a joined_source", "moved from", "one that has sources");
     for (const kv_source* source : sources_) source->require_memory(found);
+    if (found)
+      found.require(seen_in_front() == before_, "tokens of the sources in front", seen_in_front(),
+                    "as when they were joined,", before_);
   }
   index_t capacity() const noexcept override {
     return sum([](const kv_source& s) { return s.capacity(); });
@@ -218,9 +221,7 @@ class joined_source final : public kv_source {
 
  private:
   joined_source(std::vector<const kv_source*>&& sources, const kv_geometry& geometry)
-      : kv_source(geometry), sources_(std::move(sources)) {
-    for (const kv_source* source : front()) before_ += source->seen();
-  }
+      : kv_source(geometry), sources_(std::move(sources)), before_(seen_in_front()) {}
 
   static kv_geometry checked(const std::vector<const kv_source*>& sources) {
     validate(sources).or_fail();
@@ -235,6 +236,11 @@ class joined_source final : public kv_source {
 
   std::span<const kv_source* const> front() const noexcept {
     return {sources_.data(), sources_.empty() ? 0 : sources_.size() - 1};
+  }
+  position_t seen_in_front() const noexcept {
+    position_t n = 0;
+    for (const kv_source* source : front()) n += std::min(source->seen(), max_position - n);
+    return n;
   }
   template <class F>
   index_t sum(const F& f) const noexcept {
@@ -254,7 +260,7 @@ class joined_source final : public kv_source {
   }
 
   std::vector<const kv_source*> sources_;
-  position_t before_ = 0;
+  position_t before_;  // that were seen in front
 };
 
 }  // namespace SINKCACHE_TAG

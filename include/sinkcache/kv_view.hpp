@@ -73,7 +73,7 @@ class kv_view final : public kv_source {
 
   // From now on the view reads this memory, for a stream of which `seen` tokens are known, the newest query's included.
   // Memory may reach beyond them, and may lack any, the newest too (a shared prefix, one rank's share of the tokens).
-  // Reads through pieces and tables once.
+  // Checks pieces and tables once; they have to stay where they are as long as the view reads them.
   void assign(const kv_memory& memory, position_t seen) { try_assign(memory, seen).or_fail(); }
   status try_assign(const kv_memory& memory, position_t seen) noexcept {
     status found;
@@ -306,8 +306,9 @@ class kv_view final : public kv_source {
   void require_pages(status& found, const kv_pages& pages) const noexcept {
     found.require(pages.page_tokens >= 1, "page_tokens", pages.page_tokens, "at least 1");
     found.require(pages.num_pages >= 0, "num_pages", pages.num_pages, "at least 0");
-    found.require(pages.k_page >= 0, "k_page", pages.k_page, "at least 0");
-    found.require(pages.v_page >= 0, "v_page", pages.v_page, "at least 0");
+    const index_t least = pages.num_pages > 1 ? 1 : 0;
+    found.require(pages.k_page >= least, "k_page", pages.k_page, "at least", least);
+    found.require(pages.v_page >= least, "v_page", pages.v_page, "at least", least);
     found.require(pages.first >= 0 && pages.first <= max_position, "the pages' first position", pages.first,
                   "from 0 to", max_position);
     for (const std::int32_t page : pages.table)

@@ -110,7 +110,7 @@ using matrix_view = basic_matrix_view<float>;
 
 namespace detail {
 
-// That `name` is floats [rows, cols].
+// That `name` is floats [rows, cols], whose rows do not lie over each other.
 template <class Float>
 void require_shape(status& found, const char* name, const basic_matrix_view<Float>& m, index_t rows,
                    index_t cols) noexcept {
@@ -118,6 +118,7 @@ void require_shape(status& found, const char* name, const basic_matrix_view<Floa
   if (m.cols() != cols) found.refuse("{}.cols() was {}, had to be exactly {}", name, m.cols(), cols);
   if (m.row(0) == nullptr && rows > 0 && cols > 0)
     found.refuse("{}'s data was null, had to be {} x {} floats", name, rows, cols);
+  if (rows > 1 && m.stride() < cols) found.refuse("{}'s stride was {}, had to be at least {}", name, m.stride(), cols);
 }
 
 }  // namespace detail

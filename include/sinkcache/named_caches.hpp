@@ -50,7 +50,8 @@ namespace detail {
 inline constexpr index_t no_budget = std::numeric_limits<index_t>::min();
 
 // How many rows a scored policy keeps where its text does not say it.
-inline void require_budget(status& found, const cache_config& config, eviction& rules) noexcept {
+inline void require_budget(status& found, const cache_config& config, eviction& rules,
+                           const token_scorer& scorer) noexcept {
   if (rules.budget != no_budget) {
     found.require(config.window == 0, "window", config.window, "0: the policy's budget says how many rows are kept");
     return;
@@ -59,6 +60,11 @@ inline void require_budget(status& found, const cache_config& config, eviction& 
   found.require(config.num_sink_tokens >= 0, "num_sink_tokens", config.num_sink_tokens, "at least 0");
   found.require(rules.interval >= 1, "interval", rules.interval, "at least 1");
   const index_t rows = checked_sum(found, "num_sink_tokens + window", config.num_sink_tokens, config.window);
+  const index_t recent = std::max(rules.recent, scorer.needs().window);
+  const index_t stays = checked_sum(found, "num_sink_tokens + recent", config.num_sink_tokens, recent);
+  const index_t taken = checked_sum(found, "num_sink_tokens + recent + interval", stays, rules.interval);
+  found.require(rows > taken, "num_sink_tokens + window", rows,
+                "above num_sink_tokens, recent (or the scorer's window) and interval together,", taken);
   if (found) rules.budget = rows - rules.interval;
 }
 
@@ -83,7 +89,7 @@ inline std::shared_ptr<const token_scorer> named_scorer(std::string_view text, c
   }
   rules.budget = no_budget;
   std::shared_ptr<const token_scorer> scorer = make_policy(text, rules, found);
-  if (found) require_budget(found, config, rules);
+  if (found) require_budget(found, config, rules, *scorer);
   config.window = 0;
   return scorer;
 }

@@ -5,10 +5,12 @@
 #include <array>
 #include <charconv>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -74,7 +76,7 @@ class parameter_reader {
     const char* const end = p->second.data() + p->second.size();
     const std::from_chars_result parsed = std::from_chars(p->second.data(), end, value);
     if (parsed.ec != std::errc() || parsed.ptr != end || p->second.empty())
-      return found_.refuse("{}'s {} was '{}', had to be a number", policy_.name, name, p->second.substr(0, 32));
+      return refuse_number<T>(name, p->second.substr(0, 32));
     to = value;
   }
   void flag(std::string_view name, bool& to) noexcept {
@@ -107,6 +109,14 @@ class parameter_reader {
   }
 
  private:
+  template <class T>
+  void refuse_number(std::string_view name, std::string_view text) noexcept {
+    if constexpr (std::is_floating_point_v<T>)
+      found_.refuse("{}'s {} was '{}', had to be a number", policy_.name, name, text);
+    else
+      found_.refuse("{}'s {} was '{}', had to be a whole number from {} to {}", policy_.name, name, text,
+                    std::numeric_limits<T>::min(), std::numeric_limits<T>::max());
+  }
   const policy_parameter* take(std::string_view name) noexcept {
     for (const policy_parameter& p : given_)
       if (p.first == name) {

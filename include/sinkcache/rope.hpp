@@ -74,18 +74,18 @@ class rope {
   // Nothing is rotated: models without positions (NoPE), or with ALiBi.
   static rope none() { return rope(std::span<const float>()); }
 
-  // inv_freq[i] = theta^(-2i / head_dim), computed in double and rounded once. Where only a part of a head is rotated,
-  // give the size of that part as head_dim, here and below: head_dim * partial_rotary_factor.
-  static rope plain(index_t head_dim, double theta, rope_pairing pairing = rope_pairing::half_split) {
-    return checked([&](status& found) { return try_plain(head_dim, theta, found, pairing); });
+  // inv_freq[i] = theta^(-2i / width), computed in double and rounded once. `width` is how many dimensions of a head
+  // are rotated, here and below: head_dim, or head_dim * partial_rotary_factor.
+  static rope plain(index_t width, double theta, rope_pairing pairing = rope_pairing::half_split) {
+    return checked([&](status& found) { return try_plain(width, theta, found, pairing); });
   }
-  static std::optional<rope> try_plain(index_t head_dim, double theta, status& found,
+  static std::optional<rope> try_plain(index_t width, double theta, status& found,
                                        rope_pairing pairing = rope_pairing::half_split) noexcept {
     found = status();
-    require_width(found, "head_dim", head_dim);
+    require_width(found, width);
     found.require(std::isfinite(theta) && theta >= 1, "theta", theta, "finite and at least 1");
-    return of_pairs(found, head_dim, pairing, 1, [&](index_t i) {
-      return rounded(1 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(head_dim)));
+    return of_pairs(found, width, pairing, 1, [&](index_t i) {
+      return rounded(1 / std::pow(theta, static_cast<double>(2 * i) / static_cast<double>(width)));
     });
   }
 
@@ -270,12 +270,12 @@ class rope {
     return rounded(std::pow(static_cast<double>(rounded(theta)), exponent));
   }
 
-  static void require_width(status& found, const char* name, index_t width) noexcept {
-    found.require(width >= 2 && width <= 2 * max_pairs && width % 2 == 0, name, width, "even and from 2 to",
+  static void require_width(status& found, index_t width) noexcept {
+    found.require(width >= 2 && width <= 2 * max_pairs && width % 2 == 0, "width", width, "even and from 2 to",
                   2 * max_pairs);
   }
   static void require_scaling(status& found, index_t width, double theta, double factor) noexcept {
-    require_width(found, "width", width);
+    require_width(found, width);
     found.require(theta >= 1 && theta <= 0x1p64, "theta", theta, "from 1 to 2^64");
     found.require(factor >= 1 && factor <= 0x1p64, "factor", factor, "from 1 to 2^64");
   }

@@ -4,8 +4,8 @@
 // engine reads the file, and hands over its keys and values as text. What frequencies cannot express (docs/rope.md),
 // and unknown keys that would change the result, are refused by name.
 
+#include <charconv>
 #include <cmath>
-#include <cstdlib>
 #include <map>
 #include <optional>
 #include <set>
@@ -51,12 +51,10 @@ class key_reader {
   std::optional<double> number(std::string_view name) {
     const std::string* text = find(name);
     if (text == nullptr) return {};
-    char* end = nullptr;
-    const double value = std::strtod(text->c_str(), &end);
-    // What else strtod takes (0x10, " 1", nan) is not a number in a file.
-    if (text->empty() || text->find_first_not_of("0123456789.eE+-") != std::string::npos || *end != '\0' ||
-        !std::isfinite(value))
-      refuse(name, "a number");
+    double value = 0;
+    const char* const last = text->data() + text->size();
+    const std::from_chars_result parsed = std::from_chars(text->data(), last, value);  // whatever the locale
+    if (parsed.ec != std::errc() || parsed.ptr != last || !std::isfinite(value)) refuse(name, "a number");
     return value;
   }
   double required(std::string_view name) {

@@ -217,7 +217,8 @@ class kv_source {
   // though it could take the rows back.
   virtual position_t oldest_query() const noexcept { return std::max<position_t>(0, min_truncate() - 1); }
 
-  // Adds to `found` that this source was moved from, if so: it holds nothing, and can be assigned to.
+  // Adds to `found` why this source cannot be read: it was moved from, so it holds nothing and can be assigned to; or
+  // what it is made of has changed.
   virtual void require_memory(status& /*found*/) const noexcept {}
 
   // The most parts that a plan has.

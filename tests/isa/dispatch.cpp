@@ -84,7 +84,7 @@ void check(const unit& unit, const char* name, const char* isa, bool supported) 
   for (int format = 0; format < 3; ++format) worst = std::max(worst, error(unit, format));
   expect(worst <= 1, name, "far from the plain loop");
   const char* const refusal = unit.refusal();
-  expect(refusal == nullptr ? &unit == &aborts : std::strstr(refusal, "head_dim was 7") != nullptr, name,
+  expect(refusal == nullptr ? &unit == &aborts : std::strstr(refusal, "width was 7") != nullptr, name,
          "an error's message is wrong");
   std::printf("%-16s %-8s error %.3f of the bound\n", name, unit.isa, worst);
 }
