@@ -79,18 +79,27 @@ class query_log {
   // The row of q of a query that is kept.
   float* q(position_t query) const { return q_ + query % num_queries() * of_.num_qo_heads * of_.head_dim; }
 
-  // What one query gave n rows of a head, from `row` of the pool on: weights [heads of the group, stride].
+  // What one query gave n rows of a head, from `row` of the pool on: weights [heads of the group, stride]. It can be
+  // taken back.
   void add(std::int64_t* sums, position_t query, index_t row, const weight_tile& tile) noexcept {
-    float* const given = of_.rollback == 0 ? nullptr : given_ + query % of_.rollback * of_.rows + row;
-    const bool first = tile.first_qo_head % group() == 0;
+    constexpr index_t most = 64;
+    float* const given = given_ + query % of_.rollback * of_.rows + row;
     const auto heads = static_cast<float>(group());
-    for (index_t j = 0; j < tile.n; ++j) {
-      float w = 0;
-      for (index_t i = 0; i < tile.num_qo_heads; ++i) w += known_weight(tile.weight(j, i));
-      w /= heads;
-      const float before = given == nullptr || first ? 0.f : given[j];  // from other blocks of the group
-      sums[j] += whole(before + w) - whole(before);
-      if (given != nullptr) given[j] = before + w;
+    if (tile.first_qo_head % group() == 0)
+      std::fill_n(given, tile.n, 0.f);
+    else  // the other blocks of the group were added
+      for_each_index(tile.n, [&](index_t j) { sums[j] -= whole(given[j]); });
+    for (index_t first = 0; first < tile.n; first += most) {
+      const index_t n = std::min(most, tile.n - first);
+      float w[most] = {};
+      for (index_t i = 0; i < tile.num_qo_heads; ++i) {
+        const float* const of_head = tile.w.data() + i * tile.stride + first;
+        for_each_index(n, [&](index_t j) { w[j] += known_weight(of_head[j]); });
+      }
+      for_each_index(n, [&](index_t j) {
+        given[first + j] += w[j] / heads;
+        sums[first + j] += whole(given[first + j]);
+      });
     }
   }
   // What several queries that cannot be taken back gave n rows, summed over them and the group.
