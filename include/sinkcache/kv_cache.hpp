@@ -42,12 +42,16 @@ class kv_cache final : public detail::cache_of<K, V, Policy> {
  public:
   explicit kv_cache(const cache_config& config,
                     std::pmr::memory_resource* resource = default_resource()) requires std::same_as<Policy, sink_window>
-      : base(detail::checked(validate(config), resource), formats(), config, detail::window_of(config), resource) {}
+      : base(detail::checked(validate(config), resource), formats(), config, detail::window_of(config), resource) {
+    base::got_memory().or_fail();
+  }
 
   // With a policy, which brings its own window, pinned tokens and rows for rollback: of the configuration, window and
   // num_sink_tokens have to be 0, and rollback is read where formats spare tokens alone: it is of the newest.
   kv_cache(const cache_config& config, Policy policy, std::pmr::memory_resource* resource = default_resource())
-      : base(detail::checked(validate(config, policy), resource), formats(), config, std::move(policy), resource) {}
+      : base(detail::checked(validate(config, policy), resource), formats(), config, std::move(policy), resource) {
+    base::got_memory().or_fail();
+  }
 
   // Whether a cache can be made, given the memory.
   static status validate(const cache_config& config) noexcept requires std::same_as<Policy, sink_window> {

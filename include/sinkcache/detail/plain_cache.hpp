@@ -4,51 +4,27 @@
 // see.
 
 #include <algorithm>
-#include <concepts>
-#include <cstring>
-#include <memory>
 #include <memory_resource>
-#include <optional>
 #include <utility>
 
-#include "../any_kv_cache.hpp"
-#include "../tiered_storage.hpp"
-#include "erased.hpp"
 #include "macros_off.hpp"
+#include "policy_cache.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 namespace detail {
 
 template <class Policy>
-class plain_cache : public any_kv_cache {
-  static_assert(eviction_policy<Policy>, "sinkcache: the third argument of kv_cache must model eviction_policy");
+class plain_cache : public policy_cache<plain_cache<Policy>, Policy, storage> {
+  using base = policy_cache<plain_cache<Policy>, Policy, storage>;
+  using base::geometry_, base::seen_, base::high_, base::rows_, base::erased_, base::is_window;
+  friend base;
 
  public:
-  plain_cache(plain_cache&& from) noexcept
-      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
-        formats_(from.formats_),
-        high_(std::exchange(from.high_, 0)),
-        policy_(std::move(from.policy_)),
-        rows_(std::move(from.rows_)),
-        erased_(std::exchange(from.erased_, {})) {}
-  plain_cache& operator=(plain_cache&& from) noexcept {
-    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
-    formats_ = from.formats_;
-    high_ = std::exchange(from.high_, 0);
-    policy_ = std::move(from.policy_);
-    rows_ = std::move(from.rows_);
-    erased_ = std::exchange(from.erased_, {});
-    return *this;
-  }
+  using base::nbytes;
 
-  // What kv_cache's try_create makes, of formats that are known when the program runs.
-  static std::optional<plain_cache> try_make(const tier_formats& formats, const cache_config& config, Policy policy,
-                                             status& found, std::pmr::memory_resource* resource) noexcept {
-    found = validate_with(formats, config, policy);
-    require_resource(found, resource);
-    return found ? make(formats, config, std::move(policy), found, resource) : std::nullopt;
-  }
+  plain_cache(plain_cache&&) noexcept = default;
+  plain_cache& operator=(plain_cache&&) noexcept = default;
 
   // As many as the ring has rows that the next token does not see; with a user-defined policy 64 at most.
   index_t room() const noexcept override {
@@ -81,74 +57,8 @@ class plain_cache : public any_kv_cache {
     }
   }
 
-  void advance(index_t n) noexcept override {
-    seen_ += n;
-    high_ = std::max(high_, seen_);
-  }
-
-  void clear() noexcept override { seen_ = high_ = 0, erased_.clear(); }
-
-  void require_erase(status& found, position_t first, position_t last) const noexcept override {
-    require_range(found, first, last);
-  }
-  status try_erase(position_t first, position_t last) noexcept override {
-    status found;
-    require_range(found, first, last);
-    if (found) erased_.add(found, {first, last}, policy_, min_truncate());
-    return found;
-  }
-
-  status try_truncate(position_t seen) noexcept override {
-    status found;
-    require_truncate(found, seen);
-    if (!found) return found;
-    seen_ = seen;
-    erased_.truncate(seen);
-    if (nbytes() > 0 && policy_.visible(seen).num_tokens() == seen)
-      high_ = seen;  // all there ever was is still here, so what came after no longer matters
-    return found;
-  }
-  void require_truncate(status& found, position_t seen) const noexcept override {
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
-    if (!found) return;
-    const position_t smallest = detail::min_truncate(policy_, seen_, high_, seen);
-    if (seen < smallest && !can_go_back(policy_, seen, seen_, high_))
-      found.refuse("seen was {}, had to be at least {}: older tokens are overwritten", seen, smallest);
-  }
-
   position_t min_truncate() const noexcept override { return detail::min_truncate(policy_, seen_, high_); }
-
-  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
-    return on_heap(try_copy(found), found);
-  }
-
-  index_t capacity() const noexcept override { return nbytes() > 0 ? max_visible(policy_) : 0; }
-  std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
-  cache_kind kind() const noexcept override { return {formats_->k.reader->name, formats_->v.reader->name}; }
   const Policy& policy() const { return policy_; }
-
-  // What it was made from. The configuration of a user-defined policy has no window and no pinned tokens.
-  cache_config config() const {
-    const kv_geometry& of = geometry_;
-    cache_config config{.num_kv_heads = of.num_kv_heads,
-                        .head_dim = of.head_dim,
-                        .v_head_dim = of.v_head_dim,
-                        .positions = of.positions,
-                        .inputs = of.inputs,
-                        .rope = of.rope,
-                        .first_position = of.first_position};
-    if constexpr (is_window) {
-      config.num_sink_tokens = policy_.num_sink_tokens;
-      config.window = policy_.window;
-      config.rollback = policy_.rollback;
-    }
-    return config;
-  }
-
-  index_t num_visible(position_t query) const noexcept override {
-    if (nbytes() == 0 || query < 0) return 0;  // the policy may be moved from, too
-    return erased_.num_left(policy_.visible(query + 1));
-  }
 
   // Pinned tokens, then the ring before and after the row where it wraps; a user-defined policy may have as many runs
   // as slots. What was erased cuts one in two.
@@ -179,18 +89,15 @@ class plain_cache : public any_kv_cache {
   }
 
  protected:
-  static constexpr bool is_window = std::same_as<Policy, sink_window>;
-
+  // Without memory where the resource had none, and exceptions are off.
   plain_cache(checked, const tier_formats& formats, const cache_config& config, Policy&& policy,
               std::pmr::memory_resource* resource)
-      : plain_cache(formats, config, std::move(policy), resource) {
-    got_memory().or_fail();
-  }
+      : base(geometry_of(config), formats, {formats.k, formats.v, storage_shape(config, policy), resource}),
+        policy_(std::move(policy)) {}
 
   static status validate_with(const tier_formats& formats, const cache_config& config, const Policy& policy) noexcept {
     status found;
-    if constexpr (is_window) require_window(found, policy);
-    if (found) found.require(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
+    base::require_policy(found, policy);
     require_geometry(found, geometry_of(config));
     if (found) bytes_of(found, formats, config, policy);
     return found;
@@ -200,49 +107,10 @@ class plain_cache : public any_kv_cache {
     return storage::required_bytes(found, formats.k, formats.v, storage_shape(config, policy));
   }
 
-  plain_cache copy() const {
-    status found;
-    require_memory(found);
-    found.or_fail();
-    plain_cache made(checked(found, rows_.resource()), *formats_, config(), Policy(policy_), rows_.resource());
-    made.copy_tokens(*this, found);
-    found.or_fail();
-    return made;
-  }
-  std::optional<plain_cache> try_copy(status& found) const noexcept {
-    found = status();
-    require_memory(found);
-    if (!found) return std::nullopt;
-    std::optional<plain_cache> made = make(*formats_, config(), Policy(policy_), found, rows_.resource());
-    if (made) made->copy_tokens(*this, found);
-    if (!found) made.reset();
-    return made;
-  }
-
  private:
-  // Without memory where the resource had none, and exceptions are off.
-  plain_cache(const tier_formats& formats, const cache_config& config, Policy&& policy,
-              std::pmr::memory_resource* resource)
-      : any_kv_cache(geometry_of(config)),
-        formats_(&formats),
-        policy_(std::move(policy)),
-        rows_(formats.k, formats.v, storage_shape(config, policy_), resource) {}
-  static std::optional<plain_cache> make(const tier_formats& formats, const cache_config& config, Policy&& policy,
-                                         status& found, std::pmr::memory_resource* resource) noexcept {
-    return made_cache(found, bytes_of(found, formats, config, policy),
-                      [&] { return plain_cache(formats, config, std::move(policy), resource); });
-  }
-  status got_memory() const noexcept {
-    status found;
-    if (nbytes() == 0) refuse_memory(found, bytes_of(found, *formats_, config(), policy_));
-    return found;
-  }
-  void copy_tokens(const plain_cache& from, status& found) noexcept {
-    erased_.assign(found, from.erased_);
-    std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
-    seen_ = from.seen_;
-    high_ = from.high_;
-  }
+  // All there ever was is still there.
+  bool never_overwrites(position_t seen) const { return policy_.visible(seen).num_tokens() == seen; }
+  bool can_go_back(position_t seen) const { return detail::can_go_back(policy_, seen, seen_, high_); }
 
   static storage::shape storage_shape(const cache_config& config, const Policy& policy) noexcept {
     return {config.num_kv_heads, policy.capacity(), config.head_dim, geometry_of(config).v_head_dim};
@@ -259,11 +127,7 @@ class plain_cache : public any_kv_cache {
     });
   }
 
-  const tier_formats* formats_;
-  position_t high_ = 0;  // how far the stream got before it was last taken back: what was overwritten
   Policy policy_;
-  storage rows_;
-  erased_spans erased_;
 };
 
 }  // namespace detail

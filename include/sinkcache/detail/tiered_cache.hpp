@@ -3,62 +3,30 @@
 // A cache whose formats spare some tokens: pinned tokens and the newest `recent` are stored in another format, those
 // between go to the formats of few bits once, when they leave the newest, from the row as it is stored. Where a token
 // is read from is a pure function of how many were seen; whole rows of the newest lie `rollback` tokens longer, so that
-// the queries of a chunk, and those after a rollback, find what decode would. Compiled once for all formats of a
-// policy.
+// the queries of a chunk, and those after a rollback, find what decode would.
 
 #include <algorithm>
-#include <concepts>
-#include <cstring>
-#include <memory>
 #include <memory_resource>
-#include <optional>
 #include <utility>
 
-#include "../any_kv_cache.hpp"
-#include "../tiered_storage.hpp"
-#include "erased.hpp"
 #include "macros_off.hpp"
+#include "policy_cache.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 namespace detail {
 
 template <class Policy>
-class tiered_cache : public any_kv_cache {
-  static_assert(eviction_policy<Policy>, "sinkcache: the third argument of kv_cache must model eviction_policy");
+class tiered_cache : public policy_cache<tiered_cache<Policy>, Policy, tiered_storage> {
+  using base = policy_cache<tiered_cache<Policy>, Policy, tiered_storage>;
+  using base::geometry_, base::seen_, base::high_, base::rows_, base::erased_, base::is_window;
+  friend base;
 
  public:
-  tiered_cache(tiered_cache&& from) noexcept
-      : any_kv_cache(static_cast<any_kv_cache&&>(from)),
-        formats_(from.formats_),
-        high_(std::exchange(from.high_, 0)),
-        encoded_(std::exchange(from.encoded_, 0)),
-        config_recent_(from.config_recent_),
-        shape_(std::move(from.shape_)),
-        rows_(std::move(from.rows_)),
-        erased_(std::exchange(from.erased_, {})) {}
-  tiered_cache& operator=(tiered_cache&& from) noexcept {
-    any_kv_cache::operator=(static_cast<any_kv_cache&&>(from));
-    formats_ = from.formats_;
-    high_ = std::exchange(from.high_, 0);
-    encoded_ = std::exchange(from.encoded_, 0);
-    config_recent_ = from.config_recent_;
-    shape_ = std::move(from.shape_);
-    rows_ = std::move(from.rows_);
-    erased_ = std::exchange(from.erased_, {});
-    return *this;
-  }
+  using base::nbytes;
 
-  // What kv_cache's try_create makes, of formats that are known when the program runs.
-  static std::optional<tiered_cache> try_make(const tier_formats& formats, const cache_config& config, Policy policy,
-                                              status& found, std::pmr::memory_resource* resource) noexcept {
-    found = validate_with(formats, config, policy);
-    require_resource(found, resource);
-    return found ? make(formats, config, std::move(policy), found, resource) : std::nullopt;
-  }
-  std::unique_ptr<any_kv_cache> try_clone_any(status& found) const noexcept override {
-    return on_heap(try_copy(found), found);
-  }
+  tiered_cache(tiered_cache&&) noexcept = default;
+  tiered_cache& operator=(tiered_cache&&) noexcept = default;
 
   // Where it was moved from, the policy may be, too.
   index_t room() const noexcept override { return nbytes() > 0 ? shape_.room(seen_) : 1; }
@@ -87,65 +55,24 @@ class tiered_cache : public any_kv_cache {
   }
 
   void advance(index_t n) noexcept override {
-    seen_ += n;
-    high_ = std::max(high_, seen_);
+    base::advance(n);
     encoded_ = std::max(encoded_, seen_ - shape_.recent);
   }
-
-  void clear() noexcept override { seen_ = high_ = encoded_ = 0, erased_.clear(); }
-
-  void require_erase(status& found, position_t first, position_t last) const noexcept override {
-    require_range(found, first, last);
-  }
-  status try_erase(position_t first, position_t last) noexcept override {
-    status found;
-    require_range(found, first, last);
-    if (found) erased_.add(found, {first, last}, shape_.policy, min_truncate());
-    return found;
-  }
-
+  void clear() noexcept override { base::clear(), encoded_ = 0; }
   status try_truncate(position_t seen) noexcept override {
-    status found;
-    require_truncate(found, seen);
-    if (!found) return found;
-    seen_ = seen;
-    erased_.truncate(seen);
-    encoded_ = std::min(encoded_, seen);
-    if (nbytes() > 0 && seen <= shape_.pinned())
-      high_ = seen;  // nothing else is left that could have been written over
+    status found = base::try_truncate(seen);
+    if (found) encoded_ = std::min(encoded_, seen);
     return found;
-  }
-  void require_truncate(status& found, position_t seen) const noexcept override {
-    found.require(seen >= 0 && seen <= seen_, "seen", seen, "from 0 to what was seen,", seen_);
-    if (found && nbytes() > 0 && !shape_.can_go_back(seen, seen_, high_)) refuse_overwritten(found, seen);
   }
   position_t min_truncate() const noexcept override { return shape_.min_truncate(seen_, high_); }
 
-  index_t capacity() const noexcept override { return nbytes() > 0 ? max_visible(shape_.policy) : 0; }
-  std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
-  cache_kind kind() const noexcept override { return {formats_->k.reader->name, formats_->v.reader->name}; }
   const Policy& policy() const { return shape_.policy; }
 
   cache_config config() const {
-    const kv_geometry& of = geometry_;
-    cache_config config{.num_kv_heads = of.num_kv_heads,
-                        .head_dim = of.head_dim,
-                        .v_head_dim = of.v_head_dim,
-                        .positions = of.positions,
-                        .inputs = of.inputs,
-                        .rope = of.rope,
-                        .first_position = of.first_position,
-                        .rollback = shape_.rollback,
-                        .recent = config_recent_};
-    if constexpr (is_window) {
-      config.num_sink_tokens = shape_.policy.num_sink_tokens;
-      config.window = shape_.policy.window;
-    }
+    cache_config config = base::config();
+    config.rollback = shape_.rollback;
+    config.recent = config_recent_;
     return config;
-  }
-
-  index_t num_visible(position_t query) const noexcept override {
-    return nbytes() > 0 && query >= 0 ? erased_.num_left(shape_.policy.visible(query + 1)) : 0;
   }
 
   // Pinned tokens, then both rings where they wrap; of a user-defined policy for each span, and a run for each slot.
@@ -170,18 +97,17 @@ class tiered_cache : public any_kv_cache {
   }
 
  protected:
-  static constexpr bool is_window = std::same_as<Policy, sink_window>;
-
+  // Without memory where the resource had none, and exceptions are off.
   tiered_cache(checked, const tier_formats& formats, const cache_config& config, Policy&& policy,
                std::pmr::memory_resource* resource)
-      : tiered_cache(formats, config, std::move(policy), resource) {
-    got_memory().or_fail();
-  }
+      : base(geometry_of(formats, config), formats,
+             {formats, storage_shape(config, shape_of(formats, config, Policy(policy))), resource}),
+        config_recent_(config.recent),
+        shape_(shape_of(formats, config, std::move(policy))) {}
 
   static status validate_with(const tier_formats& formats, const cache_config& config, const Policy& policy) noexcept {
     status found;
-    if constexpr (is_window) require_window(found, policy);
-    if (found) found.require(policy.capacity() >= 1, "the policy's capacity()", policy.capacity(), "at least 1");
+    base::require_policy(found, policy);
     found.require(config.rollback >= 0, "rollback", config.rollback, "at least 0");
     found.require(config.recent >= 0, "recent", config.recent, "at least 0");
     require_geometry(found, geometry_of(formats, config));
@@ -195,53 +121,17 @@ class tiered_cache : public any_kv_cache {
                                           storage_shape(config, shape_of(formats, config, Policy(policy))));
   }
 
-  tiered_cache copy() const {
-    status found;
-    require_memory(found);
-    found.or_fail();
-    tiered_cache made(checked(found, rows_.resource()), *formats_, config(), Policy(shape_.policy), rows_.resource());
-    made.copy_tokens(*this, found);
-    found.or_fail();
-    return made;
-  }
-  std::optional<tiered_cache> try_copy(status& found) const noexcept {
-    found = status();
-    require_memory(found);
-    if (!found) return std::nullopt;
-    std::optional<tiered_cache> made = make(*formats_, config(), Policy(shape_.policy), found, rows_.resource());
-    if (made) made->copy_tokens(*this, found);
-    if (!found) made.reset();
-    return made;
-  }
-
  private:
   using shape = tier_shape<Policy>;
 
-  // Without memory where the resource had none, and exceptions are off.
-  tiered_cache(const tier_formats& formats, const cache_config& config, Policy&& policy,
-               std::pmr::memory_resource* resource)
-      : any_kv_cache(geometry_of(formats, config)),
-        formats_(&formats),
-        config_recent_(config.recent),
-        shape_(shape_of(formats, config, std::move(policy))),
-        rows_(formats, storage_shape(config, shape_), resource) {}
-  static std::optional<tiered_cache> make(const tier_formats& formats, const cache_config& config, Policy&& policy,
-                                          status& found, std::pmr::memory_resource* resource) noexcept {
-    return made_cache(found, bytes_of(found, formats, config, policy),
-                      [&] { return tiered_cache(formats, config, std::move(policy), resource); });
-  }
-  status got_memory() const noexcept {
-    status found;
-    if (nbytes() == 0) refuse_memory(found, bytes_of(found, *formats_, config(), shape_.policy));
-    return found;
-  }
   void copy_tokens(const tiered_cache& from, status& found) noexcept {
-    erased_.assign(found, from.erased_);
-    std::memcpy(rows_.data(), from.rows_.data(), rows_.nbytes());
-    seen_ = from.seen_;
-    high_ = from.high_;
+    base::copy_tokens(from, found);
     encoded_ = from.encoded_;
   }
+
+  // Nothing else is left that could have been written over.
+  bool never_overwrites(position_t seen) const { return seen <= shape_.pinned(); }
+  bool can_go_back(position_t seen) const { return shape_.can_go_back(seen, seen_, high_); }
 
   // Where neither format spares any, a window is whole, and of a user-defined policy what it pins.
   static shape shape_of(const tier_formats& formats, const cache_config& config, Policy policy) noexcept {
@@ -290,13 +180,9 @@ class tiered_cache : public any_kv_cache {
     if (shape_.recent > 0) push_runs(whole, {std::max(span.first, newest), span.last}, 0, parts, whole_row);
   }
 
-  const tier_formats* formats_;
-  position_t high_ = 0;     // how far the stream got before it was last taken back: what was overwritten
   position_t encoded_ = 0;  // those before this, and not pinned, are in the formats of few bits
   index_t config_recent_;
   shape shape_;
-  tiered_storage rows_;
-  erased_spans erased_;
 };
 
 }  // namespace detail
