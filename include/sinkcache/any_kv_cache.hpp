@@ -79,6 +79,12 @@ kv_geometry geometry_of(const cache_config& config) noexcept {
   return geometry;
 }
 
+// What erase asks of its range.
+inline void require_range(status& found, position_t first, position_t last, position_t seen) noexcept {
+  found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
+  found.require(last <= seen, "last", last, "at most what was seen,", seen);
+}
+
 // Rotates keys to their true positions, where they come raw and are stored so.
 class key_rotation {
  public:
@@ -278,13 +284,6 @@ class any_kv_cache : public kv_source {
   }
 
  protected:
-  // What erase asks of its range.
-  void require_range(status& found, position_t first, position_t last) const noexcept {
-    require_memory(found);
-    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
-    found.require(last <= seen_, "last", last, "at most what was seen,", seen_);
-  }
-
   explicit any_kv_cache(const kv_geometry& geometry) noexcept : kv_source(geometry) {}
   any_kv_cache(any_kv_cache&&) noexcept = default;
   any_kv_cache& operator=(any_kv_cache&&) noexcept = default;

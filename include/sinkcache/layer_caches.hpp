@@ -79,8 +79,7 @@ class layer_caches {
   status try_erase(position_t first, position_t last) noexcept {
     status found;
     for (const auto& cache : caches_) cache->require_erase(found, first, last);
-    found.require(first >= 0 && first <= last, "first", first, "from 0 to last,", last);
-    found.require(last <= seen(), "last", last, "at most what was seen,", seen());
+    detail::require_range(found, first, last, seen());
     for (const auto& cache : caches_)
       if (found) found = cache->try_erase(first, last);
     return found;

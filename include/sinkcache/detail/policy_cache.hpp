@@ -43,11 +43,12 @@ class policy_cache : public any_kv_cache {
   void clear() noexcept override { seen_ = high_ = 0, erased_.clear(); }
 
   void require_erase(status& found, position_t first, position_t last) const noexcept override {
-    require_range(found, first, last);
+    require_memory(found);
+    require_range(found, first, last, seen_);
   }
   status try_erase(position_t first, position_t last) noexcept override {
     status found;
-    require_range(found, first, last);
+    require_erase(found, first, last);
     if (found) erased_.add(found, {first, last}, self().policy(), min_truncate());
     return found;
   }
