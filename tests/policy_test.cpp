@@ -66,7 +66,6 @@ static_assert(detail::can_go_back(sink_window{4, 8, 1}, 12, 13, 13));
 static_assert(detail::can_go_back(sink_window{4, 8}, 4, 1000, 1000), "pinned tokens alone");
 static_assert(detail::min_truncate(sink_window{4, 8, 3}, 1000, 1000) == 997);
 static_assert(detail::min_truncate(sink_window{4, 8, 3}, 12, 12) == 0);
-static_assert(detail::min_truncate(sink_window{4, 8, 3}, 12, 12, 7) == 7);
 static_assert(detail::min_truncate(sink_window{4, 8, 3}, 998, 1000) == 997);
 
 // What a policy promises.
@@ -215,7 +214,6 @@ void compare_going_back(const P& policy, std::uint64_t seed, int steps) {
       REQUIRE(detail::can_go_back(policy, back, model.seen(), model.high) == model.still_has(back));
     }
     const position_t back = dice.from_to(smallest, model.seen());
-    REQUIRE(detail::min_truncate(policy, model.seen(), model.high, back) == back);
     model.stream.resize(static_cast<std::size_t>(back));
   }
 }

@@ -185,15 +185,15 @@ constexpr bool can_go_back(const P& policy, position_t back, position_t seen, po
   return true;
 }
 
-// The smallest count of tokens, not below `lowest`, down to which every count can be gone back to. Where all n tokens
-// are still there, so is what any smaller count saw; so a sink_window takes `rollback` steps at most.
+// The smallest count of tokens down to which every count can be gone back to. Where all n tokens are still there, so is
+// what any smaller count saw; so a sink_window takes `rollback` steps at most.
 template <eviction_policy P>
-constexpr position_t min_truncate(const P& policy, position_t seen, position_t high, position_t lowest = 0) {
-  for (position_t n = seen; n > lowest; --n) {
-    if (policy.visible(n).num_tokens() == n) return lowest;
+constexpr position_t min_truncate(const P& policy, position_t seen, position_t high) {
+  for (position_t n = seen; n > 0; --n) {
+    if (policy.visible(n).num_tokens() == n) return 0;
     if (!can_go_back(policy, n - 1, n, high)) return n;
   }
-  return std::min(lowest, seen);
+  return 0;
 }
 
 }  // namespace detail

@@ -51,13 +51,13 @@ struct tier_shape {
     if (recent > 0 && newest < back && newest + spared() < high) return false;
     return detail::can_go_back(policy, back, seen, high);
   }
-  // The smallest count, not below `lowest`, down to which every count can be gone back to.
-  position_t min_truncate(position_t seen, position_t high, position_t lowest = 0) const {
-    for (position_t n = seen; n > lowest; --n) {
-      if (policy.visible(n).num_tokens() == n && (recent == 0 || high <= full_rows())) return lowest;
+  // The smallest count down to which every count can be gone back to.
+  position_t min_truncate(position_t seen, position_t high) const {
+    for (position_t n = seen; n > 0; --n) {
+      if (policy.visible(n).num_tokens() == n && (recent == 0 || high <= full_rows())) return 0;
       if (!can_go_back(n - 1, n, high)) return n;
     }
-    return std::min(lowest, seen);
+    return 0;
   }
 };
 
@@ -98,7 +98,7 @@ struct tier_shape<sink_window> {
     if (newest < back && newest + spared() < high) return false;
     return middle >= newest || middle + few() >= high - recent;
   }
-  constexpr position_t min_truncate(position_t seen, position_t high, position_t = 0) const {
+  constexpr position_t min_truncate(position_t seen, position_t high) const {
     const bool overwritten =
         (spared() > 0 && pinned() + spared() < high) || (few() > 0 && pinned() + few() < high - recent);
     return overwritten ? std::min(high - rollback, seen) : 0;
