@@ -147,6 +147,15 @@ constexpr bool stored_over(const P& policy, const span_list& spans, position_t n
   return false;
 }
 
+// How many tokens may come so that the first still sees what it has to; `most` at most.
+template <eviction_policy P>
+constexpr index_t room_after(const P& policy, position_t seen, index_t most) {
+  span_list kept = policy.visible(seen + 1);
+  index_t n = 1;
+  for (; n < most && !stored_over(policy, kept, seen + n); ++n) kept.push_back({seen + n, seen + n + 1});
+  return n;
+}
+
 // Whether `grown` is `spans` but for newer tokens in the last of them.
 constexpr bool only_grew(const span_list& spans, const span_list& grown) {
   if (spans.size() != grown.size()) return false;

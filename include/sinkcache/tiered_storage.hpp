@@ -38,11 +38,7 @@ struct tier_shape {
 
   // How many tokens may come so that the first still sees what it has to; 64 at most.
   index_t room(position_t seen) const {
-    const index_t most = std::min<index_t>(64, recent > 0 ? rollback + 1 : 64);
-    span_list kept = policy.visible(seen + 1);
-    index_t n = 1;
-    for (; n < most && !stored_over(policy, kept, seen + n); ++n) kept.push_back({seen + n, seen + n + 1});
-    return n;
+    return room_after(policy, seen, std::min<index_t>(64, recent > 0 ? rollback + 1 : 64));
   }
 
   // Whether what was visible after `back` tokens is still stored where it was, in a stream that got as far as `high`.

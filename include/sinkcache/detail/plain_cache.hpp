@@ -32,12 +32,7 @@ class plain_cache : public policy_cache<plain_cache<Policy>, Policy, storage> {
       const position_t oldest = std::max<position_t>(policy_.num_sink_tokens, seen_ + 1 - policy_.window);
       return static_cast<index_t>(std::max<position_t>(1, policy_.window + policy_.rollback + oldest - seen_));
     } else {
-      if (nbytes() == 0) return 1;  // the policy may be moved from, too
-      constexpr index_t most = 64;
-      span_list kept = policy_.visible(seen_ + 1);
-      index_t n = 1;
-      for (; n < most && !stored_over(policy_, kept, seen_ + n); ++n) kept.push_back({seen_ + n, seen_ + n + 1});
-      return n;
+      return nbytes() > 0 ? room_after(policy_, seen_, 64) : 1;  // the policy may be moved from, too
     }
   }
 
