@@ -42,14 +42,20 @@
 #define SINKCACHE_ISA portable
 #endif
 
+// A Zen 5, whatever a compiler calls it: no other has AVX-512 and AVX-VNNI without FP16.
+#if defined(__AVX512DQ__) && defined(__AVXVNNI__) && !defined(__AVX512FP16__)
+#define SINKCACHE_ZEN5 1
+#else
+#define SINKCACHE_ZEN5 0
+#endif
+
 // Whether the processor takes 512 bits in two halves, which the kernel is arranged for then: a Zen 4, which g++ 12
-// calls a Zen 3, as it does a Zen 5, which takes them whole and has AVX-VNNI. Where the compiler does not tell, define
-// it, for other files too.
+// calls a Zen 3, as it does a Zen 5. Where the compiler does not tell, define it, for other files too.
 #if !defined(__AVX512F__) || !defined(__AVX512DQ__)
 #undef SINKCACHE_AVX512_IN_HALVES
 #define SINKCACHE_AVX512_IN_HALVES 0
 #elif !defined(SINKCACHE_AVX512_IN_HALVES)
-#if (defined(__znver4__) || defined(__znver3__)) && !defined(__AVXVNNI__)
+#if (defined(__znver4__) || defined(__znver3__)) && !SINKCACHE_ZEN5
 #define SINKCACHE_AVX512_IN_HALVES 1
 #else
 #define SINKCACHE_AVX512_IN_HALVES 0

@@ -43,12 +43,8 @@ struct processor {
   // Rows that values are added to at a time: of eight a processor that takes whole vectors reads them half as often.
   int value_rows = lanes == 16 && !halves ? 8 : 4;
   // Lines are prefetched into the L2: on the way to the L1 fewer may be under way, and those too many are dropped. A
-  // Zen 5 gains by the L1 (no other has AVX-512 and AVX-VNNI without FP16).
-#if defined(__AVX512DQ__) && defined(__AVXVNNI__) && !defined(__AVX512FP16__)
-  bool prefetches_to_l1 = true;
-#else
-  bool prefetches_to_l1 = false;
-#endif
+  // Zen 5 gains by the L1.
+  bool prefetches_to_l1 = SINKCACHE_ZEN5;
   int panel_keys = registers == 32 ? 6 : 4, panel_vectors = registers == 32 ? 4 : 2;
 };
 
