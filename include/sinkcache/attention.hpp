@@ -189,7 +189,7 @@ class attention {
         found = reserve(schedule, keys, tokens, reader == nullptr ? -1 : detail::most_kept(keys, tokens));
       if (!found) return found;
       n = cache.next_block(tokens - row);
-      schedule.for_heads(kv_heads, [&](index_t head) { cache.write(head, 1, k, v, row, n); });
+      workspace.run(kv_heads, [&](index_t head, index_t) { cache.write(head, 1, k, v, row, n); });
       cache.advance(n);
       const attention_call call =
           call_of(const_matrix_view(q.row(row), n, q.cols(), q.stride()), keys, keys.seen() - n, tokens - row - n);

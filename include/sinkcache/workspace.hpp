@@ -101,6 +101,7 @@ class workspace {
   index_t nbytes() const { return memory_ ? memory_.get_deleter().bytes : 0; }
 
  private:
+  friend class attention;
   friend class detail::schedule;
 
   static constexpr std::align_val_t alignment{64};

@@ -150,12 +150,6 @@ class schedule {
     });
   }
 
-  // Calls work(kv_head) for each, on the executor.
-  template <class F>
-  void for_heads(index_t num_kv_heads, const F& work) const noexcept {
-    workspace_.run(num_kv_heads, [&](index_t head, index_t) { work(head); });
-  }
-
  private:
   static constexpr index_t slice_tokens = 512, max_slices = 16;
 
