@@ -162,31 +162,18 @@ constexpr void check(bool holds, const char* argument, T value, const char* had_
   std::abort();
 }
 
-// Sizes of memory, each product checked. What does not fit is 0.
+// Sizes of memory, each product and sum checked. What does not fit is 0.
 inline index_t checked_product(status& found, const char* what, index_t a, index_t b) noexcept {
   index_t product = 0;
   if (!__builtin_mul_overflow(a, b, &product)) return product;
   found.refuse("{} was {} * {}, had to fit 63 bits", what, a, b);
   return 0;
 }
-inline index_t checked_product(const char* what, index_t a, index_t b) {
-  status found;
-  const index_t product = checked_product(found, what, a, b);
-  found.or_fail();
-  return product;
-}
-
 inline index_t checked_sum(status& found, const char* what, index_t a, index_t b) noexcept {
   index_t sum = 0;
   if (!__builtin_add_overflow(a, b, &sum)) return sum;
   found.refuse("{} was {} + {}, had to fit 63 bits", what, a, b);
   return 0;
-}
-inline index_t checked_sum(const char* what, index_t a, index_t b) {
-  status found;
-  const index_t sum = checked_sum(found, what, a, b);
-  found.or_fail();
-  return sum;
 }
 
 // What `make` makes; or nothing, and in `found` why: what it says already, or that there was no memory.
