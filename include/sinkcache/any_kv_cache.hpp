@@ -60,23 +60,18 @@ inline void require_geometry(status& found, const kv_geometry& of) noexcept {
     found.require(of.rope->width() <= of.head_dim, "rope's width", of.rope->width(), "at most head_dim,", of.head_dim);
 }
 
-inline kv_geometry geometry_of(const cache_config& config) noexcept {
+// With what rows go through before their formats take them.
+inline kv_geometry geometry_of(const cache_config& config, const row_transform* of_k = nullptr,
+                               const row_transform* of_v = nullptr) noexcept {
   return {.num_kv_heads = config.num_kv_heads,
           .head_dim = config.head_dim,
           .v_head_dim = config.v_head_dim == 0 ? config.head_dim : config.v_head_dim,
           .positions = config.positions,
           .inputs = config.inputs,
           .rope = config.rope,
-          .first_position = config.first_position};
-}
-
-// The same, with what rows go through before formats K and V take them.
-template <kv_format K, kv_format V>
-kv_geometry geometry_of(const cache_config& config) noexcept {
-  kv_geometry geometry = geometry_of(config);
-  geometry.k_transform = transform_of<K>();
-  geometry.v_transform = transform_of<V>();
-  return geometry;
+          .first_position = config.first_position,
+          .k_transform = of_k,
+          .v_transform = of_v};
 }
 
 // What erase asks of its range.

@@ -104,7 +104,7 @@ class static_tokens final : public kv_source {
   // Without memory where the resource had none, and exceptions are off.
   static_tokens(const cache_config& config, const_matrix_view k, const_matrix_view v,
                 std::pmr::memory_resource* resource, int)
-      : kv_source(detail::geometry_of<K, V>(config)),
+      : kv_source(detail::geometry_of(config, detail::transform_of<K>(), detail::transform_of<V>())),
         num_tokens_(k.rows()),
         rows_(detail::row_format_of<K>, detail::row_format_of<V>,
               {geometry_.num_kv_heads, num_tokens_, geometry_.head_dim, geometry_.v_head_dim}, resource) {

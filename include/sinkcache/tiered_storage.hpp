@@ -117,13 +117,6 @@ inline constexpr tier_formats tier_formats_of{
     row_format_of<K>,  row_format_of<V>,  row_format_of<spared_format<K>>,     row_format_of<spared_format<V>>,
     transform_of<K>(), transform_of<V>(), tiered_format<K> || tiered_format<V>};
 
-inline kv_geometry geometry_of(const tier_formats& formats, const cache_config& config) noexcept {
-  kv_geometry geometry = geometry_of(config);
-  geometry.k_transform = formats.k_transform;
-  geometry.v_transform = formats.v_transform;
-  return geometry;
-}
-
 // [num_kv_heads, rows] blocks of keys and of values of the spared tokens, then of the others; each of the four begins a
 // line, and a head's rows lie together.
 class tiered_storage {

@@ -258,7 +258,7 @@ class scored_cache : public any_kv_cache {
 
   static scored_config config_of(const tier_formats& formats, const cache_config& config, const eviction& rules,
                                  const std::shared_ptr<const token_scorer>& scorer) {
-    return {.geometry = geometry_of(formats, config),
+    return {.geometry = geometry_of(config, formats.k_transform, formats.v_transform),
             .rules = rules,
             .scorer = scorer,
             .k = formats.k,

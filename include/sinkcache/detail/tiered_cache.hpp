@@ -100,7 +100,7 @@ class tiered_cache : public policy_cache<tiered_cache<Policy>, Policy, tiered_st
   // Without memory where the resource had none, and exceptions are off.
   tiered_cache(checked, const tier_formats& formats, const cache_config& config, Policy&& policy,
                std::pmr::memory_resource* resource)
-      : base(geometry_of(formats, config), formats,
+      : base(geometry_of(config, formats.k_transform, formats.v_transform), formats,
              {formats, storage_shape(config, shape_of(formats, config, Policy(policy))), resource}),
         config_recent_(config.recent),
         shape_(shape_of(formats, config, std::move(policy))) {}
@@ -110,7 +110,7 @@ class tiered_cache : public policy_cache<tiered_cache<Policy>, Policy, tiered_st
     base::require_policy(found, policy);
     found.require(config.rollback >= 0, "rollback", config.rollback, "at least 0");
     found.require(config.recent >= 0, "recent", config.recent, "at least 0");
-    require_geometry(found, geometry_of(formats, config));
+    require_geometry(found, geometry_of(config));
     if (!is_window) checked_sum(found, "recent + rollback", config.recent, config.rollback);
     if (found) bytes_of(found, formats, config, policy);
     return found;
