@@ -19,7 +19,6 @@ class eviction_run {
 
   void run() noexcept {
     s_.rows.begin_event(seen_, s_.evicted_at);
-    s_.rows.keep_carried();
     for (index_t h = 0; h < s_.num_heads(); ++h)
       if (is_due(h)) score(h);
     if (s_.needs.one_set) average_scores();

@@ -157,13 +157,14 @@ class kept_rows {
     heads_[h].tail = std::min(heads_[h].tail, heads_[h].n);
   }
 
-  // Starts the record of an event: heads as they are now.
+  // Starts the record of an event: heads as they are now, and what was carried, of all as they lie.
   void begin_event(position_t seen, position_t before) noexcept {
     if (of_.events == 0) return;
     if (num_events_ == of_.events) broken_source("a cache remembers too few of its events");
     event_record& event = events_[(first_event_ + num_events_++) % of_.events];
     event = {seen, before, num_evicted_, 0, false};
     std::copy_n(heads_, of_.num_kv_heads, heads_before(event));
+    if (of_.carried) std::copy_n(carried_, of_.rows, carried_other(event));
   }
 
   // Lets go of a head's rows marked in `leaves`, after `seen` tokens; those that stay close up.
@@ -249,11 +250,6 @@ class kept_rows {
       heads_[h].budget = after[h].budget, heads_[h].mass = after[h].mass, heads_[h].bound = after[h].bound;
       after[h] = now;
     }
-  }
-
-  // Remembers what was carried before an event, of all heads as they lie.
-  void keep_carried() noexcept {
-    if (of_.carried && of_.events > 0) std::copy_n(carried_, of_.rows, carried_other(*newest_event()));
   }
 
  private:
