@@ -125,9 +125,9 @@ class query_log {
     for (position_t query = from; query < to; ++query)
       for (index_t h = 0; h < of_.num_qo_heads; ++h)
         add_moments(of, query, h, sum_q_ + h * of_.head_dim, products_ + h * of_.head_dim * of_.head_dim);
+    folded_ = to;
   }
   position_t folded() const { return folded_; }
-  void set_folded(position_t n) noexcept { folded_ = n; }
 
   // Of a KV head's query heads, with the queries [folded, to) that may yet be taken back.
   void moments(const kv_geometry& of, index_t kv_head, position_t from, position_t to, double count,

@@ -161,9 +161,7 @@ class scored_state {
     if (!needs.query_statistics) return;
     // No event that may be undone knows of a query after these.
     const position_t to = std::min(floor - of.rollback, log.learned());
-    if (to <= log.folded()) return;
-    log.fold(of.geometry, std::max<position_t>(log.folded(), of.num_sink_tokens), to);
-    log.set_folded(to);
+    if (to > log.folded()) log.fold(of.geometry, std::max<position_t>(log.folded(), of.num_sink_tokens), to);
   }
 
   // Takes back tokens and events, newest first, until `seen` of `now` tokens are left.
