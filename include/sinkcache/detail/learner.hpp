@@ -32,14 +32,14 @@ class scored_learner : public weight_reader {
   }
   index_t num_queries_again() const noexcept override { return s_.needs.window; }
   void read_sums(const weight_sums& sums) noexcept override {
-    if (!is_own(*sums.part, sums.kv_head) || own(sums.query) < s_.log.learned(sums.kv_head)) return;
+    if (!s_.holds(*sums.part, sums.kv_head) || own(sums.query) < s_.log.learned(sums.kv_head)) return;
     s_.log.add_sums(s_.rows.sums(sums.kv_head) + sums.part->mark + sums.first, sums.sums);
   }
 
   void read(const weight_tile& tile) noexcept override {
     const index_t h = tile.kv_head;
     const position_t query = own(tile.query);
-    if (query < s_.log.learned(h) || !is_own(*tile.part, h)) return;
+    if (query < s_.log.learned(h) || !s_.holds(*tile.part, h)) return;
     const index_t row = tile.part->mark + tile.first, in_pool = s_.rows.head(h).first + row;
     if (s_.needs.sums && tile.query >= one_by_one()) s_.log.add(s_.rows.sums(h) + row, query, in_pool, tile);
     if (!is_last(query)) return;
@@ -95,14 +95,14 @@ class scored_learner : public weight_reader {
     bool wants(position_t) const noexcept override { return !of_.s_.needs.together; }
     bool wants_sums(position_t, position_t) const noexcept override { return of_.s_.needs.together; }
     void read_sums(const weight_sums& sums) noexcept override {
-      if (!of_.is_own(*sums.part, sums.kv_head)) return;
+      if (!of_.s_.holds(*sums.part, sums.kv_head)) return;
       const scored_state& s = of_.s_;
       const auto queries = static_cast<float>(std::min<position_t>(s.needs.window, of_.cache->seen()) * s.log.group());
       float* const to = s.log.window(0) + s.rows.head(sums.kv_head).first + sums.part->mark + sums.first;
       for (std::size_t j = 0; j < sums.sums.size(); ++j) to[j] += sums.sums[j] / queries;
     }
     void read(const weight_tile& tile) noexcept override {
-      if (!of_.is_own(*tile.part, tile.kv_head)) return;
+      if (!of_.s_.holds(*tile.part, tile.kv_head)) return;
       const scored_state& s = of_.s_;
       const auto w = static_cast<index_t>(tile.query - first_);
       of_.over_group(tile, s.log.window_lse() + w * s.of.rules.num_qo_heads,
@@ -121,8 +121,6 @@ class scored_learner : public weight_reader {
   bool is_last(position_t query) const noexcept {
     return (s_.needs.last_query || s_.of.rules.accounts) && s_.is_due(query + 1);
   }
-  // Of a prefix in front nothing is learned.
-  bool is_own(const kv_part& part, index_t kv_head) const noexcept { return s_.holds(part, kv_head); }
 
   // What a query gave rows, over the group as the scorer wants it.
   void over_group(const weight_tile& tile, const float* lse, float* to) const noexcept {

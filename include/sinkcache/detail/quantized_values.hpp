@@ -44,7 +44,7 @@ struct weight_digits {
     };
     for (index_t i = 0; i < n / 4; ++i) take(i, static_cast<__mmask16>((1 << 4 * Rows) - 1));
     if (n % 4 > 0) take(n / 4, static_cast<__mmask16>((1 << n % 4 * Rows) - 1));
-    largest = joined(largest, [](vfloat a, vfloat b) { return max(a, b); });
+    largest = join_lanes<4>(largest, [](vfloat a, vfloat b) { return max(a, b); });
     const __mmask16 positive = _mm512_cmp_ps_mask(largest, vfloat{}, _CMP_GT_OQ);
     const __mmask16 tiny = _mm512_mask_cmp_ps_mask(positive, largest, broadcast(0x1p-90f), _CMP_LT_OQ);
     const int lanes_left_out = not_finite | tiny;
@@ -67,19 +67,12 @@ struct weight_digits {
       put_digits(0, high);
       put_digits(1, low);
     }
-    total = std::bit_cast<__m512i>(joined(std::bit_cast<vfloat>(total), [](vfloat a, vfloat b) {
+    total = std::bit_cast<__m512i>(join_lanes<4>(std::bit_cast<vfloat>(total), [](vfloat a, vfloat b) {
       return std::bit_cast<vfloat>(added(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b)));
     }));
     store(factor, unit);
     std::memcpy(sum, &total, sizeof total);
     return left_out;
-  }
-
- private:
-  // What all four quarters join to, in each.
-  template <class F>
-  static vfloat joined(vfloat v, const F& join) noexcept {
-    return join_lanes<4>(v, join);
   }
 };
 

@@ -44,11 +44,6 @@ constexpr kv_reader make_reader() {
 }
 
 }  // namespace detail
-}  // namespace SINKCACHE_TAG
-}  // namespace sinkcache
-
-namespace sinkcache {
-inline namespace SINKCACHE_TAG {
 
 template <kv_format F>
 inline constexpr kv_reader reader_of = detail::make_reader<F>();

@@ -88,14 +88,13 @@ class scored_state {
     return is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
   }
   std::span<const position_t> pins() const { return {pins_memory, static_cast<std::size_t>(num_pins)}; }
-  pin_list numbered_pins() const { return {pins(), pin_numbers}; }
 
   // Stores a token as number i after those that a head holds: rows as formats take them.
   void write(index_t h, index_t i, position_t seen, const float* k, const float* v, float given) const noexcept {
     const index_t at = rows.head(h).n + i;
     rows.begin(h, at, seen + i, given);
     if (!of.has_tiers()) return rows.encode(h, at, k, v);
-    tiers.write(rows, h, at, seen, seen + i, k, v, numbered_pins());
+    tiers.write(rows, h, at, seen, seen + i, k, v, {pins(), pin_numbers});
   }
   // Where the last query before an event reads a row.
   kept_tiers::stored_row stored(index_t h, index_t i) const noexcept {
@@ -117,7 +116,7 @@ class scored_state {
     push_rows(h, 0, head.tail, true, like, parts);
     push_rows(h, head.tail, head.n - head.tail, false, like, parts);
   }
-  // Whether a part's keys are a head's.
+  // Whether a part's keys are a head's: of a prefix in front nothing is learned.
   bool holds(const kv_part& part, index_t h) const noexcept {
     return part.k.base == rows.k_rows(h).base || (of.has_tiers() && tiers.is_of(part.k.base, h));
   }
