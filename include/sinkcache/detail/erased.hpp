@@ -51,17 +51,10 @@ class erased_spans {
     if (reserve(found, from.spans_.size())) spans_.assign(from.spans_.begin(), from.spans_.end());
   }
 
-  // How many of these positions are erased.
-  index_t count(const position_span& of) const noexcept {
-    index_t n = 0;
-    for (const position_span& span : spans_)
-      n += static_cast<index_t>(std::max<position_t>(0, std::min(span.last, of.last) - std::max(span.first, of.first)));
-    return n;
-  }
-  // How many are not.
+  // How many of these positions are not erased.
   index_t num_left(const span_list& of) const noexcept {
-    index_t n = of.num_tokens();
-    for (const position_span& span : of) n -= count(span);
+    index_t n = 0;
+    for (const position_span& span : of) for_each_kept(span, [&](const position_span& kept) { n += kept.size(); });
     return n;
   }
 
