@@ -153,12 +153,7 @@ class tiered_cache : public policy_cache<tiered_cache<Policy>, Policy, tiered_st
   }
 
   // A span as the queries [first, last] may see it: what is pinned, what is encoded, then what is among the newest.
-  void push_span(index_t kv_head, const position_span& span, position_t first, position_t last, position_t seen_until,
-                 part_list& parts) const noexcept {
-    erased_.for_each_kept(span,
-                          [&](const position_span& kept) { push_kept(kv_head, kept, first, last, seen_until, parts); });
-  }
-  void push_kept(index_t kv_head, const position_span& span, position_t first, position_t last, position_t seen_until,
+  void push_span(index_t kv_head, const position_span& of, position_t first, position_t last, position_t seen_until,
                  part_list& parts) const noexcept {
     const auto whole_row = [&](position_t p) {
       const index_t row = spared_row(p);
@@ -172,12 +167,15 @@ class tiered_cache : public policy_cache<tiered_cache<Policy>, Policy, tiered_st
     few.v = rows_.v_rows(kv_head);
     few.seen_from = shape_.recent;
     few.seen_until = seen_until;
-    push_runs(whole, {span.first, std::min(span.last, pinned)}, pinned, parts, whole_row);
-    if (shape_.few() > 0)
-      push_runs(few, {std::max(span.first, pinned), std::min(span.last, last + 1 - shape_.recent)}, 0, parts,
-                [&](position_t p) { return shape_.place(p); });
-    whole.seen_until = shape_.recent;
-    if (shape_.recent > 0) push_runs(whole, {std::max(span.first, newest), span.last}, 0, parts, whole_row);
+    erased_.for_each_kept(of, [&](const position_span& span) {
+      whole.seen_until = kv_part::always;
+      push_runs(whole, {span.first, std::min(span.last, pinned)}, pinned, parts, whole_row);
+      if (shape_.few() > 0)
+        push_runs(few, {std::max(span.first, pinned), std::min(span.last, last + 1 - shape_.recent)}, 0, parts,
+                  [&](position_t p) { return shape_.place(p); });
+      whole.seen_until = shape_.recent;
+      if (shape_.recent > 0) push_runs(whole, {std::max(span.first, newest), span.last}, 0, parts, whole_row);
+    });
   }
 
   position_t encoded_ = 0;  // those before this, and not pinned, are in the formats of few bits
