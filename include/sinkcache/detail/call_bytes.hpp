@@ -45,7 +45,7 @@ inline index_t bytes_again(status& found, const attention_params& params, const 
 template <class Item, class Kept>
 std::pair<schedule::shape, index_t> batch_needs(status& found, const attention_params& params, index_t size,
                                                 const Item& item, const Kept& kept) noexcept {
-  index_t shared = schedule::batch_bytes(static_cast<std::size_t>(size));
+  index_t shared = schedule::batch_bytes(size);
   schedule::shape of{0, 1, 1, 0};
   for (index_t i = 0; i < size; ++i) {
     const kv_source& keys = *item(i).keys;

@@ -74,13 +74,12 @@ class plain_cache : public policy_cache<plain_cache<Policy>, Policy, storage> {
         push_runs(kv_head, {0, pinned}, kv_part::always, parts);
         push_runs(kv_head, {from, last + 1}, policy_.window, parts);
       }
-      return end;
     } else {
       end.queries = planned_queries(policy_, first, last);
       for (const position_span& span : policy_.visible(first + end.queries))
         push_runs(kv_head, span, kv_part::always, parts);
-      return end;
     }
+    return end;
   }
 
  protected:

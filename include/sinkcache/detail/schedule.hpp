@@ -68,9 +68,7 @@ class schedule {
     return {rows_of_an_item(std::min(tokens, max_item_rows) * group), keys.geometry().head_dim,
             keys.geometry().v_head_dim, keys.max_parts()};
   }
-  static index_t batch_bytes(std::size_t size) noexcept {
-    return round_up(static_cast<index_t>(size * sizeof(sequence)), 64);
-  }
+  static index_t batch_bytes(index_t size) noexcept { return round_up(size * index_t{sizeof(sequence)}, 64); }
   // Of all workers and what they share.
   static index_t bytes(status& found, index_t concurrency, const shape& of, index_t shared) noexcept {
     const index_t scratch = checked_product(found, "bytes of scratch", concurrency, worker_scratch::bytes(of));
@@ -104,7 +102,7 @@ class schedule {
   template <class Job, class Kept>
   void decode(index_t size, const Job& job, const Kept& kept, index_t first_kv_head, index_t num_kv_heads) noexcept {
     auto* const sequences = reinterpret_cast<sequence*>(shared_);
-    std::byte* at = shared_ + batch_bytes(static_cast<std::size_t>(size));
+    std::byte* at = shared_ + batch_bytes(size);
     index_t items = 0;
     for (index_t i = 0; i < size; ++i) {
       const decode_job one = job(i);
