@@ -89,14 +89,8 @@ inline tile_rows decoded_rows(const kv_rows& from, const tile_runs& tile, index_
 }
 
 inline bool all_finite(tile_rows decoded, index_t n, index_t dim) noexcept {
-  vfloat sum{};
   for (index_t j = 0; j < n; ++j)
-    for (index_t d = 0; d < dim; d += lanes) {
-      const vfloat x = load(reinterpret_cast<const float*>(decoded.row(j)) + d);
-      sum += x * 0.f;
-    }
-  for (int i = 0; i < lanes; ++i)
-    if (sum[i] != 0) return false;
+    if (!all_finite(reinterpret_cast<const float*>(decoded.row(j)), dim)) return false;
   return true;
 }
 
