@@ -16,24 +16,13 @@
 #include "evidence/jobs.hpp"
 #include "evidence/recall.hpp"
 #include "evidence/report.hpp"
+#include "nano.hpp"
 
 namespace {
 
 using namespace evidence;
 
-const std::string source_dir = SINKCACHE_SOURCE_DIR;
-
-const engine::model& nano() {
-  static const engine::model model(source_dir + "/examples/models/nano-softmax.safetensors");
-  return model;
-}
-
-compare::subject subject_of() { return {&nano(), "nano-softmax"}; }
-
-compare::token_stream held_out() {
-  return compare::read_by(subject_of(),
-                          compare::read_file(source_dir + "/examples/data/sotu-heldout.txt").substr(0, 4000));
-}
+compare::token_stream held_out() { return nano::text(4000); }
 
 const progress silent = [](index_t) {};
 
@@ -41,7 +30,7 @@ const progress silent = [](index_t) {};
 
 TEST_CASE("prefill in chunks costs every token what decoding costs it") {
   const compare::token_stream text = held_out();
-  const compare::subject subject = subject_of();
+  const compare::subject subject = nano::subject();
   index_t seen = 0;
   const std::vector<double> window =
       compare::evaluator(subject, compare::sink_window(0, 40), text.ids).by_prefill(600, [&](index_t tokens) {
@@ -67,18 +56,18 @@ TEST_CASE("recomputed tokens are evenly spaced, and see the first token and the 
   CHECK(targets(10, 50, 4) == std::vector<index_t>{15, 25, 35, 45});
   CHECK(targets(10, 13, 3) == std::vector<index_t>{10, 11, 12});
   const compare::token_stream text = held_out();
-  const compare::subject subject = subject_of();
+  const compare::subject subject = nano::subject();
   compare::evaluator evaluator(subject, compare::sink_window(0, 12), text.ids);
   evaluator.recomputed(12, 12);
   const double bits = evaluator.recomputed(500, 12);
-  engine::session session(nano(), compare::sink_window(0, 100));
+  engine::session session(nano::model(), compare::sink_window(0, 100));
   std::span<const float> logits = session.decode(text.ids[0]);
   for (std::size_t i = 490; i <= 500; ++i) logits = session.decode(text.ids[i]);
   CHECK(std::abs(engine::loss_bits(logits, text.ids[501]) - bits) < 2e-4);
 }
 
 TEST_CASE("the share of the first token is what PyTorch found for this model") {
-  const engine::model model(source_dir + "/examples/models/tiny-softmax.safetensors");
+  const engine::model model(SINKCACHE_SOURCE_DIR "/examples/models/tiny-softmax.safetensors");
   const compare::token_stream text = held_out();
   engine::session fresh(model, compare::sink_window(1, 127), {.watches_sinks = true});
   const engine::matrix shares = pinned_shares(fresh, 128, text.ids, 512, silent);
@@ -111,7 +100,7 @@ TEST_CASE("the bootstrap finds the interval of a mean") {
 
 TEST_CASE("facts are asked for so many tokens later, in the same words") {
   const compare::token_stream text = held_out();
-  const recall_stream stream = plant(subject_of(), text.ids, 100, {{40, 300}, 5});
+  const recall_stream stream = plant(nano::subject(), text.ids, 100, {{40, 300}, 5});
   REQUIRE(stream.facts.size() == 10);
   const auto digits_at = [&](index_t first) {
     std::vector<int> ids(stream.ids.begin() + first, stream.ids.begin() + first + digits_of_a_fact);
@@ -136,7 +125,7 @@ TEST_CASE("facts are asked for so many tokens later, in the same words") {
   // Taking the likeliest digit, by decoding.
   const engine::cache_factory caches = compare::sink_window(1, 99);
   std::vector<int> right(stream.facts.size());
-  engine::session session(nano(), caches);
+  engine::session session(nano::model(), caches);
   for (std::size_t i = 0; i < stream.ids.size(); ++i) {
     const std::span<const float> logits = session.decode(stream.ids[i]);
     const auto best = std::max_element(logits.begin() + '0', logits.begin() + '9' + 1) - logits.begin();
@@ -145,18 +134,16 @@ TEST_CASE("facts are asked for so many tokens later, in the same words") {
       if (at >= stream.facts[j].asked_first && at <= stream.facts[j].asked_last) right[j] += best == stream.ids[i + 1];
     }
   }
-  CHECK(recalled(subject_of(), caches, stream, silent) == right);
-  CHECK_THROWS_WITH(plant(subject_of(), std::span(text.ids).first(150), 100, {{40}, 5}),
+  CHECK(recalled(nano::subject(), caches, stream, silent) == right);
+  CHECK_THROWS_WITH(plant(nano::subject(), std::span(text.ids).first(150), 100, {{40}, 5}),
                     Catch::Contains("too short to plant 5 facts"));
 }
 
 TEST_CASE("a run that is kept is not taken for another") {
-  options o;
-  o.model = source_dir + "/examples/models/nano-softmax.safetensors";
-  o.text = source_dir + "/examples/data/sotu-heldout.txt";
+  options o = nano::options();
   o.caches = {16};
   o.tokens = 600, o.targets = 5, o.facts = 1, o.check = 50, o.threads = 1;
-  const setting s{o, subject_of(), held_out()};
+  const setting s{o, nano::subject(), held_out()};
   const std::vector<job> jobs = plan(o);
   const std::string path =
       (std::filesystem::temp_directory_path() / fmt::format("sinkcache_evidence_{}.json", ::getpid())).string();
@@ -178,7 +165,7 @@ TEST_CASE("a run that is kept is not taken for another") {
   keep(path, loss, s, {});
   options other = o;
   other.tokens = 599;
-  CHECK_THROWS_WITH(kept(path, loss, {other, subject_of(), held_out()}), Catch::Contains("had to be of"));
+  CHECK_THROWS_WITH(kept(path, loss, {other, nano::subject(), held_out()}), Catch::Contains("had to be of"));
   compare::write_atomically(path, "{\"inputs\": ");
   CHECK_THROWS_WITH(kept(path, loss, s), Catch::Contains("something else"));
   std::filesystem::remove(path);

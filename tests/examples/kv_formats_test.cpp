@@ -12,22 +12,15 @@
 #include "../catch.hpp"
 #include "compare/caches.hpp"
 #include "compare/comparison.hpp"
-#include "compare/files.hpp"
 #include "compare/kv_formats.hpp"
 #include "compare/report.hpp"
 #include "compare/svg.hpp"
 #include "evidence/formats.hpp"
+#include "nano.hpp"
 
 namespace {
 
 using namespace compare;
-
-const std::string source_dir = SINKCACHE_SOURCE_DIR;
-
-const engine::model& nano() {
-  static const engine::model model(source_dir + "/examples/models/nano-softmax.safetensors");
-  return model;
-}
 
 std::vector<policy> crossed(const std::string& policies, const std::string& formats, index_t kv_recent = 8) {
   return with_kv_formats(parse_policies(policies, 128), formats, kv_recent);
@@ -71,8 +64,8 @@ TEST_CASE("a policy's caches are of its formats, and their bytes are counted so"
   const std::set<std::string> few = {"q8", "q6", "q4", "q2"};
   for (const policy& p : crossed("full,window,sinks:4,h2o,knorm:sinks=0,lagkv", "f32,bf16,q8,q8/q4,q4/q2")) {
     INFO(p.name);
-    const engine::session session(nano(), caches_of(p, 96, 0));
-    CHECK(session.cache_bytes() == cache_bytes(p, nano(), 96));
+    const engine::session session(nano::model(), caches_of(p, 96, 0));
+    CHECK(session.cache_bytes() == cache_bytes(p, nano::model(), 96));
     const sinkcache::cache_kind kind = session.cache(0).kind();
     const std::string k(kind.k_format), v(kind.v_format);
     CHECK((k == v ? k : k + "/" + v) == p.formats->name);
@@ -80,7 +73,9 @@ TEST_CASE("a policy's caches are of its formats, and their bytes are counted so"
     CHECK(session.cache(0).capacity() == 96);
   }
   // Spared tokens take more bytes.
-  const auto bytes = [&](index_t recent) { return cache_bytes(crossed("window", "q4", recent).front(), nano(), 96); };
+  const auto bytes = [&](index_t recent) {
+    return cache_bytes(crossed("window", "q4", recent).front(), nano::model(), 96);
+  };
   CHECK(bytes(0) < bytes(8));
   CHECK(bytes(8) < bytes(64));
   // Of a layer that the model windows, under a policy by score too.
@@ -89,20 +84,20 @@ TEST_CASE("a policy's caches are of its formats, and their bytes are counted so"
 }
 
 TEST_CASE("in as many bytes fewer bits hold more tokens") {
-  const std::size_t bytes = cache_bytes(crossed("sinks:1", "f32").front(), nano(), 64);
+  const std::size_t bytes = cache_bytes(crossed("sinks:1", "f32").front(), nano::model(), 64);
   index_t before = 0;
   for (const policy& p : crossed("sinks:1", "f32,bf16,q8,q8/q4,q4,q2")) {
     INFO(p.name);
-    const index_t rows = cache_of(p, nano(), bytes);
+    const index_t rows = cache_of(p, nano::model(), bytes);
     CHECK(rows > before);
-    CHECK(cache_bytes(p, nano(), rows) <= bytes);
-    CHECK(cache_bytes(p, nano(), rows + 1) > bytes);
+    CHECK(cache_bytes(p, nano::model(), rows) <= bytes);
+    CHECK(cache_bytes(p, nano::model(), rows + 1) > bytes);
     before = rows;
   }
 }
 
 TEST_CASE("what formats cost is said of the best policy, and of policies in the first format") {
-  const subject s{&nano(), "nano"};
+  const subject s = nano::subject();
   const std::vector<policy> p = crossed("window,sinks:1", "f32,q8,q4,q2");
   std::vector<run> runs;
   const double losses[] = {3, 1.9, 3, 3, 2, 2.0004, 2.01, 2.1};  // the window with q8 is a distraction
@@ -126,8 +121,8 @@ TEST_CASE("what formats cost is said of the best policy, and of policies in the 
 }
 
 TEST_CASE("policies by score cost in few bits by prefill what they cost by decoding") {
-  const subject s{&nano(), "nano"};
-  const token_stream text = read_by(s, read_file(source_dir + "/examples/data/sotu-heldout.txt").substr(0, 1000));
+  const subject s = nano::subject();
+  const token_stream text = nano::text(1000);
   for (const policy& p : crossed("h2o,tova,lagkv", "q8,q8/q4", 16)) {
     INFO(p.name);
     const auto none = [](index_t) {};
@@ -142,12 +137,9 @@ TEST_CASE("policies by score cost in few bits by prefill what they cost by decod
 // By decoding, with sums of doubles as they are written in books. Both agree but for codes that a last bit of an
 // activation tips over.
 TEST_CASE("what few bits cost is what decoding with them shows") {
-  evidence::options o;
-  o.model = source_dir + "/examples/models/nano-softmax.safetensors";
-  o.text = source_dir + "/examples/data/sotu-heldout.txt";
+  evidence::options o = nano::options();
   o.formats = true, o.tokens = 400, o.caches = {48};
-  evidence::setting s{o, {&nano(), "nano-softmax"}, {}};
-  s.stream = read_by(s.subject, read_file(o.text).substr(0, 2000));
+  const evidence::setting s{o, nano::subject(), nano::text(2000)};
   const std::vector<evidence::cell> cells = {{&evidence::formats_named("q4"), 1, 8},
                                              {&evidence::formats_named("unrotated q2"), 1, 0}};
   const evidence::formats_job j{48, 1, 100, 300, true, cells};
@@ -156,7 +148,7 @@ TEST_CASE("what few bits cost is what decoding with them shows") {
   CHECK(told == evidence::work(j));
 
   const auto logits_of = [&](const policy& p) {
-    engine::session session(nano(), caches_of(p, 48));
+    engine::session session(nano::model(), caches_of(p, 48));
     std::vector<std::vector<double>> all;
     for (std::size_t i = 100; i < 448; ++i) {
       const auto logits = session.decode(s.stream.ids[i]);
@@ -199,9 +191,7 @@ TEST_CASE("what few bits cost is what decoding with them shows") {
 }
 
 TEST_CASE("evidence of formats has every cell in one run, and reports what is kept") {
-  evidence::options o;
-  o.model = source_dir + "/examples/models/nano-softmax.safetensors";
-  o.text = source_dir + "/examples/data/sotu-heldout.txt";
+  evidence::options o = nano::options();
   o.formats = true, o.tokens = 20000, o.caches = {256};
   const std::vector<evidence::formats_job> plan = evidence::formats_plan(o);
   std::set<std::string> files, cells;
@@ -224,7 +214,7 @@ TEST_CASE("evidence of formats has every cell in one run, and reports what is ke
   }
 
   // Twice the perplexity, everywhere.
-  evidence::setting s{o, {&nano(), "nano-softmax"}, {}};
+  evidence::setting s{o, nano::subject(), {}};
   std::vector<evidence::json> kept;
   for (const evidence::formats_job& j : plan) {
     evidence::json result = {{"block_tokens", 128}, {"cells", {}}};

@@ -10,36 +10,23 @@
 #include <vector>
 
 #include "../catch.hpp"
-#include "compare/files.hpp"
 #include "compare/scored_policies.hpp"
 #include "evidence/ranking.hpp"
+#include "nano.hpp"
 
 namespace {
 
 using namespace evidence;
 
-const std::string source_dir = SINKCACHE_SOURCE_DIR;
-
-const engine::model& nano() {
-  static const engine::model model(source_dir + "/examples/models/nano-softmax.safetensors");
-  return model;
-}
-
 options small_options() {
-  options o;
-  o.model = source_dir + "/examples/models/nano-softmax.safetensors";
-  o.text = source_dir + "/examples/data/sotu-heldout.txt";
+  options o = nano::options();
   o.ranking = true;
   o.caches = {64, 32};
   o.tokens = 1200, o.facts = 2, o.check = 0, o.threads = 1;
   return o;
 }
 
-setting setting_of(const options& o) {
-  setting s{o, {&nano(), "nano-softmax"}, {}};
-  s.stream = compare::read_by(s.subject, compare::read_file(o.text).substr(0, 6000));
-  return s;
-}
+setting setting_of(const options& o) { return {o, nano::subject(), nano::text(6000)}; }
 
 // Results by name, and by the last one asked for that is missing.
 struct made_up {
