@@ -213,6 +213,7 @@ def servers():
     words = TEXT.read_text(encoding="utf-8").split()
     # Longer than the window; the second shares no beginning with the first, the third half of it.
     prompts = [" ".join(words[:120]), " ".join(words[400:500]), " ".join(words[:60] + words[700:760])]
+    long = " ".join(words[:300])
     window = ("--sink-window", 60, "--sink-tokens", 4)
 
     def together(at, asked, **more):
@@ -237,12 +238,19 @@ def servers():
         further = prompts[0] + two.ask(prompts[0], id_slot=0)
         check(two.ask(further, id_slot=0) == two.ask(further, id_slot=1, cache_prompt=False),
               "server: a text goes on where its slot has it")
+        plain = two.ask(long, n=100, id_slot=0)
         check(two.ask(prompts[1], n_cmpl=2) == [alone[1]] * 2, "server: two texts from one prompt, by seq_cp")
     with server(*window) as default:
         check([default.ask(each) for each in (*prompts, prompts[0])] == [*alone, alone[0]], "server: slots as they come")
     with server(*window, "-np", 1, "--cache-ram", 100) as saving:
         check([saving.ask(prompts[i]) for i in (0, 1, 0)] == [alone[i] for i in (0, 1, 0)],
               "server: what it would save it computes again")
+    # Drafts of 64 tokens, the most that llama.cpp drafts by default. With this text it takes back all of one.
+    with server(*window, "-np", 2, "--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", 1, "--spec-ngram-mod-n-min",
+                1) as drafting:
+        answer = drafting.post(long, n=100, id_slot=0)
+        drafted, kept = answer["timings"].get("draft_n", 0), answer["timings"].get("draft_n_accepted", 0)
+        check(answer["content"] == plain and drafted - kept > 500, "server: drafts change nothing", plain, answer)
     with server("--sink-window", 600, "-np", 2, model=MODELS / "gemma3.gguf") as windows:
         alone = [windows.ask(each, id_slot=0, cache_prompt=False) for each in prompts]
         check(together(windows, prompts[:2]) == alone[:2], "server: a model with windows, two at once")

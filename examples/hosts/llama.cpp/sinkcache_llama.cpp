@@ -46,7 +46,7 @@ std::string text_of(const char* variable, const char* otherwise) {
 // What the environment says.
 struct options {
   index_t sink_tokens = number_of("SINKCACHE_SINK_TOKENS", 4), window = number_of("SINKCACHE_WINDOW", 0),
-          rollback = number_of("SINKCACHE_ROLLBACK", 63);
+          rollback = number_of("SINKCACHE_ROLLBACK", 64);  // as many as ngram-mod drafts
   std::string policy = text_of("SINKCACHE_POLICY", "sinks"), positions = text_of("SINKCACHE_POSITIONS", "in_cache"),
               format = text_of("SINKCACHE_FORMAT", "");
 };
@@ -266,7 +266,11 @@ class sinkcache_memory_impl final : public llama_memory_i {
     for (const layer& l : layers_)
       if (const auto* cache = l.caches ? l.caches->get(seq_id) : nullptr;
           cache != nullptr && cache->seen() > seen && seen < cache->min_truncate()) {
-        LLAMA_LOG_WARN("sinkcache: sequence %d cannot go back to %d: what was seen then is evicted\n", seq_id, p0);
+        LLAMA_LOG_WARN(
+            "sinkcache: sequence %d cannot go back to %d: what was seen then is evicted; SINKCACHE_ROLLBACK was %td, "
+            "how "
+            "many tokens can be taken back\n",
+            seq_id, p0, options_.rollback);
         return false;
       }
     for (const layer& l : layers_)
