@@ -267,9 +267,9 @@ class sinkcache_memory_impl final : public llama_memory_i {
       if (const auto* cache = l.caches ? l.caches->get(seq_id) : nullptr;
           cache != nullptr && cache->seen() > seen && seen < cache->min_truncate()) {
         LLAMA_LOG_WARN(
-            "sinkcache: sequence %d cannot go back to %d: what was seen then is evicted; SINKCACHE_ROLLBACK was %td, "
-            "how "
-            "many tokens can be taken back\n",
+            "sinkcache: sequence %d cannot go back to %d: what was seen then is evicted; tokens that can be taken "
+            "back, "
+            "SINKCACHE_ROLLBACK, were %td\n",
             seq_id, p0, options_.rollback);
         return false;
       }
