@@ -266,11 +266,8 @@ class sinkcache_memory_impl final : public llama_memory_i {
     for (const layer& l : layers_)
       if (const auto* cache = l.caches ? l.caches->get(seq_id) : nullptr;
           cache != nullptr && cache->seen() > seen && seen < cache->min_truncate()) {
-        LLAMA_LOG_WARN(
-            "sinkcache: sequence %d cannot go back to %d: what was seen then is evicted; tokens that can be taken "
-            "back, "
-            "SINKCACHE_ROLLBACK, were %td\n",
-            seq_id, p0, options_.rollback);
+        LLAMA_LOG_WARN("sinkcache: sequence %d cannot go back to %d: what was seen then is evicted\n", seq_id, p0);
+        LLAMA_LOG_WARN("sinkcache: SINKCACHE_ROLLBACK, how many tokens it can go back, was %td\n", options_.rollback);
         return false;
       }
     for (const layer& l : layers_)
