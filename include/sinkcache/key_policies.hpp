@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <utility>
 
 #include "detail/macros_off.hpp"
 #include "matrix.hpp"
