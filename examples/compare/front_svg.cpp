@@ -64,10 +64,6 @@ std::vector<point> front_of(const std::vector<series>& all) {
   return front;
 }
 
-std::string bytes_text(double bytes) {
-  return bytes < 1e6 ? fmt::format("{:.3g} kB", bytes / 1e3) : fmt::format("{:.3g} MB", bytes / 1e6);
-}
-
 class front_chart {
  public:
   front_chart(const setting& s, const comparison& c) : setting_(s), comparison_(c), all_(series_of(c)) {
@@ -227,6 +223,10 @@ class front_chart {
 };
 
 }  // namespace
+
+std::string bytes_text(double bytes) {
+  return bytes < 1e6 ? fmt::format("{:.3g} kB", bytes / 1e3) : fmt::format("{:.3g} MB", bytes / 1e6);
+}
 
 std::string to_front_svg(const setting& s, const comparison& c) { return front_chart(s, c).draw(); }
 

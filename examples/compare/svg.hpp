@@ -14,4 +14,6 @@ std::string to_svg(const setting&, const comparison&);
 // The loss of each policy against the bytes of its caches, one point a format.
 std::string to_front_svg(const setting&, const comparison&);
 
+std::string bytes_text(double bytes);  // 12.9 MB
+
 }  // namespace compare

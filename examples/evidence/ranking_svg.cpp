@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "../compare/caches.hpp"
+#include "../compare/svg.hpp"
 #include "ranking.hpp"
 
 namespace evidence {
@@ -30,6 +31,12 @@ struct series {
 
 std::string text(double x, double y, const std::string& attributes, const std::string& words) {
   return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, attributes, words);
+}
+
+// A ring in a series that is dashed: one point alone has to tell them apart, too.
+std::string point_at(double x, double y, double radius, const char* color, bool dashed) {
+  return fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"{}\" fill=\"{}\" stroke=\"{}\"/>\n", x, y, radius,
+                     dashed ? "#fff" : color, color);
 }
 
 struct scale {
@@ -83,21 +90,23 @@ std::string drawn(const std::vector<series>& all, std::size_t which, const std::
     out += fmt::format("<path d=\"M{:.1f} {:.1f}h{:.1f}\" stroke=\"#e6e6e6\"/>\n", from, at_y(value), panel);
     out += text(from - 6, at_y(value) + 4, "text-anchor=\"end\" font-size=\"11\"", fmt::format("{:.2f}", value));
   }
-  for (double power = std::ceil(x.low); power <= x.high; ++power)
-    out += text(at_x(std::exp2(power)), bottom + 18, "text-anchor=\"middle\" font-size=\"11\"",
-                fmt::format("{:.0f} kB", std::exp2(power) / 1e3));
+  for (double ten = 1e3; std::log2(ten) <= x.high; ten *= 10)
+    for (const double bytes : {ten, 2 * ten, 3 * ten, 5 * ten, 7 * ten})
+      if (std::log2(bytes) >= x.low && std::log2(bytes) <= x.high)
+        out += text(at_x(bytes), bottom + 18, "text-anchor=\"middle\" font-size=\"11\"", compare::bytes_text(bytes));
+  std::string points;  // over all lines
   for (std::size_t i = 0; i < all.size(); ++i) {
     std::string path;
     const char* const color = colors[i % std::size(colors)];
+    const bool dashed = i >= std::size(colors);
     for (const point& p : all[i].panels[which]) {
       path += fmt::format("{}{:.1f} {:.1f}", path.empty() ? "M" : "L", at_x(p.bytes), at_y(p.value));
-      out += fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"{}\" fill=\"{}\"/>\n", at_x(p.bytes), at_y(p.value),
-                         i == 0 ? 4.5 : 3., color);
+      points += point_at(at_x(p.bytes), at_y(p.value), i == 0 ? 4.5 : 3., color, dashed);
     }
     out += fmt::format("<path d=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{}\"{}/>\n", path, color,
-                       i == 0 ? 3 : 1.5, i >= std::size(colors) ? " stroke-dasharray=\"5 4\"" : "");
+                       i == 0 ? 3 : 1.5, dashed ? " stroke-dasharray=\"5 4\"" : "");
   }
-  return out;
+  return out + points;
 }
 
 }  // namespace
@@ -128,6 +137,7 @@ std::string ranking_svg(const std::vector<setting>& texts, const std::vector<res
     out += fmt::format("<path d=\"M{:.1f} {:.1f}h22\" stroke=\"{}\" stroke-width=\"{}\"{}/>\n", legend, y,
                        colors[i % std::size(colors)], i == 0 ? 3 : 1.5,
                        i >= std::size(colors) ? " stroke-dasharray=\"5 4\"" : "");
+    out += point_at(legend + 11, y, 3, colors[i % std::size(colors)], i >= std::size(colors));
     out += text(legend + 28, y + 4, "font-size=\"12\"", all[i].name);
   }
   return out + "</svg>\n";
