@@ -33,10 +33,17 @@ std::string text(double x, double y, const std::string& attributes, const std::s
   return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, attributes, words);
 }
 
-// A ring in a series that is dashed: one point alone has to tell them apart, too.
-std::string point_at(double x, double y, double radius, const char* color, bool dashed) {
-  return fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"{}\" fill=\"{}\" stroke=\"{}\"/>\n", x, y, radius,
-                     dashed ? "#fff" : color, color);
+// How series number i looks: its line along `path`, and its points, rings where it is dashed, so that one point alone
+// tells them apart.
+const char* color_of(std::size_t i) { return colors[i % std::size(colors)]; }
+bool is_dashed(std::size_t i) { return i >= std::size(colors); }
+std::string line_of(std::size_t i, const std::string& path) {
+  return fmt::format("<path d=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{}\"{}/>\n", path, color_of(i),
+                     i == 0 ? 3 : 1.5, is_dashed(i) ? " stroke-dasharray=\"5 4\"" : "");
+}
+std::string point_of(std::size_t i, double x, double y) {
+  return fmt::format("<circle cx=\"{:.1f}\" cy=\"{:.1f}\" r=\"{}\" fill=\"{}\" stroke=\"{}\"/>\n", x, y,
+                     i == 0 ? 4.5 : 3., is_dashed(i) ? "#fff" : color_of(i), color_of(i));
 }
 
 struct scale {
@@ -97,14 +104,11 @@ std::string drawn(const std::vector<series>& all, std::size_t which, const std::
   std::string points;  // over all lines
   for (std::size_t i = 0; i < all.size(); ++i) {
     std::string path;
-    const char* const color = colors[i % std::size(colors)];
-    const bool dashed = i >= std::size(colors);
     for (const point& p : all[i].panels[which]) {
       path += fmt::format("{}{:.1f} {:.1f}", path.empty() ? "M" : "L", at_x(p.bytes), at_y(p.value));
-      points += point_at(at_x(p.bytes), at_y(p.value), i == 0 ? 4.5 : 3., color, dashed);
+      points += point_of(i, at_x(p.bytes), at_y(p.value));
     }
-    out += fmt::format("<path d=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"{}\"{}/>\n", path, color,
-                       i == 0 ? 3 : 1.5, dashed ? " stroke-dasharray=\"5 4\"" : "");
+    out += line_of(i, path);
   }
   return out + points;
 }
@@ -134,10 +138,7 @@ std::string ranking_svg(const std::vector<setting>& texts, const std::vector<res
   out += drawn(all, texts.size(), "digits recalled, one cache later (guessing: 0.10)", x, {0, 0.3});
   for (std::size_t i = 0; i < all.size(); ++i) {
     const double y = top + 20 * static_cast<double>(i);
-    out += fmt::format("<path d=\"M{:.1f} {:.1f}h22\" stroke=\"{}\" stroke-width=\"{}\"{}/>\n", legend, y,
-                       colors[i % std::size(colors)], i == 0 ? 3 : 1.5,
-                       i >= std::size(colors) ? " stroke-dasharray=\"5 4\"" : "");
-    out += point_at(legend + 11, y, 3, colors[i % std::size(colors)], i >= std::size(colors));
+    out += line_of(i, fmt::format("M{:.1f} {:.1f}h22", legend, y)) + point_of(i, legend + 11, y);
     out += text(legend + 28, y + 4, "font-size=\"12\"", all[i].name);
   }
   return out + "</svg>\n";
