@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -322,6 +323,69 @@ TEST_CASE("scored tiers: the same sets and the same bytes in whatever chunks tok
           if (cache.get().learner() == nullptr) REQUIRE((arena == first_arena));
         }
       }
+}
+
+// A scorer that is told nothing of what it carried.
+struct forgetful final : token_scorer {
+  scorer_needs needs() const noexcept override { return of.needs(); }
+  index_t scratch_floats(const scored_sizes& sizes) const noexcept override { return of.scratch_floats(sizes); }
+  void score(const scored_head& head, std::span<float> scores) const noexcept override {
+    std::fill(head.carried.begin(), head.carried.end(), std::numeric_limits<float>::quiet_NaN());
+    of.score(head, scores);
+  }
+  policies::rkv of{4, 3, 0.01f};
+};
+struct score_log final : eviction_reader {
+  std::map<std::pair<position_t, index_t>, std::vector<float>> scores;
+
+  void read(const eviction_event& e) noexcept override {
+    scores[{e.seen, e.kv_head}].assign(e.scores.begin(), e.scores.end());
+  }
+};
+
+TEST_CASE("scored tiers: the copies that rkv remembers are those it would find") {
+  constexpr index_t heads = 2, group = 2, n = 400, dim = 12;
+  for (int i = 0; i < effort::cases(40); ++i) {
+    effort::dice dice(static_cast<std::uint64_t>(7100 + i));
+    tokens t = random_tokens(static_cast<std::uint64_t>(7200 + i), n, heads, group, dim);
+    // Keys around a few directions: cosines on both sides of one half, that codes of 2 bits move over it.
+    const matrix directions = random_tokens(7300, 6, heads, group, dim).k;
+    for (index_t row = 0; row < n; ++row)
+      t.k.row(row) += directions.row(dice.from_to(0, 5)) * static_cast<float>(dice.from_to(0, 2)) / 2;
+    cache_config config = plain_config(heads, dim, one_of<index_t>(dice, {0, 5, 20, 70}), 40);
+    config.num_sink_tokens = one_of<index_t>(dice, {0, 3});
+    const eviction rules{.budget = dice.from_to(20, 80),
+                         .recent = 6,
+                         .interval = one_of<index_t>(dice, {1, 5, 16, 33}),
+                         .num_qo_heads = heads * group};
+    const index_t pair = dice.from_to(0, std::size(pairs) - 1);
+    INFO("seed " << 7100 + i << ", budget " << rules.budget << ", interval " << rules.interval << ", newest "
+                 << config.recent << ", " << pairs[pair].few);
+    score_log logs[2];
+    std::vector<position_t> kept[2];
+    for (const bool forgets : {false, true}) {
+      effort::dice same(static_cast<std::uint64_t>(7400 + i));
+      const scorer of = forgets ? scorer(std::make_shared<forgetful>()) : std::make_shared<policies::rkv>(4, 3, 0.01f);
+      const auto cache = make(pair, config, rules, of);
+      const attention a({.num_qo_heads = heads * group});
+      workspace w;
+      cache->watch(&logs[forgets]);
+      for (index_t first = 0, most = 0, some; first < n; first += some) {
+        most = std::max(most, first);
+        if (same.one_in(4)) {
+          first = std::max({index_t{0}, most - config.rollback, first - same.from_to(1, 40)});
+          cache->get().truncate(first);
+        }
+        some = std::min<index_t>(n - first, same.one_in(2) ? 1 : same.from_to(2, 90));
+        matrix out(some, heads * group * dim);
+        std::vector<float> lse(as_size(some * heads * group));
+        feed(a, t, first, some, cache->get(), out, lse, w);
+      }
+      kept[forgets].assign(cache->kept(1).begin(), cache->kept(1).end());
+    }
+    REQUIRE(logs[0].scores == logs[1].scores);
+    REQUIRE(kept[0] == kept[1]);
+  }
 }
 
 TEST_CASE("scored tiers: what is taken back is undone over the border too") {

@@ -22,9 +22,39 @@ inline index_t redundancy_floats(const scored_sizes& of) noexcept {
   return 2 * ((of.rows + 1) * of.head_dim + redundancy_rows * redundancy_columns + of.rows);
 }
 
+// What is remembered of a row: how many tokens its newest copy is younger than it, or less than 0; infinity where it
+// has none, NaN where nobody looked.
+inline float copy_distance(const scored_head& of, index_t i, index_t copy) noexcept {
+  if (copy < 0) return std::numeric_limits<float>::infinity();
+  const position_t distance = of.at[static_cast<std::size_t>(copy)] - of.at[static_cast<std::size_t>(i)];
+  constexpr position_t exact = 1 << 24;  // as a float
+  return std::abs(distance) <= exact ? static_cast<float>(distance) : std::numeric_limits<float>::quiet_NaN();
+}
+// Whether the newest copy among rows [0, n) is remembered, and which row it is; -1: there is none.
+inline bool knows_copy(const scored_head& of, float distance, index_t i, index_t n, index_t& copy) noexcept {
+  copy = -1;
+  if (std::isinf(distance)) return true;
+  if (std::isnan(distance)) return false;
+  const position_t at = of.at[static_cast<std::size_t>(i)] + static_cast<position_t>(distance);
+  copy = static_cast<index_t>(std::lower_bound(of.at.begin(), of.at.begin() + n, at) - of.at.begin());
+  return copy < n && of.at[static_cast<std::size_t>(copy)] == at;
+}
+// The first row that is new since `copies` were remembered, or stored in codes since: all from there on are compared
+// with all again.
+inline index_t first_unsettled(const scored_head& of, std::span<const float> copies) noexcept {
+  std::size_t first = copies.size();
+  while (first > 0 && std::isnan(copies[first - 1])) --first;
+  if (of.whole == 0 || first == 0) return static_cast<index_t>(first);
+  const position_t whole_then = (first < copies.size() ? of.at[first] : of.seen) - of.whole;
+  const auto end = of.at.begin() + static_cast<std::ptrdiff_t>(first);
+  return static_cast<index_t>(std::lower_bound(of.at.begin(), end, whole_then) - of.at.begin());
+}
+
 // How like the others a row's key is, its newest copy not counted (R-KV, section 3.3), as a softmax over all rows:
 // copies are rows with a cosine above 0.5, and where a row has none, row 0 is left out for it, as in the authors' code.
-inline double_row redundancy(const scored_head& of, double_scratch& memory) noexcept {
+// Which row is whose newest copy is remembered in `copies`, if there are any: keys do not change, so that only new ones
+// need be looked at.
+inline double_row redundancy(const scored_head& of, double_scratch& memory, std::span<float> copies = {}) noexcept {
   const index_t n = of.rows, d = of.geometry.head_dim;
   double_rows keys = memory.rows(n, d), like = memory.rows(redundancy_rows, redundancy_columns);
   double_row all = memory.row(d), mean = memory.row(n);
@@ -36,21 +66,36 @@ inline double_row redundancy(const scored_head& of, double_scratch& memory) noex
   // All cosines with a key sum to its product with the sum of keys. What to leave out is searched from the newest on.
   all = keys.colwise().sum();
   for (index_t i = 0; i < n; ++i) mean[i] = keys.row(i).dot(all) - keys.row(i).squaredNorm();
+  const index_t unsettled = first_unsettled(of, copies);
   for (index_t from = 0; from < n; from += redundancy_rows) {
     const index_t m = std::min(redundancy_rows, n - from);
     bool found[redundancy_rows] = {};
+    index_t copy[redundancy_rows], down_to[redundancy_rows], lowest = n;
+    for (index_t i = 0; i < m; ++i) {
+      const index_t row = from + i;
+      const bool known =
+          row < unsettled && knows_copy(of, copies[static_cast<std::size_t>(row)], row, unsettled, copy[i]);
+      down_to[i] = known ? unsettled : 0;
+      if (!known) copy[i] = -1;
+      lowest = std::min(lowest, down_to[i]);
+    }
     for (index_t end = n, missing = m, first; missing > 0; end = first) {
-      first = std::max<index_t>(0, end - redundancy_columns);
+      first = std::max(lowest, end - redundancy_columns);
       like.topLeftCorner(m, end - first).noalias() =
           keys.middleRows(from, m) * keys.middleRows(first, end - first).transpose();
-      for (index_t i = 0; i < m; ++i)
-        for (index_t j = end - 1; j >= first && !found[i]; --j) {
-          const double cosine = j == from + i ? 0 : like(i, j - first);
-          if (!(cosine > 0.5) && j > 0) continue;
-          mean[j] -= cosine;
-          found[i] = true;
-          --missing;
-        }
+      for (index_t i = 0; i < m; ++i) {
+        if (found[i]) continue;
+        for (index_t j = end - 1; j >= std::max(first, down_to[i]) && !found[i]; --j)
+          if (j != from + i && like(i, j - first) > 0.5) copy[i] = j, found[i] = true;
+        if (!found[i] && first > down_to[i]) continue;
+        found[i] = true;
+        --missing;
+      }
+    }
+    for (index_t i = 0; i < m; ++i) {
+      const index_t row = from + i, left_out = std::max<index_t>(0, copy[i]);
+      if (left_out != row) mean[left_out] -= keys.row(row).dot(keys.row(left_out));
+      if (!copies.empty()) copies[static_cast<std::size_t>(row)] = copy_distance(of, row, copy[i]);
     }
   }
   mean /= static_cast<double>(n);
@@ -74,7 +119,7 @@ struct rkv final : token_scorer {
       : window(of_window), kernel(of_kernel), lambda(of_lambda) {}
 
   scorer_needs needs() const noexcept override {
-    return {.window = window, .group = scorer_needs::over_group::max_logits, .compares_heads = true};
+    return {.window = window, .group = scorer_needs::over_group::max_logits, .carried = true, .compares_heads = true};
   }
   index_t scratch_floats(const scored_sizes& of) const noexcept override {
     return 2 * of.rows + detail::redundancy_floats(of);
@@ -90,7 +135,7 @@ struct rkv final : token_scorer {
     const std::span<float> importance(reinterpret_cast<float*>(memory.row(head.rows).data()), scores.size());
     detail::mean_softmax(head, n, importance);
     detail::max_pool(importance, n, kernel, head.pinned, true, scores);
-    const detail::double_row red = detail::redundancy(head, memory);
+    const detail::double_row red = detail::redundancy(head, memory, head.carried);
     const auto share = static_cast<double>(lambda);
     for (index_t i = 0; i < n; ++i) {
       float& s = scores[static_cast<std::size_t>(i)];

@@ -47,6 +47,7 @@ struct scored_head {
   index_t window;  // rows [rows - window, rows) are those of the newest queries
   index_t num_sink_tokens, budget;
   position_t seen;  // tokens so far
+  index_t whole;    // of tiers: keys and values change once, into codes, when they are older than so many tokens
   float sm_scale;   // of the attention that was asked last; 0 where none was
   const kv_geometry& geometry;
   std::span<const position_t> at;             // positions

@@ -58,6 +58,7 @@ class eviction_run {
                      .num_sink_tokens = s_.of.num_sink_tokens,
                      .budget = head.budget,
                      .seen = seen_,
+                     .whole = s_.of.has_tiers() ? s_.of.recent : 0,
                      .sm_scale = s_.sm_scale,
                      .geometry = s_.of.geometry,
                      .at = s_.rows.at(h),
