@@ -267,14 +267,15 @@ struct expected_attention final : token_scorer {
       for (index_t i = 0; i < d; ++i) rotate(head, cos, sin, sigma.row(i));
       for (index_t i = 0; i < d; ++i) rotate(head, cos, sin, sigma.col(i));
       rotate(head, cos, sin, mean);
+      sigma.diagonal() /= 2;  // the other half of this symmetric matrix gives the same
       for (index_t i = 0; i < n; i += block) {
         const index_t m = std::min(block, n - i);
         for (index_t j = 0; j < m; ++j) detail::read_key(head, i + j, true, keys.row(j));
         z.segment(i, m) = scale * (keys.topRows(m) * mean.transpose()).transpose();
         if (!covariance) continue;
-        rotated.topRows(m).noalias() = keys.topRows(m) * sigma;
+        rotated.topRows(m).noalias() = keys.topRows(m) * sigma.triangularView<Eigen::Upper>();
         z.segment(i, m) +=
-            scale * scale / 2 * rotated.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
+            scale * scale * rotated.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
       }
       add_softmax(head, z, p);
     }
