@@ -8,6 +8,6 @@ namespace compare {
 
 std::string cpu_name();
 std::string compiler_name();
-std::string git_commit();  // of the sources, "-dirty" where they differ from it; "unknown" outside a checkout
+std::string git_commit();  // of the sources that this was built from: cmake/commit.cmake
 
 }  // namespace compare
