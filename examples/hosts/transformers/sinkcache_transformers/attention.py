@@ -30,7 +30,7 @@ def refuse(argument, value, had_to_be):
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, s_aux=None,
-              softcap=None, is_causal=None, position_bias=None, output_attentions=False, num_sink_tokens=0, **_):
+              softcap=None, is_causal=None, output_attentions=False, num_sink_tokens=0, **others):
     """query [batch, heads, q_len, dim], key and value [batch, kv_heads, kv_len, dim], s_aux: learned sinks [heads].
 
     Returns ([batch, q_len, heads, dim], None). A token sees itself and the tokens before it, of which with a
@@ -42,8 +42,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         refuse("dropout", dropout, "0: this is inference")
     if output_attentions:
         refuse("output_attentions", True, "False: no weights are kept")
-    if position_bias is not None:
-        refuse("position_bias", "a tensor", "None")
+    for name in ("position_bias", "indices", "block_indices", "sinks"):  # other logits, or fewer keys
+        if others.get(name) is not None:
+            refuse(name, "a tensor", "None")
     layer = getattr(key, "sinkcache_layer", None)  # of a SinkCache, which attends for itself
     if query.device.type != "cpu":
         refuse("query's device", query.device.type, "cpu")
