@@ -113,7 +113,7 @@ class chart {
   double width() const {
     std::size_t longest = 0;
     for (const curve& each : curves_) longest = std::max(longest, each.label.size());
-    return std::max(least_width, right + 25 + 7.5 * static_cast<double>(longest));
+    return std::max(least_width, right + 25 + 8.5 * static_cast<double>(longest));
   }
   double x(index_t token) const {
     const double from = std::log2(static_cast<double>(first_)), to = std::log2(static_cast<double>(setting_.tokens));
