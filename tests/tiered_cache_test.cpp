@@ -621,7 +621,7 @@ TEST_CASE("tiers: a cache prints them") {
   const matrix rows = matrix::Zero(2000, 128);
   CHECK(fmt::format("{}", cache) == "kv_cache<q4>{empty, 0.2 MB}");
   cache.append(rows.topRows(60), rows.topRows(60));
-  CHECK(fmt::format("{}", cache) == "kv_cache<q4>{tokens 0-59, 0.2 MB}");
+  CHECK(fmt::format("{}", cache) == "kv_cache<q4>{tokens 0-59 bf16, 0.2 MB}");
   cache.append(rows.topRows(964), rows.topRows(964));
   CHECK(fmt::format("{}", cache) == "kv_cache<q4>{sinks 0-3 bf16 | 4-959 q4 | 960-1023 bf16, 0.2 MB}");
   cache.append(rows, rows);

@@ -2,7 +2,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -101,17 +100,7 @@ class front_chart {
   double y(double loss) const { return bottom - (bottom - top) * (loss - low_) / (high_ - low_); }
 
   std::string titles() const {
-    std::vector<std::string> findings = comparison_.findings();
-    std::string out = svg_text(20, 32, "font-size=\"19\" font-weight=\"bold\"", findings.front());
-    findings.erase(findings.begin());
-    double at = 54;
-    if (!findings.empty()) {
-      findings.front()[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(findings.front()[0])));
-      for (const std::string& each : wrapped(sentence(findings), 140)) {
-        out += svg_text(20, at, "fill=\"#555\"", each);
-        at += 17;
-      }
-    }
+    std::string out = svg_findings(comparison_.findings());
     const subject& s = comparison_.subject();
     const std::string cache = setting_.cache_bytes > 0
                                   ? fmt::format("caches of {}", bytes_text(static_cast<double>(setting_.cache_bytes)))
@@ -190,8 +179,9 @@ class front_chart {
       double x, y;
       const char* color;
       std::string text;
+      double half() const { return 3.9 * static_cast<double>(text.size()); }
     };
-    std::vector<name> all;
+    std::vector<name> all, placed;
     for (const series& s : all_)
       for (const point& p : s.points) {
         const bool in_front = std::ranges::any_of(
@@ -201,15 +191,18 @@ class front_chart {
       }
     std::ranges::sort(all, {}, &name::x);
     std::string out;
-    std::vector<double> ends;  // of each level of names
-    for (const name& n : all) {
-      const double half = 3.9 * static_cast<double>(n.text.size());
-      std::size_t level = 0;
-      while (level < ends.size() && ends[level] > n.x - half) ++level;
-      if (level == ends.size()) ends.push_back(0);
-      ends[level] = n.x + half;
-      out += svg_text(n.x, std::min(n.y + 20 + 16 * static_cast<double>(level), bottom - 5),
-                      fmt::format("text-anchor=\"middle\" fill=\"{}\"", n.color), n.text);
+    for (name n : all) {
+      const auto is_taken = [&] {
+        return std::ranges::any_of(placed, [&](const name& other) {
+          return std::abs(other.x - n.x) < other.half() + n.half() && std::abs(other.y - n.y) < 15;
+        });
+      };
+      const double at = n.y;
+      for (n.y += 20; is_taken() && n.y + 16 < bottom;) n.y += 16;
+      if (is_taken() || n.y > bottom - 5)  // no room: above it
+        for (n.y = at - 12; is_taken();) n.y -= 16;
+      placed.push_back(n);
+      out += svg_text(n.x, n.y, fmt::format("text-anchor=\"middle\" fill=\"{}\"", n.color), n.text);
     }
     return out;
   }

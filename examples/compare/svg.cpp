@@ -113,7 +113,7 @@ class chart {
   double width() const {
     std::size_t longest = 0;
     for (const curve& each : curves_) longest = std::max(longest, each.label.size());
-    return std::max(least_width, right + 25 + 7.5 * static_cast<double>(longest));
+    return std::max(least_width, right + 25 + 8.5 * static_cast<double>(longest));
   }
   double x(index_t token) const {
     const double from = std::log2(static_cast<double>(first_)), to = std::log2(static_cast<double>(setting_.tokens));
@@ -122,18 +122,7 @@ class chart {
   double y(double loss) const { return bottom - (bottom - top) * (loss - low_) / (high_ - low_); }
 
   std::string titles() const {
-    std::vector<std::string> findings = comparison_.findings();
-    const std::string title = findings.front();
-    findings.erase(findings.begin());
-    std::string out = svg_text(20, 32, "font-size=\"19\" font-weight=\"bold\"", title);
-    if (!findings.empty()) {
-      findings.front()[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(findings.front()[0])));
-      double at = 54;
-      for (const std::string& each : wrapped(sentence(findings), 140)) {
-        out += svg_text(20, at, "fill=\"#555\"", each);
-        at += 17;
-      }
-    }
+    std::string out = svg_findings(comparison_.findings());
     const subject& s = comparison_.subject();
     std::vector<std::string> notes = {fmt::format("{} ({}) on {} of {}, a cache of {} tokens.", s.name,
                                                   describe(*s.model), amount(setting_), setting_.text,

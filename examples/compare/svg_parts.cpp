@@ -4,6 +4,9 @@
 #include "svg_parts.hpp"
 
 #include <algorithm>
+#include <cctype>
+
+#include "comparison.hpp"
 
 namespace compare {
 namespace {
@@ -19,6 +22,19 @@ std::string escaped(const std::string& text) {
       out += c;
   }
   return out;
+}
+
+// Lines of at most `columns` characters: a picture is 960 wide.
+std::vector<std::string> wrapped(const std::string& words, std::size_t columns) {
+  std::vector<std::string> lines = {""};
+  for (std::size_t first = 0; first < words.size();) {
+    const std::size_t last = std::min(words.find(' ', first), words.size());
+    if (!lines.back().empty() && lines.back().size() + 1 + last - first > columns) lines.emplace_back();
+    if (!lines.back().empty()) lines.back() += ' ';
+    lines.back().append(words, first, last - first);
+    first = last + 1;
+  }
+  return lines;
 }
 
 }  // namespace
@@ -53,16 +69,22 @@ std::vector<double> spread(const std::vector<double>& wanted, double bottom) {
   return at;
 }
 
-std::vector<std::string> wrapped(const std::string& words, std::size_t columns) {
-  std::vector<std::string> lines = {""};
-  for (std::size_t first = 0; first < words.size();) {
-    const std::size_t last = std::min(words.find(' ', first), words.size());
-    if (!lines.back().empty() && lines.back().size() + 1 + last - first > columns) lines.emplace_back();
-    if (!lines.back().empty()) lines.back() += ' ';
-    lines.back().append(words, first, last - first);
-    first = last + 1;
+std::string svg_findings(std::vector<std::string> findings) {
+  const std::vector<std::string> title = wrapped(findings.front(), 80);
+  std::string out;
+  double at = 44 - 12 * static_cast<double>(title.size());
+  for (const std::string& each : title) {
+    out += svg_text(20, at, "font-size=\"19\" font-weight=\"bold\"", each);
+    at += 22;
   }
-  return lines;
+  findings.erase(findings.begin());
+  if (findings.empty()) return out;
+  findings.front()[0] = static_cast<char>(std::toupper(static_cast<unsigned char>(findings.front()[0])));
+  for (const std::string& each : wrapped(sentence(findings), 140)) {
+    out += svg_text(20, at, "fill=\"#555\"", each);
+    at += 17;
+  }
+  return out;
 }
 
 }  // namespace compare

@@ -33,7 +33,7 @@ inline constexpr double label_height = 18;
 // `bottom`.
 std::vector<double> spread(const std::vector<double>& wanted, double bottom);
 
-// Lines of at most `columns` characters.
-std::vector<std::string> wrapped(const std::string& words, std::size_t columns);
+// What was found: the first as a title, the others below it.
+std::string svg_findings(std::vector<std::string> findings);
 
 }  // namespace compare

@@ -74,7 +74,7 @@ struct fmt::formatter<sinkcache::cache_config> : sinkcache::detail::plain_format
 };
 
 // Pinned tokens, then the others, as the newest query of KV head 0 sees them: spans of positions, or how many of how
-// wide a span where they are scattered; and their formats where not all are stored alike:
+// wide a span where they are scattered; and their formats where not all are stored in the cache's own:
 // kv_cache<q4>{sinks 0-3 bf16 | 4-959 q4 | 960-1023 bf16, 1.3 MB}.
 template <std::derived_from<sinkcache::any_kv_cache> Cache>
 struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
@@ -90,8 +90,11 @@ struct fmt::formatter<Cache> : sinkcache::detail::plain_formatter {
     const auto alike = [&](index_t i, index_t j) {
       return parts[i].k.reader == parts[j].k.reader && parts[i].v.reader == parts[j].v.reader;
     };
+    const auto is_of = [&](const kv_part& part) {
+      return part.k.reader == nullptr || (part.k.reader->name == kind.k_format && part.v.reader->name == kind.v_format);
+    };
     bool any = false, tiers = false;
-    for (index_t i = 1; i < parts.size(); ++i) tiers = tiers || !alike(0, i);
+    for (index_t i = 0; i < parts.size(); ++i) tiers = tiers || !alike(0, i) || !is_of(parts[i]);
     for (index_t i = 0, next; i < parts.size(); i = next) {
       sinkcache::position_span span{parts[i].first, parts[i].end()};
       bool pinned = parts[i].pinned == parts[i].rows;

@@ -5,7 +5,8 @@
 // A row is a block: its scale d as a bf16, then a code for each element. The row y that is encoded went through a
 // Hadamard transform, which spreads outliers over it; so it needs no groups, no zero point and no table. A code counts
 // steps of d, the value is the middle of its step:
-//   d = 2 max|y| / 2^b (q2: the root of the mean of y^2), rounded up to a bf16
+//   d = 2 max|y| / 2^b (q2: the root of the mean of y^2), rounded up to a bf16 (q2: at most 2.26e38, so that 1.5 d is a
+//       float)
 //   code = clamp(floor(y / d) + 2^(b-1), 0, 2^b - 1),  value = (code - 2^(b-1) + 1/2) d
 //
 //        bits an element, with the scale, at     error of an element (quantized_test.cpp)
@@ -14,6 +15,7 @@
 //   q6   6.25            6.125      6.028        max|y| 2^-6 (1 + 2^-7)
 //   q4   4.25            4.125      4.028        max|y| 2^-4 (1 + 2^-7)
 //   q2   2.25            2.125      2.028        the larger of d / 2 and max|y| - 1.5 d
+// (and 2^-134 more where d is below the normal floats, of which a bf16 has every 2^-133)
 //
 // Codes lie in the order of elements, from the low bits of a byte to the high ones; those of q6 in two planes, the low
 // four bits of all, then the high two. They are padded to 16 elements: a row of 33 takes as many bytes as one of 48.

@@ -171,8 +171,11 @@ void require_fields(status& found, const char* name, const char* size_name, cons
   if (found) found.require(config->size == sizeof(Config), size_name, config->size, "its sizeof,", sizeof(Config));
 }
 
-void require_floats(status& found, const char* name, const float* data, std::int64_t size) noexcept {
+// That an array is there as its size says, and has no more floats than can be right: so it is read no further.
+void require_floats(status& found, const char* name, const float* data, std::int64_t size, std::int64_t most,
+                    const char* rule) noexcept {
   found.require(size >= 0, name, size, "at least 0 floats");
+  found.require(size <= most, name, size, rule, most);
   if (found && (data == nullptr) != (size == 0))
     found.refuse("{} was {}, had to be the number of floats of its array, which was {}", name, size,
                  data == nullptr ? "null" : "given");
@@ -261,7 +264,7 @@ rope make_rope(status& found, const sinkcache_rope& of, index_t head_dim) {
     found.refuse("rope's type was '{}', had to be one of: plain linear llama3 yarn inv_freq none", type.substr(0, 32));
   found.require(of.interleaved == 0 || of.interleaved == 1, "rope's interleaved", of.interleaved, "0 or 1");
   found.require(of.no_truncate == 0 || of.no_truncate == 1, "rope's no_truncate", of.no_truncate, "0 or 1");
-  require_floats(found, "rope's num_inv_freq", of.inv_freq, of.num_inv_freq);
+  require_floats(found, "rope's num_inv_freq", of.inv_freq, of.num_inv_freq, head_dim / 2, "at most head_dim / 2,");
   if (is("none", "inv_freq"))
     require_zero(found, type, {{"theta", of.theta}, {"width", static_cast<double>(of.width)}});
   if (is("none", "inv_freq", "plain")) require_zero(found, type, {{"factor", of.factor}});
@@ -282,13 +285,13 @@ rope make_rope(status& found, const sinkcache_rope& of, index_t head_dim) {
   else
     require_zero(found, type, {{"num_inv_freq", static_cast<double>(of.num_inv_freq)}});
   // Said here, because for the library a rope is as wide as a head.
-  if (of.width != 0)
-    found.require(of.width > 0 && of.width % 2 == 0 && of.width <= head_dim, "rope's width", of.width,
-                  "0, or even and at most head_dim,", head_dim);
+  const index_t width = of.width == 0 ? head_dim : static_cast<index_t>(of.width);
+  if (!is("none", "inv_freq"))
+    found.require(width > 0 && width % 2 == 0 && width <= head_dim, "rope's width", of.width,
+                  "even and at most head_dim, which 0 stands for,", head_dim);
   if (!found) return rope::none();
 
   const rope_pairing pairing = of.interleaved == 1 ? rope_pairing::interleaved : rope_pairing::half_split;
-  const index_t width = of.width == 0 ? head_dim : static_cast<index_t>(of.width);
   if (is("plain")) return rope::plain(width, of.theta, pairing);
   if (is("linear")) return rope::linear(width, of.theta, of.factor, pairing);
   if (is("llama3"))
@@ -344,7 +347,9 @@ named_cache read_config(status& found, const sinkcache_cache_config& of) {
   config.inputs = of.inputs == SINKCACHE_INPUTS_ROTATED ? inputs::rotated : inputs::raw;
   if (of.rope != nullptr) {
     require_fields(found, "rope", "rope's size", of.rope);
-    if (found) config.rope = make_rope(found, *of.rope, config.head_dim);
+    // Where head_dim is wrong, that is what the cache refuses.
+    const bool is_head = config.head_dim >= 1 && config.head_dim <= max_head_dim;
+    if (found) config.rope = is_head ? make_rope(found, *of.rope, config.head_dim) : rope::none();
   }
   return to;
 }
@@ -354,9 +359,12 @@ attention_params read_params(status& found, const sinkcache_attention_config& of
   to.num_qo_heads = static_cast<index_t>(of.num_qo_heads);
   if (of.sm_scale != 0) to.sm_scale = of.sm_scale;
   to.logits_soft_cap = of.logits_soft_cap;
-  require_floats(found, "num_sink_logits", of.sink_logits, of.num_sink_logits);
-  require_floats(found, "num_alibi_slopes", of.alibi_slopes, of.num_alibi_slopes);
-  require_floats(found, "num_sink_bias", of.sink_bias, of.num_sink_bias);
+  const auto require_per_head = [&](const char* name, const float* data, std::int64_t size) {
+    require_floats(found, name, data, size, std::max<std::int64_t>(0, of.num_qo_heads), "at most num_qo_heads,");
+  };
+  require_per_head("num_sink_logits", of.sink_logits, of.num_sink_logits);
+  require_per_head("num_alibi_slopes", of.alibi_slopes, of.num_alibi_slopes);
+  require_per_head("num_sink_bias", of.sink_bias, of.num_sink_bias);
   const std::string_view softmax = of.softmax == nullptr ? "standard" : of.softmax;
   if (softmax != "standard" && softmax != "softmax1" && softmax != "sink_logits")
     found.refuse("softmax was '{}', had to be standard, softmax1 or sink_logits", softmax.substr(0, 32));

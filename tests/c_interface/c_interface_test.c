@@ -444,6 +444,9 @@ static void wrong_configurations(void) {
   WRONG(config.num_kv_heads = INT64_MAX, "had to fit");
   WRONG(config.num_kv_heads = INT64_MIN, "num_kv_heads was -9223372036854775808");
   WRONG((config.head_dim = 577, rope.width = DIM), "head_dim was 577");
+  WRONG((config.head_dim = INT64_MAX, rope.width = 0), "head_dim was 9223372036854775807");
+  WRONG((config.head_dim = INT64_MIN, rope.width = 0), "head_dim was -9223372036854775808");
+  WRONG((config.head_dim = DIM - 1, rope.width = 0), "rope's width was 0");
   WRONG(config.v_head_dim = -1, "v_head_dim was -1");
   WRONG(config.num_sink_tokens = -1, "num_sink_tokens was -1");
   WRONG(config.window = 0, "window was 0");
@@ -470,6 +473,9 @@ static void wrong_configurations(void) {
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .theta = 100, .width = -2}), "rope's width was -2");
   WRONG(config.v_format = "", "the format of values was ''");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq", .inv_freq = q}), "num_inv_freq was 0");
+  /* More than can be right are not looked at. */
+  WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq", .inv_freq = q, .num_inv_freq = INT64_MAX}),
+        "rope's num_inv_freq was 9223372036854775807");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "none", .theta = 1}), "rope's theta was 1");
 #undef WRONG
   REFUSED(sinkcache_cache_create(NULL, &cache, &error), "config was null");
@@ -496,10 +502,14 @@ static void wrong_configurations(void) {
   WRONG(params.softmax = "softmax2", "softmax was 'softmax2'");
   WRONG(params.softmax = "sink_logits", "sink_logits.size() was 0");
   WRONG((params.sink_logits = q, params.num_sink_logits = QO_HEADS), "num_sink_logits was 6");
+  WRONG((params.softmax = "sink_logits", params.sink_logits = q, params.num_sink_logits = INT64_MAX),
+        "num_sink_logits was 9223372036854775807");
   WRONG((params.alibi_slopes = q, params.num_alibi_slopes = 5), "alibi_slopes.size() was 5");
+  WRONG((params.alibi_slopes = q, params.num_alibi_slopes = INT64_C(1) << 40), "num_alibi_slopes was 1099511627776");
   WRONG(params.alibi_slopes = q, "num_alibi_slopes was 0");
   WRONG(params.num_sink_bias = QO_HEADS, "num_sink_bias was 6");
   WRONG((params.sink_bias = q, params.num_sink_bias = -1), "num_sink_bias was -1");
+  WRONG((params.sink_bias = q, params.num_sink_bias = INT64_MAX), "num_sink_bias was 9223372036854775807");
 #undef WRONG
   REFUSED(sinkcache_attention_create(NULL, &attention, &error), "config was null");
 

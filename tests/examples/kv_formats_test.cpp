@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <regex>
 #include <set>
 #include <string>
 #include <vector>
@@ -118,6 +119,36 @@ TEST_CASE("what formats cost is said of the best policy, and of policies in the 
     CHECK(picture.find(part) != std::string::npos);
   }
   CHECK(picture.find("\"nan") == std::string::npos);
+}
+
+TEST_CASE("a picture of formats shows all words, none over another") {
+  const subject s = nano::subject();
+  const std::vector<policy> p = crossed("window,sinks:1,snapkv:recent=16,interval=16", "f32,q8,q6/q4,q4,q4/q2,q2");
+  std::vector<run> runs;
+  const double losses[] = {3,     3,     3,     3,     3,     3,     1.712, 1.712, 1.714,
+                           1.714, 1.721, 1.724, 1.703, 1.702, 1.703, 1.703, 1.708, 1.723};
+  const std::size_t bytes[] = {1966, 599, 445, 394,  343,  292,  1966, 604,  456,
+                               404,  353, 302, 3080, 2107, 1923, 1861, 1800, 1738};
+  for (std::size_t i = 0; i < p.size(); ++i) runs.push_back(invented_run(s, p[i], losses[i], bytes[i]));
+  const std::string picture = to_front_svg({"text", 10, 1000}, comparison(runs, 10));
+
+  struct box {
+    double x, y, width;
+  };
+  std::vector<box> names;
+  const std::regex text(R"re(<text x="([^"]*)" y="([^"]*)" ([^>]*)>([^<]*)</text>)re");
+  for (std::sregex_iterator at(picture.begin(), picture.end(), text), end; at != end; ++at) {
+    const std::string attributes = (*at)[3], words = (*at)[4];
+    INFO(words);
+    if (attributes.find("font-size=\"19\"") != std::string::npos) CHECK(words.size() <= 80);
+    if (attributes.find("middle\" fill") == std::string::npos) continue;
+    const box b{std::stod((*at)[1].str()), std::stod((*at)[2].str()), 7 * static_cast<double>(words.size())};
+    for (const box& other : names)
+      CHECK((std::abs(b.y - other.y) > 12 || std::abs(b.x - other.x) > (b.width + other.width) / 2));
+    CHECK(b.y < 484);  // where the axis is
+    names.push_back(b);
+  }
+  CHECK(names.size() >= 8);
 }
 
 TEST_CASE("policies by score cost in few bits by prefill what they cost by decoding") {

@@ -210,6 +210,7 @@ def check_refusals():
     refused("dropout was 0.1, had to be 0", query, key, key, None, dropout=0.1)
     refused("output_attentions was True", query, key, key, None, output_attentions=True)
     refused("position_bias", query, key, key, None, position_bias=torch.zeros(1))
+    refused("indices", query, key, key, None, indices=torch.zeros(1))  # sparse attention (DeepSeek V3.2)
     refused("is_causal was False", query, key, key, None, module=not_causal)
     refused("requires_grad", query.clone().requires_grad_(), key, key, None)
     refused("key.shape[2] was 2, had to be at least q_len, 3", query, key[:, :, :2], key[:, :, :2], None)

@@ -330,6 +330,14 @@ def check_refusals():
     refused("kv_lora_rank was 16", SinkCache, model)
     model.model.config.kv_lora_rank = 0  # the same layers, not known by name
     refused("layers do something else with what a cache gives them", SinkCache, model)
+    # Layers that do more with what the cache gave them: attend twice, to halves of the values; repeat keys.
+    refused("layer 0's values was changed", SinkCache, made(t.DiffLlamaConfig(**small)))
+    refused("or what a SinkCache gave", SinkCache, made(t.JetMoeConfig(
+        **{**small, "num_key_value_heads": 4}, num_local_experts=2, kv_channels=8)))
+    model = made(t.LlamaConfig(**small))
+    model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _, args, named: (args, {**named, "attention_mask": torch.ones(1, 1, 4, 4)}), with_kwargs=True)
+    refused("layer 1's mask was another", SinkCache, model)
     refused("decoders with a rotary embedding was 0", SinkCache, made(t.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)))
 
@@ -351,6 +359,9 @@ def check_other_models():
         "gpt-neox": t.GPTNeoXConfig(**small),
         "cohere2": t.Cohere2Config(**small, sliding_window=16),
         "qwen3-moe": t.Qwen3MoeConfig(**small, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        # Makes a mask of a window of 0 as well, which no layer reads.
+        "qwen2-moe": t.Qwen2MoeConfig(**small, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                      shared_expert_intermediate_size=32),
     }
     served = []
     for name, config in configs.items():

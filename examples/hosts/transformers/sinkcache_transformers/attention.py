@@ -30,7 +30,7 @@ def refuse(argument, value, had_to_be):
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, s_aux=None,
-              softcap=None, is_causal=None, position_bias=None, output_attentions=False, num_sink_tokens=0, **_):
+              softcap=None, is_causal=None, output_attentions=False, num_sink_tokens=0, **others):
     """query [batch, heads, q_len, dim], key and value [batch, kv_heads, kv_len, dim], s_aux: learned sinks [heads].
 
     Returns ([batch, q_len, heads, dim], None). A token sees itself and the tokens before it, of which with a
@@ -42,8 +42,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         refuse("dropout", dropout, "0: this is inference")
     if output_attentions:
         refuse("output_attentions", True, "False: no weights are kept")
-    if position_bias is not None:
-        refuse("position_bias", "a tensor", "None")
+    for name in ("position_bias", "indices", "block_indices", "sinks"):  # other logits, or fewer keys
+        if others.get(name) is not None:
+            refuse(name, "a tensor", "None")
     layer = getattr(key, "sinkcache_layer", None)  # of a SinkCache, which attends for itself
     if query.device.type != "cpu":
         refuse("query's device", query.device.type, "cpu")
@@ -57,9 +58,15 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         scaling = query.shape[-1] ** -0.5
     sinks = None if s_aux is None else s_aux.detach()
     if layer is not None:
-        return layer.attend(query.detach(), float(scaling), float(softcap or 0), sinks), None
+        if getattr(value, "sinkcache_layer", None) is not layer:
+            refuse(f"layer {layer.index}'s values", "changed after its cache gave them", "handed to attention as they are")
+        # Of masks.py: the window that it says. Others say more.
+        own_window = 0 if attention_mask is None else getattr(attention_mask, "sinkcache_window", None)
+        if own_window is None:
+            refuse(f"layer {layer.index}'s mask", "another", "causal, with or without a sliding window, for a SinkCache")
+        return layer.attend(query.detach(), float(scaling), float(softcap or 0), sinks, own_window), None
     if key.shape[2] < query.shape[2]:
-        refuse("key.shape[2]", key.shape[2], f"at least q_len, {query.shape[2]}")
+        refuse("key.shape[2]", key.shape[2], f"at least q_len, {query.shape[2]}, or what a SinkCache gave, as it is")
     window = sliding_window or 0
     spans = None if attention_mask is None else _spans(attention_mask, query, key, window, num_sink_tokens)
     return torch.ops.sinkcache.attend(query.detach(), key.detach(), value.detach(), float(scaling), window,

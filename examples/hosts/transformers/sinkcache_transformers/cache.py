@@ -31,11 +31,9 @@ class _Layer(CacheLayerMixin):
         if forwards.cache is not self._cache():
             refuse("a SinkCache", "given to another model's layers", "given to the model that it was made for")
         self._given = key_states.detach(), value_states.detach()
-        nothing = key_states[:, :, :0]
-        nothing.sinkcache_layer = self
-        return nothing, value_states[:, :, :0]
+        return _nothing_of(self, key_states, value_states)
 
-    def attend(self, query, scaling, softcap, sinks):
+    def attend(self, query, scaling, softcap, sinks, own_window):
         (key, value), self._given = self._given, None
         cache = self._cache()
         return self.caches.attend(query, key, value, cache._first, cache._end, scaling, softcap, sinks)
@@ -48,6 +46,14 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self):
         return -1
+
+
+def _nothing_of(layer, key_states, value_states):
+    """No tokens, marked: attention finds the layer by them."""
+    nothing = key_states[:, :, :0], value_states[:, :, :0]
+    for each in nothing:
+        each.sinkcache_layer = layer
+    return nothing
 
 
 class SinkCache(transformers.Cache):
@@ -65,6 +71,8 @@ class SinkCache(transformers.Cache):
     tokens; beams; copy.deepcopy. What cannot be served is refused by name; then reset() it. One thread at a time.
     """
 
+    hides_positions = True  # from rotary embeddings
+
     def __init__(self, model, num_sink_tokens=4, window=1020, kv_format="bf16", policy="sinks", *, v_format=None,
                  rollback=63, recent=64, positions="in_cache"):
         if positions not in ("in_cache", "absolute"):
@@ -74,18 +82,16 @@ class SinkCache(transformers.Cache):
             if isinstance(number, bool) or not isinstance(number, int):
                 refuse(name, repr(number), "a whole number")
         self._attach(rotary.decoder_of(model))
-        kinds, arguments = get_layer_types_and_kwargs(self._decoder.config)
-        for index, kind in enumerate(kinds):
+        for index, kind in enumerate(get_layer_types_and_kwargs(self._decoder.config)[0]):
             if kind not in ("full_attention", "sliding_attention"):
                 refuse(f"layer {index}'s type", kind, "full_attention or sliding_attention")
         layers = []
-        for index, (of_kind, shape) in enumerate(zip(arguments, self._measured())):
-            models_own = of_kind.get("sliding_window") or 0
-            is_own = 0 < models_own <= num_sink_tokens + window
+        for index, shape in enumerate(self._measured()):
+            is_own = 0 < shape.own_window <= num_sink_tokens + window
             layers.append(_Layer(self, index, torch.classes.sinkcache.layer(
                 "window" if is_own else policy, kv_format, v_format or kv_format, shape.num_kv_heads,
                 shape.num_qo_heads, shape.head_dim, shape.v_head_dim, 0 if is_own else num_sink_tokens,
-                models_own if is_own else window, rollback, recent, is_own or positions == "absolute", shape.inv_freq,
+                shape.own_window if is_own else window, rollback, recent, is_own or positions == "absolute", shape.inv_freq,
                 shape.interleaved)))
         super().__init__(layers=layers)
         self._rollback = rollback
@@ -296,12 +302,17 @@ class _Probe(transformers.Cache):
 
     def __init__(self):
         super().__init__(layers=[])
-        self.notes = {}
+        self.hides_positions = False
+        self.begin()
+
+    def begin(self):
+        self.notes, self.given = {}, set()
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        nothing = key_states[:, :, :0]
-        nothing.sinkcache_layer = _Note(self.notes, layer_idx, key_states, value_states)
-        return nothing, value_states[:, :, :0]
+        if layer_idx in self.given:
+            refuse(f"layer {layer_idx}'s keys of one pass", "given twice", "given to its cache once")
+        self.given.add(layer_idx)
+        return _nothing_of(_Note(self.notes, layer_idx, key_states, value_states), key_states, value_states)
 
     def get_seq_length(self, layer_idx=0):
         return 0
@@ -314,6 +325,8 @@ class _Note:
     def __init__(self, notes, index, key, value):
         self.notes, self.index, self.key, self.value = notes, index, key, value
 
-    def attend(self, query, scaling, softcap, sinks):
-        self.notes[self.index] = query.clone(), self.key.clone(), self.value.clone()
+    def attend(self, query, scaling, softcap, sinks, own_window):
+        if self.index in self.notes:
+            refuse(f"layer {self.index}'s calls of attention", "two", "one for what its cache gave")
+        self.notes[self.index] = query.clone(), self.key.clone(), self.value.clone(), own_window
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], self.value.shape[3])

@@ -19,12 +19,15 @@ def mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function
          attention_mask=None, local_size=None, use_vmap=False, device="cpu", **_):
     """As transformers' AttentionMaskInterface calls it; attention_mask [batch, tokens] is False where there is padding.
 
-    A mask that says more than causality, a window and padding at either end is refused by name."""
+    A mask that says more than causality, a window and padding at either end is refused by name: for a SinkCache by the
+    first layer that is handed it."""
     window = local_size or 0
-    if forwards.cache is not None:  # which knows the padding; a mask is not needed
-        if use_vmap or not is_causal(mask_function, window):
-            refuse("the model's mask", "another", "causal, with or without a sliding window, for a SinkCache")
-        return None
+    if forwards.cache is not None:  # which knows the padding; the mask says its window alone
+        if not use_vmap and is_causal(mask_function, 0):
+            return None
+        said = torch.empty(0, 0, 0, 0)
+        said.sinkcache_window = window if not use_vmap and is_causal(mask_function, window) else None
+        return said
     query = q_offset - kv_offset
     if not torch.compiler.is_compiling() and not use_vmap and is_causal(mask_function, window):
         spans = torch.tensor([0, kv_length, int(query), window]).repeat(batch_size, 1)

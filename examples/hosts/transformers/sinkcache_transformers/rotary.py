@@ -12,12 +12,13 @@ _FIXED = ("default", "linear", "llama3", "yarn", "proportional")  # the same fre
 
 
 class Layer:
-    """Shapes of a layer's keys and values, and its rope: inv_freq [pairs], empty where nothing rotates."""
+    """Shapes of a layer's keys and values, the window that its mask has, or 0, and its rope: inv_freq [pairs], empty
+    where nothing rotates."""
 
-    def __init__(self, query, key, value, inv_freq, interleaved):
+    def __init__(self, query, key, value, own_window, inv_freq, interleaved):
         self.num_qo_heads, self.num_kv_heads = query.shape[1], key.shape[1]
         self.head_dim, self.v_head_dim = key.shape[3], value.shape[3]
-        self.inv_freq, self.interleaved = inv_freq, interleaved
+        self.own_window, self.inv_freq, self.interleaved = own_window, inv_freq, interleaved
 
 
 class Rotary:
@@ -99,8 +100,8 @@ def measure(decoder, probe):
     positions = torch.tensor([[0, 1, 37, 1003]])
 
     def given(at, hooked):
-        forwards.cache = probe if hooked else None
-        probe.notes.clear()
+        forwards.cache, probe.hides_positions = probe, hooked
+        probe.begin()
         try:
             with torch.no_grad():
                 decoder(input_ids=torch.tensor([[0, 1, 2, 3]]), position_ids=at, use_cache=True,
@@ -112,7 +113,7 @@ def measure(decoder, probe):
                              f"them, had to hand it to attention: {error}") from error
         finally:
             forwards.cache = None
-        return dict(probe.notes)
+        return probe.notes
 
     there, raw, none = given(positions, False), given(positions, True), given(torch.zeros_like(positions), False)
     number = decoder.config.num_hidden_layers
@@ -124,7 +125,7 @@ def measure(decoder, probe):
     candidates.append((torch.zeros(0), False))
     layers = []
     for i in range(number):
-        (q, k, v), (raw_q, raw_k, _), (none_q, none_k, _) = there[i], raw[i], none[i]
+        (q, k, v, own_window), (raw_q, raw_k, *_), (none_q, none_k, *_) = there[i], raw[i], none[i]
         allowed = {torch.float32: 2e-3, torch.float16: 1e-2}.get(k.dtype, 5e-2)
         if _difference(raw_q, none_q) + _difference(raw_k, none_k) > allowed:
             refuse(f"layer {i}'s positions", "used besides its rotary embedding", "in it alone")
@@ -133,7 +134,7 @@ def measure(decoder, probe):
                 _difference(_rotated(raw_q, positions, inv_freq, interleaved), q) > 2 * allowed:
             refuse(f"layer {i}'s rotary embedding", type(decoder).__name__ + "'s own",
                    "one that rotates the first dimensions of a head by inv_freq, in halves or interleaved")
-        layers.append(Layer(q, k, v, inv_freq, interleaved))
+        layers.append(Layer(q, k, v, own_window, inv_freq, interleaved))
     return layers
 
 
@@ -169,7 +170,7 @@ def _rotated(x, positions, inv_freq, interleaved):
 
 
 def _at_zero(module, args, kwargs):
-    if forwards.cache is None:
+    if forwards.cache is None or not forwards.cache.hides_positions:
         return None
     if "position_ids" in kwargs:
         return args, {**kwargs, "position_ids": torch.zeros_like(kwargs["position_ids"])}
