@@ -379,6 +379,36 @@ TEST_CASE("pinned tokens stay under every policy") {
   }
 }
 
+TEST_CASE("a pin that is granted holds, be there an event that waits to be applied again") {
+  const stream s(80, 8);
+  const attention a = attention_of(0);
+  workspace w;
+  matrix out(80, qo_heads * dim);
+  for (const std::string& name : all_policies) {
+    CAPTURE(name);
+    f32_cache cache(config_of(positions::absolute, 12), rules_of(8), policy(name));
+    feed(a, s, 0, 48, cache, out, w, 48);
+    feed(a, s, 48, 57, cache, out, w, 1);  // the event at 48, and the one at 56
+    cache.truncate(48);
+    f32_cache after = cache.clone();
+    after.prepare();
+    std::vector<position_t> granted;
+    for (position_t at = 1; at < 48; at += 2) {
+      bool stays = true, pinned = false;
+      for (index_t h = 0; h < kv_heads; ++h)
+        stays = std::binary_search(after.kept(h).begin(), after.kept(h).end(), at) && stays;
+      REQUIRE(cache.try_pin(at, pinned).ok());
+      CAPTURE(at);
+      CHECK(pinned == stays);
+      if (pinned) granted.push_back(at);
+    }
+    REQUIRE(granted.size() < 24);
+    feed(a, s, 48, 80, cache, out, w, 5);
+    for (index_t h = 0; h < kv_heads; ++h)
+      for (const position_t at : granted) CHECK(std::binary_search(cache.kept(h).begin(), cache.kept(h).end(), at));
+  }
+}
+
 TEST_CASE("pins leave a row free, and of equal scores the younger stays") {
   struct all_alike final : token_scorer {
     sinkcache::scorer_needs needs() const noexcept override { return {}; }
