@@ -276,6 +276,7 @@ eviction_oracle::head_scores eviction_oracle::score(std::size_t head) const {
     scores.discrete = true;
     return scores;
   }
+  if (setup_.policy.scores) return {.score = setup_.policy.scores(rows_of(head))};
   if (name == "random") return random(head);
   if (name == "h2o") return h2o(head);
   if (name == "tova") return tova();
@@ -285,6 +286,17 @@ eviction_oracle::head_scores eviction_oracle::score(std::size_t head) const {
   if (name == "rkv") return rkv(head);
   if (name == "gkv") return gkv(head, nullptr);
   return key_alone(head);
+}
+
+plain_rows eviction_oracle::rows_of(std::size_t head) const {
+  plain_rows rows{.kv_head = head, .seen = seen_};
+  for (const held_row& row : heads_[head]) {
+    rows.at.push_back(row.at);
+    rows.keys.push_back(row.key);
+    rows.values.push_back(row.value);
+    rows.sums.push_back(row.sum);
+  }
+  return rows;
 }
 
 eviction_oracle::head_scores eviction_oracle::random(std::size_t head) const {

@@ -70,13 +70,23 @@ namespace proof {
 using doubles = std::vector<double>;
 using stream_position = std::int64_t;
 
+// The rows of a head at an event, the oldest first.
+struct plain_rows {
+  std::size_t kv_head = 0;
+  stream_position seen = 0;
+  std::vector<stream_position> at = {};
+  std::vector<doubles> keys = {}, values = {};  // as stored, keys rotated to their true positions
+  doubles sums = {};                            // what all queries gave
+};
+
 // "random" (draw=once), "h2o" (normalise=lifetime), "tova", "snapkv" (window, kernel, pool=avg, form=rkv, pool_pinned),
 // "knorm", "keydiff", "mean_key", "lagkv" (lag, v_ratio, cross, mode=fifo, ratio), "expected_attention" (T, covariance,
 // vnorm, epsilon), "rkv" (window, kernel, lambda), "gkv" (window, combine=max, mean, sum, decay, kernel, redundancy,
-// lambda), "window" (the newest stay).
+// lambda), "window" (the newest stay). Any other with its `scores`: of each row, the highest stay.
 struct eviction_policy {
   std::string name;
   std::map<std::string, std::variant<double, std::string>> given = {};
+  std::function<doubles(const plain_rows&)> scores = {};
 
   double number(const std::string& what, double otherwise) const;
   std::string word(const std::string& what, const std::string& otherwise) const;
@@ -188,6 +198,7 @@ class eviction_oracle {
   eviction_answer attend(std::size_t qo_head, const held_rows& rows) const;
 
   head_scores score(std::size_t head) const;
+  plain_rows rows_of(std::size_t head) const;
   head_scores random(std::size_t head) const;
   head_scores h2o(std::size_t head) const;
   head_scores tova() const;
