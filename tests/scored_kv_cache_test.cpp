@@ -617,6 +617,9 @@ TEST_CASE("what a scored cache refuses, and says") {
   CHECK(error(good, rules_of(8), "lagkv lag=19")
             .find("budget was 40, had to be at least num_sink_tokens and two lags, 41") == 11);
   CHECK(error(good, rules_of(8), "snapkv kernel=4").find("kernel was 4, had to be odd") == 11);
+  CHECK(error(good, rules_of(8), "lagkv v_ratio=inf") == "sinkcache: v_ratio was inf, had to be finite and at least 0");
+  CHECK(error(good, rules_of(8), "expected_attention epsilon=inf") ==
+        "sinkcache: epsilon was inf, had to be finite and at least 0");
   cache_config windowed = good;
   windowed.window = 8;
   CHECK(error(windowed, rules_of(8), "knorm").find("window was 8, had to be 0") == 11);
@@ -626,11 +629,13 @@ TEST_CASE("what a scored cache refuses, and says") {
   CHECK_THROWS(f32_cache(good, rules_of(8), scorer()));
   status found;
   const std::vector<sinkcache::policy_parameter> twice{{"window", "3"}, {"window", "4"}}, unknown{{"windw", "3"}},
-      empty{{"window", ""}};
+      empty{{"window", ""}}, no_flag{{"redundancy", "yes"}};
   CHECK(sinkcache::make_policy("snapkv", twice, found) == nullptr);
   CHECK(sinkcache::make_policy("snapkv", unknown, found) == nullptr);
   CHECK(found.message().find("'windw'") != std::string_view::npos);
   CHECK(sinkcache::make_policy("snapkv", empty, found) == nullptr);
+  CHECK(sinkcache::make_policy("gkv", no_flag, found) == nullptr);
+  CHECK(found.message() == "sinkcache: gkv's redundancy was 'yes', had to be 0 or 1");
   CHECK(sinkcache::make_policy("snap", {}, found) == nullptr);
   CHECK(sinkcache::make_policy("tova", unknown, found) == nullptr);
 
