@@ -22,6 +22,11 @@ doubles slice(const doubles& row, std::size_t head, std::size_t size) {
   return {first, first + static_cast<std::ptrdiff_t>(size)};
 }
 
+doubles finite_or_zero(const doubles& row) {
+  const bool finite = std::all_of(row.begin(), row.end(), [](double x) { return std::isfinite(x); });
+  return finite ? row : doubles(row.size());
+}
+
 // The angles of `by` positions for each pair, applied to one row of a head.
 doubles rotated(const eviction_setup& setup, doubles row, double by, double factor) {
   const std::size_t pairs = setup.inv_freq.size();
@@ -468,7 +473,7 @@ eviction_oracle::head_scores eviction_oracle::expected_attention(std::size_t hea
   for (std::size_t g = 0; g < group(); ++g) {
     std::vector<doubles> queries;
     for (stream_position at = setup_.num_sink_tokens; at < seen_ - setup_.rollback; ++at)
-      queries.push_back(slice(queries_[static_cast<std::size_t>(at)], head * group() + g, d));
+      queries.push_back(finite_or_zero(slice(queries_[static_cast<std::size_t>(at)], head * group() + g, d)));
     doubles mean(d);
     for (const doubles& q : queries) mean = add(mean, q, 1 / static_cast<double>(queries.size()));
 

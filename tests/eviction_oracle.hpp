@@ -14,7 +14,8 @@
 //   9  Neighbours are rows next to each other among those held, however far apart in the stream.
 //  10  Equal across heads (Ada-KV): the younger stays; of one position, that of the lower head. LagKV's ranks: the
 //      younger of two equal rows of a partition ranks higher. Of NaNs, too, the younger stays.
-//  11  A mean over the group leaves out the NaN weights, and still divides by the group.
+//  11  A mean over the group leaves out the NaN weights, and still divides by the group; Expected Attention's moments
+//      leave out a query that is not finite, and still divide by the count.
 //  12  A key of length 0 has cosine 0 to everything. Rows carry the attention factor where they turn.
 //  15  draw=once asks the hash with `seen` 0.
 //  18  pool=avg (SnapKV's own) counts the padding as zeros. Fewer than W queries so far: the mean is over those. The

@@ -76,11 +76,12 @@ TEST_CASE("eviction: expected attention is the oracle's") {
 TEST_CASE("eviction: NaN is the lowest score, and no sum remembers it") {
   eviction_tally tally;
   for (int i = 0; i < effort::cases(20); ++i)
-    for (const char* name : {"h2o", "knorm"}) {
-      eviction_case c = draw_eviction(9000 + static_cast<std::uint64_t>(i), {name});
+    for (const eviction_policy& policy :
+         {eviction_policy{"h2o"}, eviction_policy{"knorm"}, eviction_policy{"expected_attention", {{"T", 32.}}}}) {
+      eviction_case c = draw_eviction(9000 + static_cast<std::uint64_t>(i), policy);
       effort::dice dice(c.seed);
       c.rules.accounts = false;
-      const bool queries = c.setup.policy.name == "h2o";
+      const bool queries = c.setup.policy.name != "knorm";
       for (int bad = 0; bad < 4; ++bad) {
         const index_t token = dice.from_to(0, c.tokens - 1);
         for (matrix* m : {queries ? &c.q : &c.k, queries ? &c.raw_q : &c.raw_k})
