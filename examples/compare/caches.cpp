@@ -94,6 +94,26 @@ engine::cache_factory scored(const policy& p, index_t cache, index_t rollback) {
   };
 }
 
+// The smallest cache that the library makes: how many rows a lag or short heads need, it knows.
+index_t least_taken(const policy& p, const engine::model& model) {
+  const auto why_not = [&](index_t cache) -> std::string {
+    try {
+      cache_bytes(p, model, cache);
+      return "";
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+  };
+  index_t refused = least_cache(p) - 1, taken = most_tokens;
+  if (const std::string why = why_not(taken); !why.empty())
+    throw usage_error(fmt::format("--policies: {}: {}", p.name, why));
+  while (taken - refused > 1) {
+    const index_t middle = refused + (taken - refused) / 2;
+    (why_not(middle).empty() ? taken : refused) = middle;
+  }
+  return taken;
+}
+
 }  // namespace
 
 engine::cache_factory sink_window(index_t num_sink_tokens, index_t window, index_t rollback) {
@@ -122,14 +142,15 @@ std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cac
 }
 
 index_t cache_of(const policy& p, const engine::model& model, std::size_t bytes) {
-  index_t fits = least_cache(p) - 1, too_many = most_tokens + 1;
+  const index_t least = least_taken(p, model);
+  index_t fits = least - 1, too_many = most_tokens + 1;
   while (too_many - fits > 1) {
     const index_t middle = fits + (too_many - fits) / 2;
     (cache_bytes(p, model, middle) <= bytes ? fits : too_many) = middle;
   }
-  if (fits < least_cache(p))
+  if (fits < least)
     throw usage_error(fmt::format("--bytes is {}, {} had to have at least {}: {} tokens", bytes, p.name,
-                                  cache_bytes(p, model, least_cache(p)), least_cache(p)));
+                                  cache_bytes(p, model, least), least));
   return fits;
 }
 

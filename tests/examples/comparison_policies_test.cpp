@@ -191,6 +191,19 @@ TEST_CASE("at equal bytes each policy holds as many tokens as fit") {
     CHECK((p.is == policy::kind::scored ? rows < 120 : rows == 120));
     CHECK_THROWS_WITH(cache_of(p, c, 16), Catch::Contains("--bytes is 16"));
   }
+  // What a policy needs beside what never leaves, and what no cache can have.
+  const auto told = [&](const char* entry) {
+    const policy p = parse_policies(entry, most_tokens).front();
+    try {
+      return fmt::format("{}", cache_of(p, c, 1000));
+    } catch (const usage_error& error) {
+      return std::string(error.what());
+    }
+  };
+  CHECK_THAT(told("lagkv:lag=100"), Catch::StartsWith("--bytes is 1000, lagkv:lag=100 had to have at least ") &&
+                                        Catch::EndsWith(": 220 tokens"));  // 4, two lags, an interval of 16
+  CHECK_THAT(told("h2o:heads=duo,short=0,newest=90"), Catch::EndsWith(": 82 tokens"));  // two heads: 94 + 38 + 32
+  CHECK_THAT(told("snapkv:kernel=4"), Catch::StartsWith("--policies: snapkv:kernel=4: ") && Catch::Contains("odd"));
 }
 
 TEST_CASE("short heads leave their rows to the others") {
