@@ -22,6 +22,11 @@ doubles slice(const doubles& row, std::size_t head, std::size_t size) {
   return {first, first + static_cast<std::ptrdiff_t>(size)};
 }
 
+doubles finite_or_zero(const doubles& row) {
+  const bool finite = std::all_of(row.begin(), row.end(), [](double x) { return std::isfinite(x); });
+  return finite ? row : doubles(row.size());
+}
+
 // The angles of `by` positions for each pair, applied to one row of a head.
 doubles rotated(const eviction_setup& setup, doubles row, double by, double factor) {
   const std::size_t pairs = setup.inv_freq.size();
@@ -276,6 +281,7 @@ eviction_oracle::head_scores eviction_oracle::score(std::size_t head) const {
     scores.discrete = true;
     return scores;
   }
+  if (setup_.policy.scores) return {.score = setup_.policy.scores(rows_of(head))};
   if (name == "random") return random(head);
   if (name == "h2o") return h2o(head);
   if (name == "tova") return tova();
@@ -285,6 +291,17 @@ eviction_oracle::head_scores eviction_oracle::score(std::size_t head) const {
   if (name == "rkv") return rkv(head);
   if (name == "gkv") return gkv(head, nullptr);
   return key_alone(head);
+}
+
+plain_rows eviction_oracle::rows_of(std::size_t head) const {
+  plain_rows rows{.kv_head = head, .seen = seen_};
+  for (const held_row& row : heads_[head]) {
+    rows.at.push_back(row.at);
+    rows.keys.push_back(row.key);
+    rows.values.push_back(row.value);
+    rows.sums.push_back(row.sum);
+  }
+  return rows;
 }
 
 eviction_oracle::head_scores eviction_oracle::random(std::size_t head) const {
@@ -456,7 +473,7 @@ eviction_oracle::head_scores eviction_oracle::expected_attention(std::size_t hea
   for (std::size_t g = 0; g < group(); ++g) {
     std::vector<doubles> queries;
     for (stream_position at = setup_.num_sink_tokens; at < seen_ - setup_.rollback; ++at)
-      queries.push_back(slice(queries_[static_cast<std::size_t>(at)], head * group() + g, d));
+      queries.push_back(finite_or_zero(slice(queries_[static_cast<std::size_t>(at)], head * group() + g, d)));
     doubles mean(d);
     for (const doubles& q : queries) mean = add(mean, q, 1 / static_cast<double>(queries.size()));
 

@@ -14,7 +14,8 @@
 //   9  Neighbours are rows next to each other among those held, however far apart in the stream.
 //  10  Equal across heads (Ada-KV): the younger stays; of one position, that of the lower head. LagKV's ranks: the
 //      younger of two equal rows of a partition ranks higher. Of NaNs, too, the younger stays.
-//  11  A mean over the group leaves out the NaN weights, and still divides by the group.
+//  11  A mean over the group leaves out the NaN weights, and still divides by the group; Expected Attention's moments
+//      leave out a query that is not finite, and still divide by the count.
 //  12  A key of length 0 has cosine 0 to everything. Rows carry the attention factor where they turn.
 //  15  draw=once asks the hash with `seen` 0.
 //  18  pool=avg (SnapKV's own) counts the padding as zeros. Fewer than W queries so far: the mean is over those. The
@@ -70,13 +71,23 @@ namespace proof {
 using doubles = std::vector<double>;
 using stream_position = std::int64_t;
 
+// The rows of a head at an event, the oldest first.
+struct plain_rows {
+  std::size_t kv_head = 0;
+  stream_position seen = 0;
+  std::vector<stream_position> at = {};
+  std::vector<doubles> keys = {}, values = {};  // as stored, keys rotated to their true positions
+  doubles sums = {};                            // what all queries gave
+};
+
 // "random" (draw=once), "h2o" (normalise=lifetime), "tova", "snapkv" (window, kernel, pool=avg, form=rkv, pool_pinned),
 // "knorm", "keydiff", "mean_key", "lagkv" (lag, v_ratio, cross, mode=fifo, ratio), "expected_attention" (T, covariance,
 // vnorm, epsilon), "rkv" (window, kernel, lambda), "gkv" (window, combine=max, mean, sum, decay, kernel, redundancy,
-// lambda), "window" (the newest stay).
+// lambda), "window" (the newest stay). Any other with its `scores`: of each row, the highest stay.
 struct eviction_policy {
   std::string name;
   std::map<std::string, std::variant<double, std::string>> given = {};
+  std::function<doubles(const plain_rows&)> scores = {};
 
   double number(const std::string& what, double otherwise) const;
   std::string word(const std::string& what, const std::string& otherwise) const;
@@ -188,6 +199,7 @@ class eviction_oracle {
   eviction_answer attend(std::size_t qo_head, const held_rows& rows) const;
 
   head_scores score(std::size_t head) const;
+  plain_rows rows_of(std::size_t head) const;
   head_scores random(std::size_t head) const;
   head_scores h2o(std::size_t head) const;
   head_scores tova() const;

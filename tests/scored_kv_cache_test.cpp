@@ -379,6 +379,36 @@ TEST_CASE("pinned tokens stay under every policy") {
   }
 }
 
+TEST_CASE("a pin that is granted holds, be there an event that waits to be applied again") {
+  const stream s(80, 8);
+  const attention a = attention_of(0);
+  workspace w;
+  matrix out(80, qo_heads * dim);
+  for (const std::string& name : all_policies) {
+    CAPTURE(name);
+    f32_cache cache(config_of(positions::absolute, 12), rules_of(8), policy(name));
+    feed(a, s, 0, 48, cache, out, w, 48);
+    feed(a, s, 48, 57, cache, out, w, 1);  // the event at 48, and the one at 56
+    cache.truncate(48);
+    f32_cache after = cache.clone();
+    after.prepare();
+    std::vector<position_t> granted;
+    for (position_t at = 1; at < 48; at += 2) {
+      bool stays = true, pinned = false;
+      for (index_t h = 0; h < kv_heads; ++h)
+        stays = std::binary_search(after.kept(h).begin(), after.kept(h).end(), at) && stays;
+      REQUIRE(cache.try_pin(at, pinned).ok());
+      CAPTURE(at);
+      CHECK(pinned == stays);
+      if (pinned) granted.push_back(at);
+    }
+    REQUIRE(granted.size() < 24);
+    feed(a, s, 48, 80, cache, out, w, 5);
+    for (index_t h = 0; h < kv_heads; ++h)
+      for (const position_t at : granted) CHECK(std::binary_search(cache.kept(h).begin(), cache.kept(h).end(), at));
+  }
+}
+
 TEST_CASE("pins leave a row free, and of equal scores the younger stays") {
   struct all_alike final : token_scorer {
     sinkcache::scorer_needs needs() const noexcept override { return {}; }
@@ -587,6 +617,9 @@ TEST_CASE("what a scored cache refuses, and says") {
   CHECK(error(good, rules_of(8), "lagkv lag=19")
             .find("budget was 40, had to be at least num_sink_tokens and two lags, 41") == 11);
   CHECK(error(good, rules_of(8), "snapkv kernel=4").find("kernel was 4, had to be odd") == 11);
+  CHECK(error(good, rules_of(8), "lagkv v_ratio=inf") == "sinkcache: v_ratio was inf, had to be finite and at least 0");
+  CHECK(error(good, rules_of(8), "expected_attention epsilon=inf") ==
+        "sinkcache: epsilon was inf, had to be finite and at least 0");
   cache_config windowed = good;
   windowed.window = 8;
   CHECK(error(windowed, rules_of(8), "knorm").find("window was 8, had to be 0") == 11);
@@ -596,11 +629,13 @@ TEST_CASE("what a scored cache refuses, and says") {
   CHECK_THROWS(f32_cache(good, rules_of(8), scorer()));
   status found;
   const std::vector<sinkcache::policy_parameter> twice{{"window", "3"}, {"window", "4"}}, unknown{{"windw", "3"}},
-      empty{{"window", ""}};
+      empty{{"window", ""}}, no_flag{{"redundancy", "yes"}};
   CHECK(sinkcache::make_policy("snapkv", twice, found) == nullptr);
   CHECK(sinkcache::make_policy("snapkv", unknown, found) == nullptr);
   CHECK(found.message().find("'windw'") != std::string_view::npos);
   CHECK(sinkcache::make_policy("snapkv", empty, found) == nullptr);
+  CHECK(sinkcache::make_policy("gkv", no_flag, found) == nullptr);
+  CHECK(found.message() == "sinkcache: gkv's redundancy was 'yes', had to be 0 or 1");
   CHECK(sinkcache::make_policy("snap", {}, found) == nullptr);
   CHECK(sinkcache::make_policy("tova", unknown, found) == nullptr);
 

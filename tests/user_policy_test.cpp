@@ -1,6 +1,7 @@
-// A format and policies as a user writes them, outside the library's namespace: the same suite as for the library's
-// own (run_case.cpp); here are only the caches. Sources are in user_extension_test.cpp.
+// Formats, policies and scorers as a user writes them, outside the library's namespace: the same suites as for the
+// library's own (run_case.cpp, eviction_case.cpp); here are only the caches. Sources are in user_extension_test.cpp.
 
+#include <sinkcache/scorer.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 
 #include "catch.hpp"
 #include "effort.hpp"
+#include "eviction_case.hpp"
 #include "random_case.hpp"
 
 namespace {
@@ -241,6 +243,59 @@ TEST_CASE("user's policy: three spans with different gaps") {
     const index_t expire = first_kept + kept + c.config.window + dice.from_to(0, 60);
     check<sinkcache::f32, six_bits>(c, bookmarks{pinned, first_kept, kept, expire, c.config.window});
   }
+}
+
+// Scorers.
+
+// The oldest odd position leaves first.
+struct oldest_odd final : sinkcache::token_scorer {
+  sinkcache::scorer_needs needs() const noexcept override { return {}; }
+  void score(const sinkcache::scored_head& head, std::span<float> scores) const noexcept override {
+    for (std::size_t i = 0; i < scores.size(); ++i)
+      scores[i] = static_cast<float>(head.at[i] % 2 == 0 ? head.rows : 0) + static_cast<float>(i);
+  }
+};
+
+TEST_CASE("user's scorer: the oldest odd position leaves first") {
+  const auto scores = [](const proof::plain_rows& rows) {
+    proof::doubles worth;
+    for (const position_t at : rows.at) {
+      const std::size_t age = worth.size();
+      worth.push_back(static_cast<double>(at % 2 == 1 ? age : age + rows.at.size()));
+    }
+    return worth;
+  };
+  CHECK(proof::run_eviction_cases({"oldest_odd", {}, scores}, 8000, effort::cases(30),
+                                  std::make_shared<const oldest_odd>()) == "");
+}
+
+// What queries gave a token, by how long its value is.
+struct heavy_values final : sinkcache::token_scorer {
+  sinkcache::scorer_needs needs() const noexcept override { return {.sums = true, .compares_heads = true}; }
+  sinkcache::index_t scratch_floats(const sinkcache::scored_sizes& of) const noexcept override { return of.v_head_dim; }
+  void score(const sinkcache::scored_head& head, std::span<float> scores) const noexcept override {
+    for (index_t i = 0; i < head.rows; ++i) {
+      head.value(i, head.scratch.data());
+      double sum = 0;
+      for (const float x : head.scratch) sum += double{x} * double{x};
+      const auto at = static_cast<std::size_t>(i);
+      scores[at] = static_cast<float>(head.sums[at] * std::sqrt(sum));
+    }
+  }
+};
+
+TEST_CASE("user's scorer: what queries gave, by the length of values") {
+  const auto scores = [](const proof::plain_rows& rows) {
+    proof::doubles worth = rows.sums;
+    for (std::size_t i = 0; i < worth.size(); ++i) {
+      double sum = 0;
+      for (const double x : rows.values[i]) sum += x * x;
+      worth[i] *= std::sqrt(sum);
+    }
+    return worth;
+  };
+  CHECK(proof::run_eviction_cases({"heavy_values", {}, scores}, 8100, effort::cases(30),
+                                  std::make_shared<const heavy_values>()) == "");
 }
 
 }  // namespace

@@ -3,8 +3,11 @@
 
 #include "caches.hpp"
 
+#include <algorithm>
 #include <memory>
 #include <sinkcache/eviction.hpp>
+#include <stdexcept>
+#include <vector>
 
 #include "kv_formats.hpp"
 #include "scored_policies.hpp"
@@ -42,6 +45,29 @@ struct scored_layer {
   std::shared_ptr<const sinkcache::token_scorer> scorer;
 };
 
+// A layer's rows by head: of what short heads leave, the others get the same, the first of them a row more.
+void share_rows(const scored_policy& p, const engine::layer_info& layer, sinkcache::eviction& rules) {
+  const index_t heads = layer.cache.num_kv_heads;
+  std::vector<bool> is_short(static_cast<std::size_t>(heads));
+  for (const auto& [of_layer, head] : p.duo) {
+    if (head >= heads || of_layer.value_or(0) >= layer.num_layers)
+      throw std::invalid_argument(
+          fmt::format("a short head was {} of layer {}, had to be below {}, of a layer below {}", head,
+                      of_layer.value_or(layer.layer), heads, layer.num_layers));
+    if (of_layer.value_or(layer.layer) == layer.layer) is_short[static_cast<std::size_t>(head)] = true;
+  }
+  const auto shorts = static_cast<index_t>(std::count(is_short.begin(), is_short.end(), true));
+  if (shorts == 0) return;
+  const index_t newest = p.newest.value_or(p.recent), longs = std::max<index_t>(1, heads - shorts);
+  index_t rest = heads * rules.budget - shorts * (p.sinks + newest);
+  rules.head_budgets = sinkcache::duo_budgets(is_short, rest / longs, p.sinks, newest);
+  rest %= longs;
+  for (std::size_t h = 0; h < is_short.size() && rest > 0; ++h)
+    if (!is_short[h]) ++rules.head_budgets[h], --rest;
+  rules.short_heads = is_short;
+  rules.budget = 0;
+}
+
 scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, index_t cache, index_t rollback) {
   const scored_policy& p = *of.scored;
   scored_layer made{layer.cache, {}, p.scorer(layer.layer)};
@@ -56,6 +82,7 @@ scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, 
   if (p.pyramid)
     made.rules.budget = sinkcache::pyramid_budgets(layer.num_layers, p.budget(cache), p.kept(),
                                                    *p.pyramid)[static_cast<std::size_t>(layer.layer)];
+  share_rows(p, layer, made.rules);
   return made;
 }
 
@@ -65,6 +92,26 @@ engine::cache_factory scored(const policy& p, index_t cache, index_t rollback) {
     scored_layer made = scored_layer_of(p, layer, cache, rollback);
     return formats_of(p).make_scored(made.config, made.rules, std::move(made.scorer));
   };
+}
+
+// The smallest cache that the library makes: how many rows a lag or short heads need, it knows.
+index_t least_taken(const policy& p, const engine::model& model) {
+  const auto why_not = [&](index_t cache) -> std::string {
+    try {
+      cache_bytes(p, model, cache);
+      return "";
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+  };
+  index_t refused = least_cache(p) - 1, taken = most_tokens;
+  if (const std::string why = why_not(taken); !why.empty())
+    throw usage_error(fmt::format("--policies: {}: {}", p.name, why));
+  while (taken - refused > 1) {
+    const index_t middle = refused + (taken - refused) / 2;
+    (why_not(middle).empty() ? taken : refused) = middle;
+  }
+  return taken;
 }
 
 }  // namespace
@@ -95,14 +142,15 @@ std::size_t cache_bytes(const policy& p, const engine::model& model, index_t cac
 }
 
 index_t cache_of(const policy& p, const engine::model& model, std::size_t bytes) {
-  index_t fits = least_cache(p) - 1, too_many = most_tokens + 1;
+  const index_t least = least_taken(p, model);
+  index_t fits = least - 1, too_many = most_tokens + 1;
   while (too_many - fits > 1) {
     const index_t middle = fits + (too_many - fits) / 2;
     (cache_bytes(p, model, middle) <= bytes ? fits : too_many) = middle;
   }
-  if (fits < least_cache(p))
+  if (fits < least)
     throw usage_error(fmt::format("--bytes is {}, {} had to have at least {}: {} tokens", bytes, p.name,
-                                  cache_bytes(p, model, least_cache(p)), least_cache(p)));
+                                  cache_bytes(p, model, least), least));
   return fits;
 }
 

@@ -26,6 +26,11 @@ policy parse_policy(const std::string& entry, index_t cache) {
     return {policy::kind::sinks, *sinks, fmt::format("sinks:{}", *sinks)};
   }
   const std::size_t colon = std::min(entry.find(':'), entry.size());
+  if (colon + 1 == entry.size())
+    throw usage_error(fmt::format("--policies: '{}' had to have parameters after the colon, or no colon", entry));
+  for (const char* const plain : {"full", "window", "recompute"})
+    if (entry.substr(0, colon) == plain)
+      throw usage_error(fmt::format("--policies: '{}' had to be {} alone: it has no parameters", entry, plain));
   std::vector<std::string> parameters;
   if (colon < entry.size()) parameters = split("--policies", entry.substr(colon + 1));
   const auto scored = std::make_shared<const scored_policy>(parse_scored(entry.substr(0, colon), parameters));

@@ -17,7 +17,7 @@ namespace compare {
 namespace {
 
 constexpr const char* common =
-    "sinks=4 recent=32 interval=16 layers=uniform|pyramid beta=20 heads=uniform|ada alpha=0.2";
+    "sinks=4 recent=32 interval=16 layers=uniform|pyramid beta=20 heads=uniform|ada|duo alpha=0.2 short= newest=RECENT";
 
 std::vector<own_policy>& registry() {
   static std::vector<own_policy> policies;
@@ -78,9 +78,28 @@ double number(const std::string& policy, const std::string& name, const std::str
   return value;
 }
 
-bool second_word(const std::string& policy, const std::string& name, const std::string& text, const char* second) {
-  if (text != "uniform" && text != second) refuse(policy, name, text, fmt::format("uniform or {}", second));
-  return text == second;
+// Which of these it is.
+std::size_t word(const std::string& policy, const std::string& name, const std::string& text,
+                 const std::vector<std::string>& words) {
+  const auto at = std::find(words.begin(), words.end(), text);
+  if (at == words.end()) refuse(policy, name, text, fmt::format("{}", fmt::join(words, " or ")));
+  return static_cast<std::size_t>(at - words.begin());
+}
+
+// "0+2.1": head 0 of every layer, and head 1 of layer 2.
+std::vector<short_head> short_heads(const std::string& policy, const std::string& text) {
+  constexpr index_t most = 1 << 20;
+  std::vector<short_head> heads;
+  for (std::size_t first = 0, last = 0; last != std::string::npos; first = last + 1) {
+    last = text.find('+', first);
+    const std::string one = text.substr(first, last - first);
+    const std::size_t dot = one.find('.');
+    const auto layer = loaders::whole_number<index_t>(one.substr(0, std::min(dot, one.size())), 0, most);
+    const auto head = loaders::whole_number<index_t>(dot == std::string::npos ? one : one.substr(dot + 1), 0, most);
+    if (!layer || !head) refuse(policy, "short", text, "HEAD or LAYER.HEAD, several as in 0+2.1");
+    heads.push_back({dot == std::string::npos ? std::nullopt : layer, *head});
+  }
+  return heads;
 }
 
 // Whether it is a parameter of all policies, and then what it asks for.
@@ -102,9 +121,13 @@ class common_parameters {
     else if (name == "interval")
       count(1, to_.interval);
     else if (name == "layers")
-      pyramid_ = second_word(to_.name, name, value, "pyramid");
+      pyramid_ = word(to_.name, name, value, {"uniform", "pyramid"}) == 1;
     else if (name == "heads")
-      ada_ = second_word(to_.name, name, value, "ada");
+      heads_ = word(to_.name, name, value, {"uniform", "ada", "duo"});
+    else if (name == "short")
+      to_.duo = short_heads(to_.name, value);
+    else if (name == "newest")
+      count(1, to_.newest.emplace());
     else if (name == "beta")
       beta_ = number(to_.name, name, value, 1, 1e9);
     else if (name == "alpha")
@@ -116,14 +139,21 @@ class common_parameters {
 
   void end() {
     if (beta_ && !pyramid_) throw usage_error(fmt::format("--policies: {}'s beta needs layers=pyramid", to_.name));
-    if (alpha_ && !ada_) throw usage_error(fmt::format("--policies: {}'s alpha needs heads=ada", to_.name));
+    if (alpha_ && heads_ != ada) throw usage_error(fmt::format("--policies: {}'s alpha needs heads=ada", to_.name));
+    if ((heads_ == duo) != !to_.duo.empty())
+      throw usage_error(fmt::format("--policies: {}'s heads=duo and short=HEADS need each other", to_.name));
+    if (to_.newest && heads_ != duo)
+      throw usage_error(fmt::format("--policies: {}'s newest needs heads=duo", to_.name));
     if (pyramid_) to_.pyramid = beta_.value_or(20);
-    if (ada_) to_.ada = alpha_.value_or(0.2);
+    if (heads_ == ada) to_.ada = alpha_.value_or(0.2);
   }
 
  private:
   scored_policy& to_;
-  bool pyramid_ = false, ada_ = false;
+  static constexpr std::size_t ada = 1, duo = 2;
+
+  bool pyramid_ = false;
+  std::size_t heads_ = 0;
   std::optional<double> beta_, alpha_;
 };
 
@@ -165,6 +195,14 @@ std::string scored_policy::shown() const {
   if (pyramid && *pyramid != 20) add("beta", *pyramid);
   if (ada) add("heads", "ada");
   if (ada && *ada != 0.2) add("alpha", *ada);
+  if (!duo.empty()) {
+    std::vector<std::string> heads;
+    for (const short_head& s : duo)
+      heads.push_back(s.layer ? fmt::format("{}.{}", *s.layer, s.head) : fmt::format("{}", s.head));
+    add("heads", "duo");
+    add("short", fmt::format("{}", fmt::join(heads, "+")));
+    if (newest && *newest != recent) add("newest", *newest);
+  }
   return parts.empty() ? name : fmt::format("{}:{}", name, fmt::join(parts, ","));
 }
 
@@ -239,7 +277,11 @@ std::string listed_policies() {
                    "layers=pyramid: budgets that fall from layer to layer (PyramidKV, Cai et al. 2024, arXiv "
                    "2406.02069);\n"
                    "heads=ada: budgets shared out over the heads of a layer by score (Ada-KV, Feng et al. 2024, arXiv "
-                   "2407.11550).\n"
+                   "2407.11550);\n"
+                   "heads=duo: heads named in short=, as in 0+2.1 (head 0 of every layer, head 1 of layer 2), keep the "
+                   "first tokens\n"
+                   "and the newest= alone, and leave their rows to the others (DuoAttention, Xiao et al. 2024, arXiv "
+                   "2410.10819).\n"
                    "An event leaves the cache's rows less the interval. Defaults come first. Example: "
                    "window,h2o:sinks=4,recent=32,tova\n",
                    common);

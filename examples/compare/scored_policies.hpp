@@ -32,11 +32,19 @@ struct own_policy {
 void register_policy(own_policy);
 std::vector<std::string> registered_policies();  // their names
 
+// A KV head of a layer, or of all layers.
+struct short_head {
+  std::optional<index_t> layer;
+  index_t head;
+};
+
 // What an entry like h2o:sinks=4,recent=32 asks for.
 struct scored_policy {
   std::string name;  // the scorer's
   index_t sinks = 4, recent = 32, interval = 16;
   std::optional<double> pyramid, ada;  // beta of budgets by layer, alpha of budgets by head
+  std::vector<short_head> duo = {};    // heads that keep the first tokens and the newest alone
+  std::optional<index_t> newest = {};  // so many; recent, if it is not given
   std::vector<std::pair<std::string, std::string>> own;
 
   // The entry again, without what is the default.

@@ -141,7 +141,7 @@ struct lagkv final : token_scorer {
   void require(status& found, const kv_geometry&, index_t budget, index_t num_sink_tokens) const noexcept override {
     found.require(lag >= 0 && lag <= budget, "lag", lag, "at least 0, and at most the budget,", budget);
     found.require(ratio > 0 && ratio <= 1, "ratio", ratio, "above 0, and at most 1");
-    found.require(v_ratio >= 0, "v_ratio", v_ratio, "at least 0");
+    found.require(std::isfinite(v_ratio) && v_ratio >= 0, "v_ratio", v_ratio, "finite and at least 0");
     if (found)
       found.require(budget - num_sink_tokens >= 2 * lag_of(budget, num_sink_tokens), "budget", budget,
                     "at least num_sink_tokens and two lags,", num_sink_tokens + 2 * lag_of(budget, num_sink_tokens));
@@ -248,7 +248,7 @@ struct expected_attention final : token_scorer {
   }
   void require(status& found, const kv_geometry&, index_t, index_t) const noexcept override {
     found.require(horizon >= 1 && horizon <= most_horizon, "T", horizon, "from 1 to", most_horizon);
-    found.require(epsilon >= 0, "epsilon", epsilon, "at least 0");
+    found.require(std::isfinite(epsilon) && epsilon >= 0, "epsilon", epsilon, "finite and at least 0");
   }
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
     const index_t d = head.geometry.head_dim, n = head.rows;

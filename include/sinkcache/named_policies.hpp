@@ -80,10 +80,11 @@ class parameter_reader {
     to = value;
   }
   void flag(std::string_view name, bool& to) noexcept {
-    int value = to ? 1 : 0;
-    number(name, value);
-    if (value != 0 && value != 1) found_.refuse("{}'s {} was {}, had to be 0 or 1", policy_.name, name, value);
-    to = value == 1;
+    const policy_parameter* const p = take(name);
+    if (p == nullptr) return;
+    if (p->second != "0" && p->second != "1")
+      return found_.refuse("{}'s {} was '{}', had to be 0 or 1", policy_.name, name, p->second.substr(0, 32));
+    to = p->second == "1";
   }
   // The number of the word that is given, the first if none is.
   std::size_t word(std::string_view name, std::initializer_list<std::string_view> words) noexcept {

@@ -116,7 +116,8 @@ TEST_CASE("an unknown policy or parameter lists the known ones") {
   CHECK_THAT(refused("tova:fast"), Catch::Contains("tova's parameter 'fast' had to be one of: sinks=4"));
   CHECK_THAT(refused("tova,fast"), Catch::Contains("'fast' had to be one of"));
   CHECK_THAT(refused("sinks=4,tova"), Catch::Contains("begins with 'sinks=4', had to begin with a policy"));
-  CHECK_THAT(refused("window,sinks=4"), Catch::Contains("'window' had to be one of"));
+  CHECK(refused("window,sinks=4") == "--policies: 'window:sinks=4' had to be window alone: it has no parameters");
+  CHECK(refused("full:x") == "--policies: 'full:x' had to be full alone: it has no parameters");
   CHECK_THAT(refused("random:layer=1"), Catch::Contains("random's parameter 'layer=1'"));
   for (const char* value : {"-1", "", "4x", "1e3", "99999999999999999999"})
     CHECK_THAT(refused(fmt::format("tova:sinks={}", value)), Catch::Contains("tova's sinks is"));
@@ -127,7 +128,7 @@ TEST_CASE("an unknown policy or parameter lists the known ones") {
   CHECK_THAT(refused("h2o:heads=ada,alpha=2"), Catch::Contains("alpha is '2', had to be a number from 0 to 1"));
   CHECK_THAT(refused("h2o:alpha=0.5"), Catch::Contains("alpha needs heads=ada"));
   CHECK_THAT(refused("h2o:sinks=1,sinks=2"), Catch::Contains("h2o has sinks twice"));
-  CHECK_THAT(refused("h2o:,tova"), Catch::Contains("empty entry"));
+  CHECK(refused("h2o:,tova") == "--policies: 'h2o:' had to have parameters after the colon, or no colon");
   CHECK(refused("h2o,h2o:sinks=4,recent=32") == "--policies has h2o twice");
   CHECK(refused("h2o:normalise=none,h2o") == "--policies has h2o twice");
 }
@@ -190,6 +191,60 @@ TEST_CASE("at equal bytes each policy holds as many tokens as fit") {
     CHECK((p.is == policy::kind::scored ? rows < 120 : rows == 120));
     CHECK_THROWS_WITH(cache_of(p, c, 16), Catch::Contains("--bytes is 16"));
   }
+  // What a policy needs beside what never leaves, and what no cache can have.
+  const auto told = [&](const char* entry) {
+    const policy p = parse_policies(entry, most_tokens).front();
+    try {
+      return fmt::format("{}", cache_of(p, c, 1000));
+    } catch (const usage_error& error) {
+      return std::string(error.what());
+    }
+  };
+  CHECK_THAT(told("lagkv:lag=100"), Catch::StartsWith("--bytes is 1000, lagkv:lag=100 had to have at least ") &&
+                                        Catch::EndsWith(": 220 tokens"));  // 4, two lags, an interval of 16
+  CHECK_THAT(told("h2o:heads=duo,short=0,newest=90"), Catch::EndsWith(": 82 tokens"));  // two heads: 94 + 38 + 32
+  CHECK_THAT(told("snapkv:kernel=4"), Catch::StartsWith("--policies: snapkv:kernel=4: ") && Catch::Contains("odd"));
+}
+
+TEST_CASE("short heads leave their rows to the others") {
+  engine::layer_info layer{{.num_kv_heads = 4, .head_dim = 16, .rope = sinkcache::rope::none()}, 8, 0, 3};
+  const auto budgets = [&](const char* entry, index_t number) {
+    layer.layer = number;
+    const auto made = caches_of(parse_policies(entry, 96).front(), 96)(layer);
+    const auto& cache = dynamic_cast<const sinkcache::scored_kv_cache<sinkcache::f32>&>(*made);
+    std::vector<index_t> all;
+    for (index_t h = 0; h < 4; ++h) all.push_back(cache.budget(h));
+    return all;
+  };
+  using rows = std::vector<index_t>;
+  const char* const duo = "knorm:heads=duo,short=1+2.0,newest=9";  // 320 rows a layer, 13 of them of each short head
+  CHECK(budgets(duo, 0) == rows{103, 13, 102, 102});
+  CHECK(budgets(duo, 2) == rows{13, 13, 147, 147});
+  CHECK(budgets("knorm:heads=duo,short=2.0", 1) == rows{80, 80, 80, 80});
+  CHECK(budgets("knorm:heads=duo,short=0+1+2+3", 1) == rows{36, 36, 36, 36});
+
+  CHECK(names("knorm:newest=9,short=01+2.0,heads=duo") == std::vector<std::string>{duo});
+  CHECK(names("h2o:heads=duo,short=0,newest=32") == std::vector<std::string>{"h2o:heads=duo,short=0"});
+  for (const char* entry : {"h2o:heads=duo", "h2o:short=0", "h2o:heads=ada,short=0"})
+    CHECK_THAT(refused(entry), Catch::Contains("h2o's heads=duo and short=HEADS need each other"));
+  CHECK_THAT(refused("h2o:newest=4"), Catch::Contains("h2o's newest needs heads=duo"));
+  CHECK_THAT(refused("h2o:heads=duo,short=0,newest=0"), Catch::Contains("newest is '0', had to be a whole number"));
+  for (const char* heads : {"", "x", "0+", "+0", "1.", ".1", "1.2.3", "-1", "0 1"})
+    CHECK_THAT(refused(fmt::format("h2o:heads=duo,short={}", heads)),
+               Catch::Contains(fmt::format("short is '{}', had to be HEAD or LAYER.HEAD", heads)));
+  CHECK_THROWS_WITH(budgets("knorm:heads=duo,short=4", 1),
+                    "a short head was 4 of layer 1, had to be below 4, of a layer below 3");
+  CHECK_THROWS_WITH(budgets("knorm:heads=duo,short=3.1", 0),
+                    "a short head was 1 of layer 3, had to be below 4, of a layer below 3");
+  CHECK_THROWS_WITH(budgets("tova:heads=duo,short=0", 0), Catch::Contains("this scorer keeps one set in all heads"));
+  CHECK_THROWS_WITH(budgets("knorm:heads=duo,short=0+1+2,newest=95", 0), Catch::Contains("budget was"));
+
+  // At equal rows there are equal bytes, but for what an event of the longest head takes.
+  const engine::model& model = model_of("nano");
+  const auto bytes = [&](const char* entry) {
+    return static_cast<double>(cache_bytes(parse_policies(entry, 96).front(), model, 96));
+  };
+  CHECK(bytes("knorm:heads=duo,short=0,newest=5") / bytes("knorm") == Approx(1).epsilon(0.05));
 }
 
 TEST_CASE("layers that a model windows keep their windows") {
@@ -206,7 +261,8 @@ TEST_CASE("prefill in chunks costs what decoding costs under every policy") {
   const subject s{&model_of("nano"), "nano"};
   const token_stream text = read_by(s, read_file(source_dir + "/examples/data/sotu-heldout.txt").substr(0, 1000));
   const auto tokens = static_cast<std::size_t>(std::max(200, effort::cases(500)));
-  for (const policy& p : parse_policies(std::string(all_policies) + ",h2o:heads=ada,tova:layers=pyramid", 64)) {
+  for (const policy& p :
+       parse_policies(std::string(all_policies) + ",h2o:heads=ada,tova:layers=pyramid,h2o:heads=duo,short=0", 64)) {
     INFO(p.name);
     const auto none = [](index_t) {};
     const std::vector<double> prefilled = evaluator(s, caches_of(p, 64), text.ids).by_prefill(tokens, none),

@@ -114,6 +114,15 @@ class kept_rows {
       if (!std::binary_search(at(h).begin(), at(h).end(), position)) return false;
     return true;
   }
+  // Whether the newest event, which was undone, takes a position from a head when it is applied again.
+  bool newest_takes(position_t position) const noexcept {
+    const event_record* const event = newest_event();
+    for (std::int64_t i = 0; i < event->count; ++i) {
+      const evicted_row& row = evicted_[(event->first + i) % of_.undo_rows];
+      if (at(row.kv_head)[static_cast<std::size_t>(row.row)] == position) return true;
+    }
+    return false;
+  }
 
   // Encodes row number i of a head.
   void encode(index_t h, index_t i, const float* k, const float* v) const noexcept {

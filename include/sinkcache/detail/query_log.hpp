@@ -152,6 +152,8 @@ class query_log {
                    double* products) const noexcept {
     const index_t d = of_.head_dim;
     const float* row = q(query) + head * d;
+    // Sums that survive do not take in what would make them NaN for ever: such a query is as one of length 0.
+    if (!std::all_of(row, row + d, [](float x) { return std::isfinite(x); })) return;
     alignas(64) float unrotated[max_head_dim];
     if (of.inputs == inputs::rotated && of.rotates()) {
       rope::angles angles;

@@ -79,8 +79,8 @@ class scored_cache : public any_kv_cache {
   double evicted_mass(index_t kv_head) const { return of_held(kv_head, &held_rows::mass); }
   double largest_bound(index_t kv_head) const { return of_held(kv_head, &held_rows::bound); }
 
-  // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it. Refused where
-  // it would leave no row free.
+  // Keeps the token at a position for ever, one that comes later too. False where a head has evicted it, or will, as an
+  // event decided that truncate took back to. Refused where it would leave no row free.
   bool pin(position_t position) {
     bool pinned = false;
     try_pin(position, pinned).or_fail();
@@ -91,7 +91,7 @@ class scored_cache : public any_kv_cache {
     pinned = false;
     require_memory(found);
     found.require(position >= 0 && position < max_position, "position", position, "from 0 and below", max_position);
-    if (found && (position >= seen_ || state().rows.all_hold(position))) state().pin(found, position, pinned);
+    if (found && (position >= seen_ || state().keeps(position, seen_))) state().pin(found, position, pinned);
     return found;
   }
 

@@ -83,6 +83,10 @@ class scored_state {
     const event_record* const event = rows.newest_event();
     return event != nullptr && event->undone && event->seen == seen;
   }
+  // Whether all heads hold a position, and an event that waits takes it from none.
+  bool keeps(position_t position, position_t seen) const noexcept {
+    return rows.all_hold(position) && !(is_decided(seen) && rows.newest_takes(position));
+  }
   // So many of the newest rows no event takes.
   index_t newest_kept(index_t kv_head) const {
     return is_short(of.rules, kv_head) ? 0 : std::max(of.rules.recent, needs.window);
