@@ -1,10 +1,13 @@
 // The contract: what caches and views list for which queries, how far that holds, and the ways in which attention reads
 // what it is given that no cache of the library needs yet.
 
+#include <sinkcache/key_policies.hpp>
+#include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -388,6 +391,46 @@ TEST_CASE("source: a prefix that changed after it was joined is refused") {
         "sinkcache: tokens of the sources in front was 4, had to be as when they were joined, 3");
   prefix.truncate(3);
   CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).ok());
+}
+
+TEST_CASE("source: a query that no stream has sees nothing, or what the last one does") {
+  cache_config config{.num_kv_heads = 1, .head_dim = 8, .num_sink_tokens = 2, .window = 4, .rope = rope::none()};
+  const matrix rows = matrix::Ones(9, 8);
+  kv_cache<f32> window(config);
+  window.append(rows, rows);
+  kv_cache<q8> tiers(config);
+  tiers.append(rows, rows);
+  const kv_strides apart{.head = 8, .token = 8};
+  const kv_view<f32> view(config, {apart, apart}, kv_piece{0, 9, rows.data(), rows.data()}, 9);
+  config.window = 0;
+  scored_kv_cache<f32> scored(config, {.budget = 40}, policies::keydiff());
+  scored.append(rows, rows);
+  config.first_position = 9, config.window = 4;
+  kv_cache<f32> own(config);
+  own.append(rows, rows);
+  const joined_source joined({&window, &own});
+  class counted final : public kv_source {
+   public:
+    explicit counted(const kv_geometry& of) : kv_source(of) { seen_ = 9; }
+    index_t capacity() const noexcept override { return 9; }
+    position_t min_truncate() const noexcept override { return 0; }
+    index_t max_parts() const noexcept override { return 0; }
+    plan_end plan(index_t, position_t first, position_t last, part_list&) const noexcept override {
+      return {1, static_cast<index_t>(last - first + 1)};
+    }
+  } const plain(window.geometry());
+  constexpr position_t smallest = std::numeric_limits<position_t>::min(), largest = ~smallest;
+  for (const kv_source* source : {static_cast<const kv_source*>(&window), static_cast<const kv_source*>(&tiers),
+                                  static_cast<const kv_source*>(&view), static_cast<const kv_source*>(&scored),
+                                  static_cast<const kv_source*>(&joined), static_cast<const kv_source*>(&plain)}) {
+    CHECK(source->num_visible(smallest) == source->num_visible(-1));
+    CHECK(source->num_visible(smallest + 1) == source->num_visible(-1));
+    CHECK(source->num_visible(largest) == source->num_visible(max_position - 1));
+  }
+  CHECK(window.num_visible(max_position - 1) == 6);
+  CHECK(window.num_visible(-1) == 0);
+  CHECK(view.num_visible(max_position) == 2);
+  CHECK(plain.num_visible(largest) == 9);
 }
 
 }  // namespace
