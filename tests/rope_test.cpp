@@ -525,6 +525,14 @@ random_rope draw_rope(effort::dice& dice, rope_pairing pairing, index_t max_widt
   return r;
 }
 
+// Of powers of two, so that all is exact.
+TEST_CASE("rope: a ramp of YaRN that starts and ends at the first pair leaves that one alone") {
+  std::vector<float> expected(16);
+  for (int i = 0; i < 16; ++i) expected[static_cast<std::size_t>(i)] = std::ldexp(i == 0 ? 1.f : 0.25f, -i);
+  CHECK(rope::yarn(32, 65536, {.factor = 4, .original_max_position_embeddings = 6, .attention_factor = 1.}) ==
+        rope(expected));
+}
+
 TEST_CASE("rope: scalings are what their papers say") {
   effort::dice dice(11);
   double worst = 0;
