@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {

@@ -11,9 +11,9 @@
 #include <cstring>
 #include <string_view>
 
-#include "config.hpp"
 #include "detail/halves.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {

@@ -1,6 +1,6 @@
 #pragma once
 
-// Integer types, the checks that are always on, and the one place where the library gives up.
+// What a check found, the one place where the library gives up, and integer types.
 //
 // A rule is written once, as a line that adds to a status. Functions throw what it found, or abort where exceptions are
 // off; functions named try_... return it, after having changed nothing.
