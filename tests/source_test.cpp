@@ -393,6 +393,25 @@ TEST_CASE("source: a prefix that changed after it was joined is refused") {
   CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).ok());
 }
 
+TEST_CASE("source: what follows a prefix ends where streams do") {
+  cache_config config{.num_kv_heads = 1, .head_dim = 8, .window = 40, .rope = rope::none()};
+  const kv_strides apart{.token = 8};
+  const kv_view<f32> elsewhere(config, {apart, apart}, kv_memory(), max_position - 1);
+  config.first_position = max_position - 1;
+  kv_cache<f32> own(config);
+  const joined_source joined({&elsewhere, &own});
+  const attention attention({.num_qo_heads = 1});
+  const matrix rows = matrix::Ones(2, 8);
+  matrix out(2, 8);
+  workspace scratch;
+  CHECK(attention.try_prefill(rows, rows, rows, own, joined, out, scratch).message() ==
+        "sinkcache: tokens seen and appended was 2, had to be at most 1");
+  CHECK(own.seen() == 0);
+  const auto last = rows.topRows(1);
+  CHECK(attention.try_prefill(last, last, last, own, joined, out.topRows(1), scratch).ok());
+  CHECK(joined.seen() == max_position);
+}
+
 TEST_CASE("source: a query that no stream has sees nothing, or what the last one does") {
   cache_config config{.num_kv_heads = 1, .head_dim = 8, .num_sink_tokens = 2, .window = 4, .rope = rope::none()};
   const matrix rows = matrix::Ones(9, 8);
