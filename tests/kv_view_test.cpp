@@ -229,7 +229,7 @@ TEST_CASE("kv_view: llama.cpp without flash attention, V transposed, f16 [head][
 }
 
 TEST_CASE(
-    "kv_view: llama.cpp after seq_rm, keys at their true positions: a gap behind the kept tokens, cells taken again") {
+    "kv_view: llama.cpp after seq_rm, keys at their true positions: a gap after the kept tokens, cells taken again") {
   constexpr index_t heads = 1, dim = 32, kept = 4, discarded = 29, tokens = 75;
   cache_config config = engine_rotated(heads, dim);
   config.positions = positions::in_cache;
@@ -330,7 +330,7 @@ TEST_CASE("kv_view: ONNX Runtime GroupQueryAttention, past and present in one [h
   for (index_t rows : some_rows) CHECK(ort.check(view, rows) == "");
 }
 
-TEST_CASE("kv_view: ncnn, a channel a head with room behind its rows, V narrower and wider than K") {
+TEST_CASE("kv_view: ncnn, a channel per head with room after its rows, V narrower and wider than K") {
   constexpr index_t heads = 2, dim = 48, rows_of_capacity = 50, tokens = 37;
   for (index_t v_dim : {1, 16, 31, 128}) {
     const cache_config config = engine_rotated(heads, dim, v_dim);

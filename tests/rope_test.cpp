@@ -34,7 +34,7 @@ constexpr double bound = 1e-7;  // of each sine and cosine
 
 // The reference.
 
-// 1 / 2 pi, 384 bits behind the point, in digits of 32 bits.
+// 1 / 2 pi, 384 bits after the point, in digits of 32 bits.
 constexpr std::array<std::uint32_t, 12> inverse_two_pi = {0x28be60db, 0x9391054a, 0x7f09d5f4, 0x7d4d3770,
                                                           0x36d8a566, 0x4f10e410, 0x7f9458ea, 0xf7aef158,
                                                           0x6dc91b8e, 0x909374b8, 0x01924bba, 0x82746487};
