@@ -301,8 +301,9 @@ class by_position final : public kv_source {
   position_t min_truncate() const noexcept override { return 0; }
   index_t max_parts() const noexcept override { return cache_.max_parts(); }
   plan_end plan(index_t h, position_t first, position_t last, part_list& parts) const noexcept override {
+    const index_t before = parts.size();
     const plan_end end = cache_.plan(h, first, last, parts);
-    for (index_t i = 0; i < parts.size(); ++i) {
+    for (index_t i = before; i < parts.size(); ++i) {
       parts[i].at = at_, parts[i].last = seen_;
       parts[i].seen_from = from_, parts[i].seen_until = until_;
     }
@@ -391,6 +392,50 @@ TEST_CASE("source: a prefix that changed after it was joined is refused") {
         "sinkcache: tokens of the sources in front was 4, had to be as when they were joined, 3");
   prefix.truncate(3);
   CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).ok());
+}
+
+TEST_CASE("source: three in a row, or one and two in a row, are one stream") {
+  effort::dice dice(9);
+  for (const positions kept : {positions::in_cache, positions::absolute}) {
+    cache_config config{
+        .num_kv_heads = 1, .head_dim = 8, .window = 40, .positions = kept, .rope = rope::plain(8, 100.0)};
+    const matrix k = random_matrix(dice, 12, 8), v = random_matrix(dice, 12, 8), q = random_matrix(dice, 1, 8);
+    const auto cache_of = [&](index_t first, index_t n) {
+      config.first_position = first;
+      kv_cache<f32> cache(config);
+      cache.append(k.middleRows(first, n), v.middleRows(first, n));
+      return cache;
+    };
+    const kv_cache<f32> whole = cache_of(0, 12), first = cache_of(0, 5), second = cache_of(5, 4), own = cache_of(9, 3);
+    const joined_source three({&first, &second, &own}), two({&second, &own}), nested({&first, &two});
+    const attention attention({.num_qo_heads = 1});
+    workspace scratch;
+    matrix out(1, 8), expected(1, 8);
+    attention.decode(q, whole, expected, scratch);
+    for (const joined_source* joined : {&three, &nested}) {
+      CHECK(joined->seen() == 12);
+      attention.decode(q, *joined, out, scratch);
+      CHECK((out - expected).cwiseAbs().maxCoeff() < 1e-6f);
+    }
+  }
+}
+
+TEST_CASE("source: rows with positions of their own behind a prefix are seen by their distance") {
+  cache_config config{
+      .num_kv_heads = 1, .head_dim = 8, .window = 40, .positions = positions::absolute, .rope = rope::plain(8, 100.0)};
+  kv_cache<f32> prefix(config);
+  const matrix rows = matrix::Ones(10, 8);
+  prefix.append(rows.topRows(4), rows.topRows(4));
+  config.first_position = 4;
+  kv_cache<f32> own(config);
+  own.append(rows, rows);
+  const by_position older(own, 2, kv_part::always);  // not the newest two
+  const attention attention({.num_qo_heads = 1});
+  workspace scratch;
+  matrix out(1, 8);
+  seen_tokens seen;
+  attention.decode(rows.topRows(1), joined_source({&prefix, &older}), out, scratch, {.weights = &seen});
+  CHECK(seen.positions == std::vector<position_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11});
 }
 
 TEST_CASE("source: what follows a prefix ends where streams do") {
