@@ -318,6 +318,8 @@ TEST_CASE("calls: a bad item refuses the whole batch, and nothing is written") {
   first_refused([](decode_item& i) { i.q = i.q.first(3); }, "a batch's q was 3, had to be of size " + of_q);
   first_refused([](decode_item& i) { i.out = i.out.first(5); }, "a batch's out was 5, had to be of size " + of_out);
   refused([](decode_item& i) { i.lse = i.lse.first(11); }, "lse.size() was 11, had to be 0 or 12");
+  std::vector<float> longer(13, canary);
+  refused([&](decode_item& i) { i.lse = longer; }, "lse.size() was 13, had to be 0 or 12");
   refused([](decode_item& i) { i.keys = nullptr; }, "a batch's keys was null, had to be a cache or view");
   refused(
       [](decode_item& i) {

@@ -56,7 +56,7 @@ TEST_CASE("attention: sums of many equal numbers do not drift") {
 }
 
 TEST_CASE("attention: full caches of every small size") {
-  // Sanitizers see here whether a tile reads rows behind the last one.
+  // Sanitizers see here whether a tile reads rows after the last one.
   effort::dice dice(2);
   for (index_t n = 1; n <= 40; ++n) {
     small_layer layer(16, 0, n);

@@ -213,7 +213,7 @@ TEST_CASE("attention: a soft cap whose inverse is infinite makes all logits alik
 }
 
 TEST_CASE("attention: ALiBi counts cache distances in_cache, true ones under absolute") {
-  // One key of logit 0 behind a gap of 4, and one token of the window: the slope alone decides.
+  // One key of logit 0 before a gap of 4, and one token of the window: the slope alone decides.
   workspace scratch;
   for (const bool in_cache : {true, false}) {
     kv_cache<f32> cache({.num_kv_heads = 1,

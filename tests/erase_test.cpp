@@ -288,6 +288,22 @@ TEST_CASE("erase: at most one range for every two rows, however long the stream"
   }
 }
 
+TEST_CASE("erase: a range is forgotten as soon as the window has passed it, and no sooner") {
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 2, .window = 4, .rope = rope::none(), .rollback = 0});
+  const matrix rows = matrix::Ones(20, 2);
+  cache.append(rows.topRows(17), rows.topRows(17));
+  cache.erase(14, 16);
+  cache.append(rows.topRows(2), rows.topRows(2));
+  kv_cache<f32> sooner = cache.clone();
+  sooner.erase(17, 18);  // the newest query is at 18, and sees from 15 on
+  CHECK(sooner.max_parts() == 3 + 2);
+  CHECK(sooner.size() == 2);
+  cache.append(rows.topRows(1), rows.topRows(1));
+  cache.erase(17, 18);
+  CHECK(cache.max_parts() == 3 + 1);
+  CHECK(cache.size() == 3);
+}
+
 TEST_CASE("erase: what was dropped stays dropped when tokens are taken back, and a new token is a new one") {
   const cache_config config{.num_kv_heads = 1, .head_dim = 2, .window = 50, .rope = rope::none()};
   kv_cache<f32> cache(config);
@@ -332,6 +348,9 @@ TEST_CASE("erase: bad ranges are refused in exact words, and change nothing") {
   CHECK((all[0].size() == 10 && all[1].size() == 8));
   all.erase(3, 7);
   CHECK((all[0].size() == 6 && all[1].size() == 4));
+  layer_caches none;
+  CHECK(none.try_erase(0, 1).message() == "sinkcache: last was 1, had to be at most what was seen, 0");
+  CHECK(none.try_erase(2, 1).message() == "sinkcache: first was 2, had to be from 0 to last, 1");
   // Another kind of cache.
   scored_kv_cache<f32> scored({.num_kv_heads = 1, .head_dim = 2, .rope = rope::none()},
                               {.budget = 8, .recent = 2, .num_qo_heads = 1}, policies::knorm());

@@ -229,7 +229,7 @@ TEST_CASE("kv_view: llama.cpp without flash attention, V transposed, f16 [head][
 }
 
 TEST_CASE(
-    "kv_view: llama.cpp after seq_rm, keys at their true positions: a gap behind the kept tokens, cells taken again") {
+    "kv_view: llama.cpp after seq_rm, keys at their true positions: a gap after the kept tokens, cells taken again") {
   constexpr index_t heads = 1, dim = 32, kept = 4, discarded = 29, tokens = 75;
   cache_config config = engine_rotated(heads, dim);
   config.positions = positions::in_cache;
@@ -330,7 +330,7 @@ TEST_CASE("kv_view: ONNX Runtime GroupQueryAttention, past and present in one [h
   for (index_t rows : some_rows) CHECK(ort.check(view, rows) == "");
 }
 
-TEST_CASE("kv_view: ncnn, a channel a head with room behind its rows, V narrower and wider than K") {
+TEST_CASE("kv_view: ncnn, a channel per head with room after its rows, V narrower and wider than K") {
   constexpr index_t heads = 2, dim = 48, rows_of_capacity = 50, tokens = 37;
   for (index_t v_dim : {1, 16, 31, 128}) {
     const cache_config config = engine_rotated(heads, dim, v_dim);
@@ -518,6 +518,10 @@ TEST_CASE("kv_view: the pieces of a ring, with pinned rows or without, are what 
   status found;
   try_ring_pieces({.pinned = max_position + (max_position - 1), .rows = 1}, 0, found);
   CHECK(!found.ok());
+  CHECK(try_ring_pieces({.rows = 1}, max_position, found)[2].first == max_position);
+  CHECK(found.ok());
+  try_ring_pieces({.rows = 1}, max_position + 1, found);
+  CHECK(!found.ok());
 }
 
 TEST_CASE("kv_view: pieces come as a span, a vector or an array") {
@@ -533,6 +537,34 @@ TEST_CASE("kv_view: pieces come as a span, a vector or an array") {
   CHECK(view.size() == 1);
   static_assert(!std::is_convertible_v<std::vector<kv_piece>, kv_memory> &&
                 !std::is_convertible_v<std::array<kv_piece, 1>, kv_memory>);
+}
+
+// One piece holds the pinned rows and all others.
+TEST_CASE("kv_view: sink_bias is added to pinned tokens, and not to the oldest of the window") {
+  constexpr index_t tokens = 20, window = 4, sinks = 3;
+  const std::vector<float> key(as_size(tokens * 4), 0.f);  // all logits are 0
+  std::vector<float> value(as_size(tokens * 4));
+  for (index_t i = 0; i < tokens; ++i) value[as_size(i * 4)] = static_cast<float>(i);
+  cache_config config = engine_rotated(1, 4);
+  config.num_sink_tokens = sinks, config.window = window;
+  const float bias = 2;
+  const attention layer({.num_qo_heads = 1, .sink_bias = {bias}});
+  const matrix q = matrix::Ones(1, 4);
+  matrix out(1, 4);
+  workspace scratch;
+  kv_view<f32> view(config, {{.token = 4}, {.token = 4}});
+  for (const index_t seen : {2, 5, 7, 8, 9, 20}) {
+    CAPTURE(seen);
+    view.assign(kv_piece{0, tokens, key.data(), value.data()}, seen);
+    layer.decode(q, view, out, scratch);
+    double sum = 0, weights = 0;
+    for (index_t i = 0; i < seen; ++i) {
+      if (i >= sinks && i < seen - window) continue;
+      const double weight = i < sinks ? std::exp(static_cast<double>(bias)) : 1;
+      weights += weight, sum += weight * static_cast<double>(i);
+    }
+    CHECK(static_cast<double>(out(0, 0)) == Approx(sum / weights).epsilon(1e-6));
+  }
 }
 
 TEST_CASE("kv_view: queries [head][token][dim] go head by head") {
@@ -950,6 +982,8 @@ TEST_CASE("kv_view: bad pieces are refused in exact words, and change nothing") 
   CHECK(words(kv_piece{max_position, 1, p, p}) == "sinkcache: a piece's tokens was 1, had to be at most 0");
   CHECK(words(kv_piece{0, index_t{1} << 60, p, p}) ==
         fmt::format("sinkcache: bytes that a layout reaches over was {} * 64, had to fit 63 bits", index_t{1} << 60));
+  const kv_piece long_then_short[] = {{0, index_t{1} << 60, p, p}, {index_t{1} << 60, 1, p, p}};
+  CHECK(words(long_then_short) == words(kv_piece{0, index_t{1} << 60, p, p}));
   CHECK(words(kv_piece{0, 64, p, p}, -1) ==
         fmt::format("sinkcache: seen was -1, had to be from 0 to {}", max_position));
   const kv_piece overlapping[] = {{0, 10, p, p}, {9, 3, p, p}};
@@ -988,9 +1022,16 @@ TEST_CASE("kv_view: bad pieces are refused in exact words, and change nothing") 
         fmt::format("sinkcache: positions of the table was {} * 3, had to fit 63 bits", index_t{1} << 62));
   CHECK(changed(&kv_pages::k_page, index_t{1} << 61) ==
         fmt::format("sinkcache: bytes of a page was {} * 4, had to fit 63 bits", index_t{1} << 61));
+  CHECK(words(kv_pages{p, p, 0, 256, 2, 16, std::span(table, 1)}) ==
+        "sinkcache: k_page was 0, had to be at least 1");  // of two
   const std::int32_t first_page[] = {0};
   CHECK(view.try_assign(kv_pages{p, p, 0, 0, 1, 16, first_page}, 64).ok());  // of one page none is the next
   view.assign(kv_piece{0, 64, p, p}, 64);
+  status found;
+  CHECK(!kv_view<f32>::try_create(config, layout, kv_piece{0, 64, nullptr, p}, 64, found).has_value());
+  CHECK(found.message() == "sinkcache: k was null, had to be where keys lie");
+  CHECK(kv_view<f32>::try_create(config, layout, kv_piece{0, 64, p, p}, 64, found).has_value());
+  CHECK(found.ok());
   CHECK(view.try_set_seen(-3).message() == fmt::format("sinkcache: seen was -3, had to be from 0 to {}", max_position));
   CHECK(view.seen() == 64);
 }

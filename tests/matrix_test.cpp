@@ -2,6 +2,7 @@
 
 #include <sinkcache/matrix.hpp>
 
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -120,6 +121,20 @@ TEST_CASE("matrix views: of plain pointers") {
   CHECK(floats[5] == 5.f);
   const const_matrix_view read(static_cast<const float*>(floats), 3, 4);
   CHECK(read.row(1)[1] == 5.f);
+}
+
+TEST_CASE("matrix views: rows over each other are refused, from the second row on") {
+  const float floats[8] = {};
+  const auto words = [&](index_t rows, index_t stride) {
+    status found;
+    detail::require_shape(found, "q", const_matrix_view(floats, rows, 4, stride), rows, 4);
+    return std::string(found.message());
+  };
+  for (const index_t stride : {-4, 0, 3}) {
+    CHECK(words(1, stride).empty());
+    CHECK(words(2, stride) == "sinkcache: q's stride was " + std::to_string(stride) + ", had to be at least 4");
+  }
+  CHECK(words(2, 4).empty());
 }
 
 TEST_CASE("matrix views: of nothing") {

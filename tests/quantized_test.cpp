@@ -166,7 +166,7 @@ TEST_CASE("Hadamard transform: orthogonal, its own inverse, the largest blocks f
           expected[as_size(first + i)] += factor * row[as_size(first + j)];
         }
     }
-    // One float behind the row has to stay.
+    // One float after the row has to stay.
     std::vector<float> y(as_size(dim) + 1, 7.f);
     for (index_t i = 0; i < dim; ++i) y[as_size(i)] = static_cast<float>(row[as_size(i)]);
     hadamard.apply(y.data(), dim);

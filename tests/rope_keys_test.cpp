@@ -159,6 +159,12 @@ TEST_CASE("rope_keys: what GGUF says") {
   const std::vector<float> bad = {1, std::numeric_limits<float>::quiet_NaN()};
   CHECK(gguf_refusal(llama("freq_base", "10000"), 4, bad) ==
         "sinkcache: a number of rope_freqs was nan, had to be from 0.001 to 1e6");
+  for (const float edge : {1e-3f, 1e6f}) {
+    const float outside = std::nextafter(edge, edge < 1 ? 0.f : 1e7f);
+    const std::vector<float> inside = {1, edge}, beyond = {1, outside};
+    CHECK_NOTHROW(rope_of_gguf(llama("freq_base", "10000"), 4, inside));
+    CHECK_THAT(gguf_refusal(llama("freq_base", "10000"), 4, beyond), Catch::Contains("had to be from 0.001 to 1e6"));
+  }
 }
 
 }  // namespace

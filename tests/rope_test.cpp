@@ -34,7 +34,7 @@ constexpr double bound = 1e-7;  // of each sine and cosine
 
 // The reference.
 
-// 1 / 2 pi, 384 bits behind the point, in digits of 32 bits.
+// 1 / 2 pi, 384 bits after the point, in digits of 32 bits.
 constexpr std::array<std::uint32_t, 12> inverse_two_pi = {0x28be60db, 0x9391054a, 0x7f09d5f4, 0x7d4d3770,
                                                           0x36d8a566, 0x4f10e410, 0x7f9458ea, 0xf7aef158,
                                                           0x6dc91b8e, 0x909374b8, 0x01924bba, 0x82746487};
@@ -523,6 +523,14 @@ random_rope draw_rope(effort::dice& dice, rope_pairing pairing, index_t max_widt
   if (kind == 3) r.got = rope::llama3(width, theta, {factor, low, high, original}, pairing);
   if (kind == 4) r.got = rope::yarn(width, theta, yarn, pairing);
   return r;
+}
+
+// Of powers of two, so that all is exact.
+TEST_CASE("rope: a ramp of YaRN that starts and ends at the first pair leaves that one alone") {
+  std::vector<float> expected(16);
+  for (int i = 0; i < 16; ++i) expected[static_cast<std::size_t>(i)] = std::ldexp(i == 0 ? 1.f : 0.25f, -i);
+  CHECK(rope::yarn(32, 65536, {.factor = 4, .original_max_position_embeddings = 6, .attention_factor = 1.}) ==
+        rope(expected));
 }
 
 TEST_CASE("rope: scalings are what their papers say") {

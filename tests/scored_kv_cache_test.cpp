@@ -759,6 +759,10 @@ TEST_CASE("sizes that nobody has are refused at once") {
   CHECK_FALSE(sinkcache::try_pyramid_budgets(4, 64, 36, found, 0.5));
   CHECK(sinkcache::try_pyramid_budgets(4, 64, 36, found) == sinkcache::pyramid_budgets(4, 64, 36));
   CHECK(found.ok());
+  CHECK_FALSE(sinkcache::try_duo_budgets({true, false}, 4, 4, 2, found));
+  CHECK(found.message() == "sinkcache: budget was 4, had to be above num_sink_tokens, 4");
+  CHECK(sinkcache::try_duo_budgets({true, true}, 0, 4, 2, found) == std::vector<index_t>{6, 6});  // nobody's
+  CHECK(sinkcache::try_duo_budgets({true, false}, 5, 4, 2, found) == std::vector<index_t>{6, 5});
   CHECK_FALSE(sinkcache::try_duo_budgets({true}, 9, -1, 2, found));
   CHECK_FALSE(sinkcache::try_duo_budgets({true}, 9, 1, 0, found));
   CHECK(found.message() == "sinkcache: newest was 0, had to be at least 1");

@@ -301,6 +301,17 @@ TEST_CASE("softmax: variants copy their logits") {
   CHECK((softmax_variant::softmax1().sink(0) == 0.f && softmax_variant::softmax1().sink(7) == 0.f));
 }
 
+TEST_CASE("softmax: states merge where their sums alone do not fit") {
+  constexpr float large = 3e38f;
+  attention_state sum = state_of({0.f, {large, -large, 1.f}});
+  for (int others = 1; others < 40; ++others) sum.merge(state_of({0.f, {large, -large, 1.f}}));
+  const attention_output result = sum.finish(softmax_variant::standard(), 0);
+  CHECK(static_cast<double>(result.out(0, 0)) == Approx(3e38));
+  CHECK(static_cast<double>(result.out(0, 1)) == Approx(-3e38));
+  CHECK(static_cast<double>(result.out(0, 2)) == Approx(1));
+  CHECK(static_cast<double>(result.lse) == Approx(std::log(40.)));
+}
+
 TEST_CASE("softmax: errors name the argument, its value and what it had to be") {
   CHECK_THROWS_WITH(softmax_variant::sink_logits({}),
                     "sinkcache: sink_logits.size() was 0, had to be one per query head");

@@ -1,10 +1,13 @@
 // The contract: what caches and views list for which queries, how far that holds, and the ways in which attention reads
 // what it is given that no cache of the library needs yet.
 
+#include <sinkcache/key_policies.hpp>
+#include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -298,8 +301,9 @@ class by_position final : public kv_source {
   position_t min_truncate() const noexcept override { return 0; }
   index_t max_parts() const noexcept override { return cache_.max_parts(); }
   plan_end plan(index_t h, position_t first, position_t last, part_list& parts) const noexcept override {
+    const index_t before = parts.size();
     const plan_end end = cache_.plan(h, first, last, parts);
-    for (index_t i = 0; i < parts.size(); ++i) {
+    for (index_t i = before; i < parts.size(); ++i) {
       parts[i].at = at_, parts[i].last = seen_;
       parts[i].seen_from = from_, parts[i].seen_until = until_;
     }
@@ -388,6 +392,109 @@ TEST_CASE("source: a prefix that changed after it was joined is refused") {
         "sinkcache: tokens of the sources in front was 4, had to be as when they were joined, 3");
   prefix.truncate(3);
   CHECK(attention.try_decode(rows.topRows(1), joined, out, scratch).ok());
+}
+
+TEST_CASE("source: three in a row, or one and two in a row, are one stream") {
+  effort::dice dice(9);
+  for (const positions kept : {positions::in_cache, positions::absolute}) {
+    cache_config config{
+        .num_kv_heads = 1, .head_dim = 8, .window = 40, .positions = kept, .rope = rope::plain(8, 100.0)};
+    const matrix k = random_matrix(dice, 12, 8), v = random_matrix(dice, 12, 8), q = random_matrix(dice, 1, 8);
+    const auto cache_of = [&](index_t first, index_t n) {
+      config.first_position = first;
+      kv_cache<f32> cache(config);
+      cache.append(k.middleRows(first, n), v.middleRows(first, n));
+      return cache;
+    };
+    const kv_cache<f32> whole = cache_of(0, 12), first = cache_of(0, 5), second = cache_of(5, 4), own = cache_of(9, 3);
+    const joined_source three({&first, &second, &own}), two({&second, &own}), nested({&first, &two});
+    const attention attention({.num_qo_heads = 1});
+    workspace scratch;
+    matrix out(1, 8), expected(1, 8);
+    attention.decode(q, whole, expected, scratch);
+    for (const joined_source* joined : {&three, &nested}) {
+      CHECK(joined->seen() == 12);
+      attention.decode(q, *joined, out, scratch);
+      CHECK((out - expected).cwiseAbs().maxCoeff() < 1e-6f);
+    }
+  }
+}
+
+TEST_CASE("source: rows with positions of their own behind a prefix are seen by their distance") {
+  cache_config config{
+      .num_kv_heads = 1, .head_dim = 8, .window = 40, .positions = positions::absolute, .rope = rope::plain(8, 100.0)};
+  kv_cache<f32> prefix(config);
+  const matrix rows = matrix::Ones(10, 8);
+  prefix.append(rows.topRows(4), rows.topRows(4));
+  config.first_position = 4;
+  kv_cache<f32> own(config);
+  own.append(rows, rows);
+  const by_position older(own, 2, kv_part::always);  // not the newest two
+  const attention attention({.num_qo_heads = 1});
+  workspace scratch;
+  matrix out(1, 8);
+  seen_tokens seen;
+  attention.decode(rows.topRows(1), joined_source({&prefix, &older}), out, scratch, {.weights = &seen});
+  CHECK(seen.positions == std::vector<position_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11});
+}
+
+TEST_CASE("source: what follows a prefix ends where streams do") {
+  cache_config config{.num_kv_heads = 1, .head_dim = 8, .window = 40, .rope = rope::none()};
+  const kv_strides apart{.token = 8};
+  const kv_view<f32> elsewhere(config, {apart, apart}, kv_memory(), max_position - 1);
+  config.first_position = max_position - 1;
+  kv_cache<f32> own(config);
+  const joined_source joined({&elsewhere, &own});
+  const attention attention({.num_qo_heads = 1});
+  const matrix rows = matrix::Ones(2, 8);
+  matrix out(2, 8);
+  workspace scratch;
+  CHECK(attention.try_prefill(rows, rows, rows, own, joined, out, scratch).message() ==
+        "sinkcache: tokens seen and appended was 2, had to be at most 1");
+  CHECK(own.seen() == 0);
+  const auto last = rows.topRows(1);
+  CHECK(attention.try_prefill(last, last, last, own, joined, out.topRows(1), scratch).ok());
+  CHECK(joined.seen() == max_position);
+}
+
+TEST_CASE("source: a query that no stream has sees nothing, or what the last one does") {
+  cache_config config{.num_kv_heads = 1, .head_dim = 8, .num_sink_tokens = 2, .window = 4, .rope = rope::none()};
+  const matrix rows = matrix::Ones(9, 8);
+  kv_cache<f32> window(config);
+  window.append(rows, rows);
+  kv_cache<q8> tiers(config);
+  tiers.append(rows, rows);
+  const kv_strides apart{.head = 8, .token = 8};
+  const kv_view<f32> view(config, {apart, apart}, kv_piece{0, 9, rows.data(), rows.data()}, 9);
+  config.window = 0;
+  scored_kv_cache<f32> scored(config, {.budget = 40}, policies::keydiff());
+  scored.append(rows, rows);
+  config.first_position = 9, config.window = 4;
+  kv_cache<f32> own(config);
+  own.append(rows, rows);
+  const joined_source joined({&window, &own});
+  class counted final : public kv_source {
+   public:
+    explicit counted(const kv_geometry& of) : kv_source(of) { seen_ = 9; }
+    index_t capacity() const noexcept override { return 9; }
+    position_t min_truncate() const noexcept override { return 0; }
+    index_t max_parts() const noexcept override { return 0; }
+    plan_end plan(index_t, position_t first, position_t last, part_list&) const noexcept override {
+      return {1, static_cast<index_t>(last - first + 1)};
+    }
+  } const plain(window.geometry());
+  constexpr position_t smallest = std::numeric_limits<position_t>::min(), largest = ~smallest;
+  for (const kv_source* source : {static_cast<const kv_source*>(&window), static_cast<const kv_source*>(&tiers),
+                                  static_cast<const kv_source*>(&view), static_cast<const kv_source*>(&scored),
+                                  static_cast<const kv_source*>(&joined), static_cast<const kv_source*>(&plain)}) {
+    CHECK(source->num_visible(smallest) == source->num_visible(-1));
+    CHECK(source->num_visible(smallest + 1) == source->num_visible(-1));
+    CHECK(source->num_visible(largest) == source->num_visible(max_position - 1));
+  }
+  CHECK(window.num_visible(max_position - 1) == 6);
+  CHECK(window.num_visible(-1) == 0);
+  CHECK(view.num_visible(max_position) == 2);
+  CHECK(plain.num_visible(largest) == 9);
 }
 
 }  // namespace

@@ -1,11 +1,15 @@
 // Formats, policies and scorers as a user writes them, outside the library's namespace: the same suites as for the
 // library's own (run_case.cpp, eviction_case.cpp); here are only the caches. Sources are in user_extension_test.cpp.
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <sinkcache/scorer.hpp>
 #include <sinkcache/sinkcache.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -243,6 +247,52 @@ TEST_CASE("user's policy: three spans with different gaps") {
     const index_t expire = first_kept + kept + c.config.window + dice.from_to(0, 60);
     check<sinkcache::f32, six_bits>(c, bookmarks{pinned, first_kept, kept, expire, c.config.window});
   }
+}
+
+// A policy that breaks its promise: four slots, and a place for position 3 that is told.
+struct misplaced {
+  sinkcache::placed last;
+
+  index_t capacity() const { return 4; }
+  sinkcache::span_list visible(position_t seen) const {
+    sinkcache::span_list spans;
+    spans.push_back({0, seen});
+    return spans;
+  }
+  sinkcache::placed place(position_t position) const {
+    return position < 3 ? sinkcache::placed{static_cast<index_t>(position), 0} : last;
+  }
+};
+
+// Whether a process ends by abort() when it stores four tokens.
+template <class Format>
+bool aborts(const sinkcache::placed& last) {
+  const pid_t child = fork();
+  if (child == 0) {
+    std::signal(SIGABRT, SIG_DFL);
+    alarm(60);  // a count of slots below 0 would go round for ever
+    sinkcache::kv_cache<Format, Format, misplaced> cache(
+        {.num_kv_heads = 2, .head_dim = 32, .rope = sinkcache::rope::none(), .recent = 1}, misplaced{last});
+    const sinkcache::matrix rows = sinkcache::matrix::Ones(1, 64);
+    for (int i = 0; i < 4; ++i) cache.append(rows, rows);
+    sinkcache::workspace scratch;
+    sinkcache::matrix out(1, 64);
+    sinkcache::attention({.num_qo_heads = 2}).decode(rows, cache, out, scratch);
+    _exit(0);
+  }
+  int ended = 0;
+  waitpid(child, &ended, 0);
+  return WIFSIGNALED(ended) && WTERMSIG(ended) == SIGABRT;
+}
+
+TEST_CASE("user's policy: one that leaves its slots ends the program, before rows are written there") {
+  for (const sinkcache::placed& wrong : {sinkcache::placed{4, 0}, {-1, 0}, {3, 1}, {3, -1}}) {
+    CAPTURE(wrong.slot, wrong.following);
+    CHECK(aborts<sinkcache::f32>(wrong));
+  }
+  CHECK(!aborts<sinkcache::f32>({3, 0}));
+  CHECK(aborts<sinkcache::q8>({4, 0}));
+  CHECK(!aborts<sinkcache::q8>({3, 0}));
 }
 
 // Scorers.

@@ -156,8 +156,9 @@ matrix normal(index_t rows, index_t cols, effort::dice& dice) {
 }
 
 // The newest `rows` queries of a source, summed and one by one.
-std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice& dice) {
-  const sinkcache::attention attention(params(dice));
+std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice& dice,
+                    const sinkcache::attention_params& of) {
+  const sinkcache::attention attention(of);
   const index_t heads = attention.params().num_qo_heads;
   const matrix q = normal(rows, heads * keys.geometry().head_dim, dice);
   matrix plain(rows, heads * keys.geometry().v_head_dim), out = plain;
@@ -180,6 +181,9 @@ std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice
     return fmt::format("sums and sinks are {} instead of {}", summed.total() + sinks, all);
   return summed.differs_from(one_by_one);
 }
+std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice& dice) {
+  return compare(keys, rows, dice, params(dice));
+}
 
 }  // namespace
 
@@ -196,6 +200,15 @@ TEST_CASE("sums of weights: tiers, of a window longer and shorter than the chunk
 TEST_CASE("sums of weights: more queries than are summed at a time") {
   effort::dice dice(7);
   CHECK(compare(lists(lists::tiers, true, 700, 30, 10, 7), 650, dice) == "");
+}
+
+// So few queries stay together where many heads share a KV head.
+TEST_CASE("sums of weights: two and three queries") {
+  effort::dice dice(8);
+  for (const index_t rows : {2, 3}) {
+    CAPTURE(rows);
+    CHECK(compare(lists(lists::tiers, true, 100, 30, 10, 8), rows, dice, {.num_qo_heads = 2 * 40}) == "");
+  }
 }
 
 TEST_CASE("sums of weights: scattered rows") {

@@ -1,6 +1,7 @@
 // Executors of every kind give the same bits; scratch memory grows once and is then left alone.
 
 #include <sinkcache/attention.hpp>
+#include <sinkcache/host_threads.hpp>
 #include <sinkcache/joined.hpp>
 #include <sinkcache/policies.hpp>
 #include <sinkcache/scored_kv_cache.hpp>
@@ -499,6 +500,29 @@ TEST_CASE("workspace: whoever finds no memory says so in a status") {
   status made;
   const auto scored = make_scored(made);
   check([&](status& found) { return scored->try_clone_any(found) != nullptr; });
+}
+
+// Or the others would wait for it for ever.
+TEST_CASE("workspace: a thread that finds no memory for its part of a prefill comes to every barrier all the same") {
+  if (!COUNTS_ALLOCATIONS) return;
+  kv_cache<f32> cache({.num_kv_heads = 1, .head_dim = 8, .window = 3, .rope = rope::none(), .rollback = 4});
+  const attention attention({.num_qo_heads = 1});
+  const matrix rows = matrix::Ones(40, 8);
+  matrix out(40, 8);
+  int barriers[2] = {};
+  for (const bool has_memory : {true, false}) {
+    workspace scratch, without(std::move(scratch));
+    cache.clear();
+    allocations_left = has_memory ? -1 : 0;
+    const status found = try_prefill_part(attention, rows, rows, rows, cache, out, scratch,  // NOLINT: moved from
+                                          0, 1, [&] { ++barriers[has_memory]; });
+    allocations_left = -1;
+    CHECK(found.ok() == has_memory);
+    CHECK(found.lacks_memory() == !has_memory);
+    CHECK(cache.seen() == 40);
+  }
+  CHECK(barriers[0] == barriers[1]);
+  CHECK(barriers[1] > 8);
 }
 
 TEST_CASE("workspace: sizes that cannot be are refused by name") {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
-#include <sinkcache/config.hpp>
+#include <sinkcache/status.hpp>
 #include <string>
 #include <thread>
 

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <memory>
 #include <optional>
-#include <sinkcache/config.hpp>
+#include <sinkcache/status.hpp>
 #include <stdexcept>
 #include <string>
 #include <thread>

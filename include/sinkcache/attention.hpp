@@ -202,6 +202,7 @@ class attention {
 
   // The bytes that a workspace needs, exactly, for decode (tokens = 1), attend or prefill of this many tokens, with an
   // executor of this concurrency and, if given, a reader of weights. For a view, as long as it reads the same memory.
+  // For a cache that learns, wherever in the stream the call comes: only one that evicts takes as much.
   index_t workspace_bytes(const kv_source& keys, index_t tokens, index_t concurrency = 1,
                           const weight_reader* weights = nullptr) const {
     status found;

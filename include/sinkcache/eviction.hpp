@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
@@ -125,6 +125,8 @@ inline std::optional<std::vector<index_t>> try_duo_budgets(const std::vector<boo
   found = status();
   found.require(num_sink_tokens >= 0, "num_sink_tokens", num_sink_tokens, "at least 0");
   found.require(newest >= 1, "newest", newest, "at least 1");
+  if (std::find(short_heads.begin(), short_heads.end(), false) != short_heads.end())
+    found.require(budget > num_sink_tokens, "budget", budget, "above num_sink_tokens,", num_sink_tokens);
   const index_t of_short = detail::checked_sum(found, "num_sink_tokens + newest", num_sink_tokens, newest);
   return detail::created(found, "budgets", [&] {
     std::vector<index_t> budgets;

@@ -19,7 +19,7 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 namespace detail {
 
-// What has no options behind the colon.
+// What has no options after the colon.
 struct plain_formatter {
   constexpr auto parse(fmt::format_parse_context& context) { return context.begin(); }
 };

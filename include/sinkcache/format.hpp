@@ -11,9 +11,9 @@
 #include <cstring>
 #include <string_view>
 
-#include "config.hpp"
 #include "detail/halves.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
@@ -35,7 +35,7 @@ concept kv_format = requires(const float* rows, index_t dim, std::byte* to, cons
 };
 
 // A format whose elements lie side by side, so that the kernel loads them where they lie: `element_bytes` each, 1, 2
-// or 4, and zeros behind the last, block_bytes a multiple of 64; element(from) is the float of one.
+// or 4, and zeros after the last, block_bytes a multiple of 64; element(from) is the float of one.
 template <class F>
 concept elementwise_format = kv_format<F> && requires(const std::byte* from) {
   { F::element_bytes } -> std::convertible_to<index_t>;

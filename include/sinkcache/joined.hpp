@@ -185,7 +185,7 @@ class joined_source final : public kv_source {
   }
   index_t num_visible(position_t query) const noexcept override {
     if (sources_.empty()) return 0;
-    index_t n = sources_.back()->num_visible(query - before_);
+    index_t n = sources_.back()->num_visible(detail::seen_by(query) - 1 - before_);
     for (const kv_source* s : front()) n += s->num_visible(s->seen() - 1);
     return n;
   }

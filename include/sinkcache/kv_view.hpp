@@ -109,7 +109,7 @@ class kv_view final : public kv_source {
   index_t num_visible(position_t query) const noexcept override {
     index_t n = 0;
     for_each_held([&](position_span span) {
-      for (const position_span& seen : sink_window{num_sink_tokens_, window_}.visible(query + 1))
+      for (const position_span& seen : sink_window{num_sink_tokens_, window_}.visible(detail::seen_by(query)))
         n += std::max<position_t>(0, std::min(span.last, seen.last) - std::max(span.first, seen.first));
     });
     return n;

@@ -7,8 +7,8 @@
 #include <concepts>
 #include <type_traits>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {

@@ -7,8 +7,8 @@
 #include <array>
 #include <concepts>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
@@ -62,7 +62,7 @@ struct placed {
 };
 
 // What a policy must answer, for any n >= 0:
-//   capacity()   slots it needs: place() stays below this;
+//   capacity()   slots it needs: place() stays below this, or ends the program;
 //   visible(n)   what is alive after n tokens; the newest is n - 1, and what left never returns;
 //   place(p)     the slot of position p. Positions visible together have different slots.
 // It may also say max_visible(), the most tokens that are alive at once, where it has more slots than that; and
@@ -122,12 +122,23 @@ constexpr index_t num_pinned(const P& policy) {
     return 0;
 }
 
+// Where a policy says that a position is stored. A user-defined one that leaves its slots ends the program: rows would
+// be written beyond the cache's memory.
+template <eviction_policy P>
+constexpr placed place_of(const P& policy, position_t position) {
+  const placed at = policy.place(position);
+  if constexpr (!std::same_as<P, sink_window>)
+    if (at.slot < 0 || at.following < 0 || at.slot >= policy.capacity() - at.following)
+      broken_source("a policy's place() has to lie in its slots, from 0 to below capacity()");
+  return at;
+}
+
 // Whether one of the positions [first, last) was stored over `position`.
 template <eviction_policy P>
 constexpr bool overwritten(const P& policy, position_t position, position_t first, position_t last) {
   const index_t slot = policy.place(position).slot;
   for (position_t p = std::max(first, position + 1); p < last;) {
-    const placed at = policy.place(p);
+    const placed at = place_of(policy, p);
     if (at.slot <= slot && slot - at.slot <= std::min<position_t>(at.following, last - 1 - p)) return true;
     p += at.following + 1;
   }
@@ -140,7 +151,7 @@ constexpr bool stored_over(const P& policy, const span_list& spans, position_t n
   const index_t slot = policy.place(next).slot;
   for (const position_span& span : spans)
     for (position_t p = span.first; p < span.last;) {
-      const placed at = policy.place(p);
+      const placed at = place_of(policy, p);
       if (at.slot <= slot && slot - at.slot <= std::min<position_t>(at.following, span.last - 1 - p)) return true;
       p += at.following + 1;
     }

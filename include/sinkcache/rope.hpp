@@ -17,9 +17,9 @@
 #include <optional>
 #include <span>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
 #include "detail/simd.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {

@@ -3,7 +3,8 @@
 // sinkcache: KV caches that pin attention sinks, and the attention that reads them.
 //
 //   kv_cache.hpp          the cache: append, truncate, what is kept
-//   any_kv_cache.hpp      its configuration, and a cache whose formats were chosen at run time
+//   cache_config.hpp      its configuration
+//   any_kv_cache.hpp      a cache whose formats were chosen at run time
 //   layer_caches.hpp      the caches of a model's layers, taken back and copied together
 //   kv_view.hpp           keys and values in an engine's own memory, read in place
 //   kv_memory.hpp         how that memory is described
@@ -20,7 +21,7 @@
 //   ggml_formats.hpp      rows as ggml lays them out, q8_0 and q4_0, for a kv_view
 //   workspace.hpp         scratch memory, and the hook for your threads
 //   matrix.hpp            row-major views of Eigen matrices
-//   config.hpp            integer types; status, what a check found
+//   status.hpp            status, what a check found; integer types
 //   not_finite.hpp        whether what is stored is still numbers
 //   storage.hpp           the one allocation behind a cache
 //   tiered_storage.hpp    the one allocation behind that, and which token lies where
@@ -44,7 +45,7 @@
 #include "any_kv_cache.hpp"
 #include "attention.hpp"
 #include "attention_params.hpp"
-#include "config.hpp"
+#include "cache_config.hpp"
 #include "format.hpp"
 #include "ggml_formats.hpp"
 #include "joined.hpp"
@@ -59,6 +60,7 @@
 #include "rope.hpp"
 #include "softmax.hpp"
 #include "source.hpp"
+#include "status.hpp"
 #include "storage.hpp"
 #include "tiered_storage.hpp"
 #include "version.hpp"

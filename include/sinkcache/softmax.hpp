@@ -17,10 +17,10 @@
 #include <utility>
 #include <vector>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
 #include "detail/simd.hpp"
 #include "matrix.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {

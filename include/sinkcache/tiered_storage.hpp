@@ -34,7 +34,7 @@ struct tier_shape {
   // The first position that is among the newest after so many tokens.
   position_t first_recent(position_t seen) const { return std::max<position_t>(pinned(), seen - recent); }
 
-  placed place(position_t position) const { return policy.place(position); }
+  placed place(position_t position) const { return place_of(policy, position); }
 
   // How many tokens may come so that the first still sees what it has to; 64 at most.
   index_t room(position_t seen) const {

@@ -10,8 +10,8 @@
 #include <new>
 #include <optional>
 
-#include "config.hpp"
 #include "detail/macros_off.hpp"
+#include "status.hpp"
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {

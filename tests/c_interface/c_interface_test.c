@@ -410,6 +410,17 @@ static void run_nothing(void* host, int64_t n, sinkcache_work work, void* call) 
   work(NULL, 0, 0);
 }
 
+/* Asks for what there is not, then for all there is. */
+static void run_more(void* host, int64_t n, sinkcache_work work, void* call) {
+  run_nothing(host, n, work, call);
+  for (int64_t item = 0; item < n; ++item) work(call, item, 0);
+}
+/* Leaves its first run out. */
+static void run_later(void* host, int64_t n, sinkcache_work work, void* call) {
+  const int runs = (*(int*)host)++;
+  for (int64_t item = 0; item < n && runs > 0; ++item) work(call, item, 0);
+}
+
 static sinkcache_attention* used_attention;
 static sinkcache_cache* used_cache;
 static sinkcache_workspace* used_workspace;
@@ -466,8 +477,11 @@ static void wrong_configurations(void) {
   WRONG(rope.theta = NAN, "theta was nan");
   WRONG(rope.width = 7, "width was 7");
   WRONG(rope.width = INT64_MAX, "width was");
-  WRONG(rope.width = 18, "rope's width was 18");
+  WRONG(rope.width = 18, "rope's width was 18, had to be 0, or even and at most head_dim, 16");
   WRONG(rope.num_inv_freq = 3, "num_inv_freq was 3");
+  WRONG(
+      (rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq", .factor = 4, .inv_freq = q, .num_inv_freq = 1}),
+      "rope's factor was 4, had to be 0: type 'inv_freq' has none");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq"}), "rope's num_inv_freq was 0");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .theta = 100, .width = 7}), "rope's width was 7");
   WRONG((rope = (sinkcache_rope){.size = sizeof rope, .theta = 100, .width = -2}), "rope's width was -2");
@@ -608,6 +622,25 @@ static void wrong_calls(void) {
   sinkcache_workspace* lazy = NULL;
   OK(sinkcache_workspace_create_on(&host, &lazy, &error));
   REFUSED(DECODE(attention, cache, q1, out1, nowhere, lazy), "items that the executor left out was");
+  sinkcache_workspace_destroy(lazy);
+  OK(sinkcache_cache_clone(cache, &copy, &error));
+  int runs = 0;
+  host.run = &run_later, host.host = &runs;
+  OK(sinkcache_workspace_create_on(&host, &lazy, &error));
+  REFUSED(sinkcache_prefill(attention, copy, 1, q1, k1, v1, out1, nowhere, lazy, &error),
+          "items that the executor left out was");
+  CHECK(runs > 1);
+  OK(DECODE(attention, copy, q1, out1, nowhere, lazy)); /* that was told already */
+  sinkcache_workspace_destroy(lazy);
+  sinkcache_cache_destroy(copy);
+  float expected[OUT];
+  OK(DECODE(attention, cache, q1, out1, nowhere, workspace));
+  memcpy(expected, out, sizeof expected);
+  memset(out, 0, sizeof expected);
+  host.run = &run_more, host.host = NULL;
+  OK(sinkcache_workspace_create_on(&host, &lazy, &error));
+  OK(DECODE(attention, cache, q1, out1, nowhere, lazy));
+  CHECK(memcmp(out, expected, sizeof expected) == 0);
   sinkcache_workspace_destroy(lazy);
   sinkcache_status inner = SINKCACHE_OK;
   host.run = &run_inside, host.host = &inner;

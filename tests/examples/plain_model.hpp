@@ -11,7 +11,7 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <sinkcache/config.hpp>
+#include <sinkcache/status.hpp>
 #include <span>
 #include <string>
 #include <vector>

@@ -26,8 +26,8 @@ struct loaded_rows {
   loaded_rows from_row(index_t i) const { return {reader, rows.from_row(i), in_place}; }
 };
 
-// How rows of a part are read, tile by tile: as they are, if their reader can work on that, where they lie or brought
-// together; else decoded.
+// How rows of a part are read, tile by tile: as they are, if their reader can work on that, where they lie or gathered;
+// else decoded.
 class row_loader {
  public:
   row_loader(const kv_rows& from, index_t dim, float* scratch) noexcept

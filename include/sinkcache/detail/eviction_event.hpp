@@ -44,7 +44,7 @@ class eviction_run {
     mark_pinned(s_.rows.at(h), s_.of.num_sink_tokens, s_.pins(), kept);
     const query_log& log = s_.log;
     if (s_.needs.query_statistics) {
-      // As many behind as can be taken back.
+      // As many tokens late as can be taken back.
       const position_t sinks = s_.of.num_sink_tokens, to = std::max(sinks, seen_ - s_.of.rollback);
       log.moments(s_.of.geometry, h, std::max(log.folded(), sinks), to, static_cast<double>(to - sinks), s_.statistics);
     }
@@ -117,7 +117,7 @@ class eviction_run {
     }
   }
 
-  // The rows of a head that may leave, behind those of the heads before it.
+  // The rows of a head that may leave, after those of the heads before it.
   index_t add_candidates(index_t h, index_t from) const noexcept {
     const held_rows& head = s_.rows.head(h);
     for (index_t i = 0; i < head.n; ++i) {

@@ -24,7 +24,7 @@ inline void to_weights(float* logits, index_t n, float m, float weight) noexcept
 }
 
 // Of each row of a block, in whole panels: the maximum of its logits, and the normalised weight of a logit that equals
-// it; 0 where nothing is seen, and behind the last row.
+// it; 0 where nothing is seen, and after the last row.
 struct row_weights {
   const float *m, *weight;
   float* to;  // sums, a key each

@@ -43,7 +43,7 @@ class plain_cache : public policy_cache<plain_cache<Policy>, Policy, storage> {
     key_rotation rotation(geometry_);
     for (index_t i = 0; i < n; ++i) {
       rotation.go_to(seen_ + i);
-      const index_t slot = policy_.place(seen_ + i).slot;
+      const index_t slot = place_of(policy_, seen_ + i).slot;
       for (index_t head = first_kv_head; head < first_kv_head + num_kv_heads; ++head) {
         alignas(64) float rotated[max_head_dim];
         rows_.encode(head, slot, rotation(k.row(first_row + i) + head * dim, rotated),
@@ -117,7 +117,7 @@ class plain_cache : public policy_cache<plain_cache<Policy>, Policy, storage> {
     part.v = rows_.v_rows(kv_head);
     part.seen_until = seen_until;
     erased_.for_each_kept(span, [&](const position_span& kept) {
-      detail::push_runs(part, kept, num_pinned(policy_), parts, [&](position_t p) { return policy_.place(p); });
+      detail::push_runs(part, kept, num_pinned(policy_), parts, [&](position_t p) { return place_of(policy_, p); });
     });
   }
 

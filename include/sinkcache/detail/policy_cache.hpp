@@ -70,7 +70,7 @@ class policy_cache : public any_kv_cache {
   // The policy may be moved from where there is no memory.
   index_t capacity() const noexcept override { return nbytes() > 0 ? max_visible(self().policy()) : 0; }
   index_t num_visible(position_t query) const noexcept override {
-    return nbytes() > 0 && query >= 0 ? erased_.num_left(self().policy().visible(query + 1)) : 0;
+    return nbytes() > 0 ? erased_.num_left(self().policy().visible(seen_by(query))) : 0;
   }
   std::size_t nbytes() const noexcept override { return rows_.nbytes(); }
   cache_kind kind() const noexcept override { return {formats_->k.reader->name, formats_->v.reader->name}; }

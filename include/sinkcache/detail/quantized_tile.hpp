@@ -37,7 +37,7 @@ inline float bf16_at(const std::byte* from) noexcept {
 
 #if defined(SINKCACHE_INTEGER_KERNELS)
 
-// As many bytes as there are, zeros behind them; all without a mask, which takes longer.
+// As many bytes as there are, zeros after them; all without a mask, which takes longer.
 template <class V>
 [[gnu::always_inline]] inline V load_bytes(const std::byte* from, index_t n) noexcept {
   V bytes;
@@ -63,7 +63,7 @@ template <class V>
   return _mm512_and_si512(_mm512_or_si512(two, _mm512_maskz_slli_epi32(0xffff, two, 12)), _mm512_set1_epi8(3));
 }
 
-// The codes of elements [first, first + 64) of a row of `dim`, a multiple of 16; zeros behind those.
+// The codes of elements [first, first + 64) of a row of `dim`, a multiple of 16; zeros after those.
 template <int Bits>
 [[gnu::always_inline]] inline __m512i codes_at(const std::byte* row, index_t first, index_t dim) noexcept {
   const std::byte* const codes = row + scale_bytes;

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../config.hpp"
+#include "../status.hpp"
 #include "macros_off.hpp"
 
 #if defined(__AVX__)

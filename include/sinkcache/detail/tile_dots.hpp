@@ -87,7 +87,7 @@ struct joined_sums {
 
 // Prefetches values while the keys of a tile are multiplied: as many rows as there are keys at a time, a line of each
 // for a line of keys. Three come from as many parts of the tile; more are neighbours, which are read line by line if
-// they lie one behind the other: a line of each row at a time takes up to 1.2 times as long from memory.
+// they lie one after the other: a line of each row at a time takes up to 1.2 times as long from memory.
 template <int Keys>
 class value_prefetcher {
  public:

@@ -43,7 +43,7 @@ struct key_prefetcher {
   const std::byte* data;
   index_t at, step;
 
-  // Where keys lie one behind the other, a strip's share are as many bytes in one piece.
+  // Where keys lie one after the other, a strip's share are as many bytes in one piece.
   key_prefetcher(tile_rows keys, index_t n, index_t column)
       : data(keys.data),
         at(column * (keys.stride == keys.bytes ? n : 1)),

@@ -1,6 +1,6 @@
 #pragma once
 
-// Integer types, the checks that are always on, and the one place where the library gives up.
+// What a check found, the one place where the library gives up, and integer types.
 //
 // A rule is written once, as a line that adds to a status. Functions throw what it found, or abort where exceptions are
 // off; functions named try_... return it, after having changed nothing.
@@ -37,6 +37,13 @@ struct position_span {
 
 inline constexpr position_t max_position = position_t{1} << 62;  // streams and first positions end here
 inline constexpr index_t max_head_dim = 576;
+
+namespace detail {
+
+// The count of tokens up to a query, itself included. A query before every stream counts as -1, one after all as last.
+constexpr position_t seen_by(position_t query) { return std::clamp<position_t>(query, -1, max_position - 1) + 1; }
+
+}  // namespace detail
 
 // What a failed check does with its message. Define it before the first include, in every file alike, to route
 // errors elsewhere; it must not return.

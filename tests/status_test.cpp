@@ -1,6 +1,6 @@
 // What a status remembers and says.
 
-#include <sinkcache/config.hpp>
+#include <sinkcache/status.hpp>
 
 #include <algorithm>
 #include <cmath>
