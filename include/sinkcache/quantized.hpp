@@ -70,6 +70,45 @@ inline void scale_row(float* row, index_t n, float by) noexcept {
   for (; i < n; ++i) row[i] *= by;
 }
 
+// Sums and differences of neighbours, of every second, and so on, up to halves of so many vectors, which stay in
+// registers meanwhile.
+template <int Vectors>
+void hadamard_vectors(float* row, index_t n) noexcept {
+  const auto within = [&]<int Half>(vfloat v) {
+    // Lanes with that bit become the other less themselves, the others the sum.
+    constexpr auto numbers = [] {
+      struct {
+        std::uint32_t sign[lanes] = {};
+      } of;
+      for (int i = 0; i < lanes; ++i) of.sign[i] = (i & Half) != 0 ? 0x80000000u : 0;
+      return of;
+    }();
+    const auto signs = std::bit_cast<vuint>(numbers);
+    const auto other = shuffled<lanes, [](int i) { return i ^ Half; }>(v, v);
+    return other + std::bit_cast<vfloat>(std::bit_cast<vuint>(v) ^ signs);
+  };
+  for (index_t i = 0; i < n; i += Vectors * lanes) {
+    vfloat v[Vectors];
+#pragma GCC unroll 8
+    for (int k = 0; k < Vectors; ++k) {
+      v[k] = within.template operator()<2>(within.template operator()<1>(load(row + i + k * lanes)));
+      if constexpr (lanes > 4) v[k] = within.template operator()<4 % lanes>(v[k]);
+      if constexpr (lanes > 8) v[k] = within.template operator()<8 % lanes>(v[k]);
+    }
+#pragma GCC unroll 3
+    for (int h = 1; h < Vectors; h *= 2)
+#pragma GCC unroll 8
+      for (int k = 0; k < Vectors; ++k) {
+        if ((k & h) != 0) continue;
+        const vfloat a = v[k], b = v[k + h];
+        v[k] = a + b;
+        v[k + h] = a - b;
+      }
+#pragma GCC unroll 8
+    for (int k = 0; k < Vectors; ++k) store(row + i + k * lanes, v[k]);
+  }
+}
+
 // A Hadamard transform of n floats, a power of two: its own inverse. Additions alone, then one factor: no two compilers
 // round it differently. Where sums might not be floats a power of two is taken out before; what is infinite after that
 // is too large for any float, as of a constant row of 3e38.
@@ -78,28 +117,12 @@ inline void hadamard_block(float* row, index_t n) noexcept {
   if (large) scale_row(row, n, 0x1p-10f);
   index_t h = 1;
   if (n >= lanes) {
-    const auto within = [&]<int Half>(vfloat v) {
-      // Lanes with that bit become the other less themselves, the others the sum.
-      constexpr auto numbers = [] {
-        struct {
-          std::uint32_t sign[lanes] = {};
-        } of;
-        for (int i = 0; i < lanes; ++i) of.sign[i] = (i & Half) != 0 ? 0x80000000u : 0;
-        return of;
-      }();
-      const auto signs = std::bit_cast<vuint>(numbers);
-      const auto other = shuffled<lanes, [](int i) { return i ^ Half; }>(v, v);
-      return other + std::bit_cast<vfloat>(std::bit_cast<vuint>(v) ^ signs);
-    };
-    for (index_t i = 0; i < n; i += lanes) {
-      vfloat v = load(row + i);
-      v = within.template operator()<1>(v);
-      v = within.template operator()<2>(v);
-      if constexpr (lanes > 4) v = within.template operator()<4 % lanes>(v);
-      if constexpr (lanes > 8) v = within.template operator()<8 % lanes>(v);
-      store(row + i, v);
-    }
-    for (h = lanes; h < n; h *= 2)
+    h = std::min<index_t>(n, 8 * lanes);
+    if (h == 8 * lanes) hadamard_vectors<8>(row, n);
+    if (h == 4 * lanes) hadamard_vectors<4>(row, n);
+    if (h == 2 * lanes) hadamard_vectors<2>(row, n);
+    if (h == lanes) hadamard_vectors<1>(row, n);
+    for (; h < n; h *= 2)
       for (index_t i = 0; i < n; i += 2 * h)
         for (index_t j = i; j < i + h; j += lanes) {
           const vfloat a = load(row + j), b = load(row + j + h);
