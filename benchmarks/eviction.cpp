@@ -12,14 +12,24 @@ using namespace measure;
 
 constexpr index_t interval = 64, recent = 32, chunk = 512;
 
-void eviction(benchmark::State& state, const effort& effort, const shape& of, sinkcache::positions positions,
+struct place {
+  const char* name;
+  sinkcache::positions positions;
+  sinkcache::inputs inputs = sinkcache::inputs::raw;
+};
+constexpr place absolute{"absolute", sinkcache::positions::absolute},
+    in_cache{"in_cache", sinkcache::positions::in_cache},
+    rotated{"in_cache_rotated", sinkcache::positions::in_cache, sinkcache::inputs::rotated};  // keys come rotated
+
+template <class F>
+void eviction(benchmark::State& state, const effort& effort, const shape& of, const place& at,
               std::string_view policy) {
-  using F = sinkcache::f16;
   const index_t visible = short_visible(of);
   sinkcache::cache_config config = config_of(of, visible);
-  config.positions = positions;
-  sinkcache::kv_cache<F> window(config);
-  config.window = 0, config.rollback = 0;
+  config.positions = at.positions, config.inputs = at.inputs;
+  sinkcache::kv_cache<sinkcache::f16> window(config);
+  config.window = 0;
+  if (std::is_same_v<F, sinkcache::f16>) config.rollback = 0;  // tiers take a prompt by as many tokens
   sinkcache::status found;
   sinkcache::scored_kv_cache<F> scored(
       config, {.budget = visible - interval, .recent = recent, .interval = interval, .num_qo_heads = of.num_qo_heads},
@@ -50,26 +60,33 @@ void eviction(benchmark::State& state, const effort& effort, const shape& of, si
   row.number("step_us", 1e6 * rounds.seconds(1).median / static_cast<double>(interval));
   row.ratio("step_over_window", rounds.ratio(1, 0));
   row.ratio("prefill_over_window", rounds.ratio(3, 2));
-  row.number("bytes_over_rows", static_cast<double>(scored.nbytes()) /
-                                    static_cast<double>(visible * of.num_kv_heads * 2 * F::block_bytes(of.head_dim)));
+  row.number("bytes_over_rows",
+             static_cast<double>(scored.nbytes()) / static_cast<double>(visible * of.num_kv_heads * 4 * of.head_dim));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   suite::program program(argc, argv);
-  for (const auto& [positions, name] :
-       {std::pair(sinkcache::positions::absolute, "absolute"), std::pair(sinkcache::positions::in_cache, "in_cache")})
-    for (const shape& of : {shapes[0], shapes[2]})
-      for (const sinkcache::named_policy& policy : sinkcache::named_policies) {
-        const auto run = [of, positions = positions, policy](auto& state, const effort& effort) {
-          eviction(state, effort, of, positions, policy.name);
-        };
-        const std::string row = std::string("eviction/") + name + "/" + of.name + "/" + std::string(policy.name);
-        if (of.name[0] == 'C')
-          program.add(row, run);
-        else
-          program.add_slow(row, run);
-      }
+  const auto add = [&]<class F>(F, const char* format, const shape& of, const place& at, std::string_view policy) {
+    const auto run = [of, at, policy](auto& state, const effort& effort) {
+      eviction<F>(state, effort, of, at, policy);
+    };
+    const std::string row = std::string("eviction/") + at.name + "/" + of.name + "/" + std::string(policy) + format;
+    if (of.name[0] == 'C')
+      program.add(row, run);
+    else
+      program.add_slow(row, run);
+  };
+  for (const shape& of : {shapes[0], shapes[2]}) {
+    for (const place& at : {absolute, in_cache})
+      for (const sinkcache::named_policy& policy : sinkcache::named_policies)
+        add(sinkcache::f16{}, "", of, at, policy.name);
+    for (const place& at : {absolute, in_cache, rotated}) {
+      add(sinkcache::q8{}, "_q8", of, at, "knorm");
+      add(sinkcache::q4{}, "_q4", of, at, "knorm");
+    }
+    add(sinkcache::f16{}, "", of, rotated, "knorm");
+  }
   return program.main();
 }
