@@ -274,8 +274,7 @@ struct expected_attention final : token_scorer {
         z.segment(i, m) = scale * (keys.topRows(m) * mean.transpose()).transpose();
         if (!covariance) continue;
         rotated.topRows(m).noalias() = keys.topRows(m) * sigma.triangularView<Eigen::Upper>();
-        z.segment(i, m) +=
-            scale * scale * rotated.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
+        z.segment(i, m) += scale * scale * rotated.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
       }
       add_softmax(head, z, p);
     }

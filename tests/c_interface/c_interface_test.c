@@ -477,7 +477,7 @@ static void wrong_configurations(void) {
   WRONG(rope.theta = NAN, "theta was nan");
   WRONG(rope.width = 7, "width was 7");
   WRONG(rope.width = INT64_MAX, "width was");
-  WRONG(rope.width = 18, "rope's width was 18, had to be 0, or even and at most head_dim, 16");
+  WRONG(rope.width = 18, "rope's width was 18, had to be even and at most head_dim, which 0 stands for, 16");
   WRONG(rope.num_inv_freq = 3, "num_inv_freq was 3");
   WRONG(
       (rope = (sinkcache_rope){.size = sizeof rope, .type = "inv_freq", .factor = 4, .inv_freq = q, .num_inv_freq = 1}),
