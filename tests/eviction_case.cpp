@@ -202,18 +202,31 @@ void rotate_row(const eviction_setup& setup, index_t token, matrix& m) {
 
 doubles row_of(const matrix& m, index_t i) { return {m.row(i).data(), m.row(i).data() + m.cols()}; }
 
+// All heads of a token that came rotated, as a cache stores them that rotates keys to their places later.
+void rotate_back(const cache_config& config, index_t token, matrix& m) {
+  rope::angles angles;
+  config.rope->angles_at(-(config.first_position + token), false, angles);
+  for (float* head = m.row(token).data(); head < m.row(token).data() + m.cols(); head += config.head_dim) {
+    config.rope->rotate(angles, head, config.head_dim, head);
+    for (index_t i = 0; i < config.rope->width(); ++i) head[i] /= config.rope->attention_factor();
+  }
+}
+
 // What the oracle makes of a case. Rows read back as a plain cache of the same format stores them: rotated to their
-// true positions, but as they are given where places change at every event.
+// true positions, but as they are before rope where places change at every event.
 struct expected {
   explicit expected(const eviction_case& c) {
-    const bool unrotated = c.setup.in_cache && c.config.inputs == inputs::raw;
+    const bool unrotated = c.setup.in_cache;
     cache_config plain = c.config;
     plain.num_sink_tokens = 0;
     plain.window = c.tokens;
     plain.rollback = 0;
+    matrix keys = c.k;
+    if (unrotated && c.config.inputs == inputs::rotated)
+      for (index_t i = 0; i < c.tokens; ++i) rotate_back(c.config, i, keys);
     if (unrotated) plain.rope = rope::none();
     const auto beside = make_cache(c.format, c.format, plain);
-    beside->append(c.k, c.v);
+    beside->append(keys, c.v);
     eviction_setup setup = c.setup;
     setup.stored_key = [&](const doubles& given, std::size_t head, stream_position at) {
       std::vector<float> row(given.size());

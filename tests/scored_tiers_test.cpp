@@ -170,8 +170,7 @@ TEST_CASE("scored tiers: attention against the oracle on what is stored") {
     c.config.rollback = one_of<index_t>(dice, {0, 3, 20, 63});
     c.params.sm_scale = static_cast<float>(c.layer.sm_scale);
     c.layer.sm_scale = static_cast<double>(*c.params.sm_scale);
-    c.layer.k_rotated =
-        !(c.layer.in_cache && c.config.inputs == inputs::raw && c.config.rope && c.config.rope->width() > 0);
+    c.layer.k_rotated = !(c.layer.in_cache && c.config.rope && c.config.rope->width() > 0);
     c.logit_scale = std::min(c.logit_scale, 100.);
     const std::string name = names[dice.from_to(0, std::size(names) - 1)];
     const scorer of = policy(name);

@@ -26,26 +26,30 @@ inline void require_range(status& found, position_t first, position_t last, posi
   found.require(last <= seen, "last", last, "at most what was seen,", seen);
 }
 
-// Rotates keys to their true positions, where they come raw and are stored so.
+// Rotates keys that come raw to their true positions, or those that come rotated back, where they are stored so.
 class key_rotation {
  public:
   explicit key_rotation(const kv_geometry& of, bool stores_rotated = true) noexcept
-      : rope_(of.inputs == inputs::raw && of.rotates() && stores_rotated ? &*of.rope : nullptr),
+      : rope_(of.rotates() && (of.inputs == inputs::raw) == stores_rotated ? &*of.rope : nullptr),
+        back_(!stores_rotated),
         dim_(of.head_dim),
         first_position_(of.first_position) {}
 
   void go_to(position_t position) noexcept {
-    if (rope_ != nullptr) rope_->angles_at(first_position_ + position, true, angles_);
+    const position_t at = first_position_ + position;
+    if (rope_ != nullptr) rope_->angles_at(back_ ? -at : at, !back_, angles_);
   }
   // A key as it is, or rotated, in `to`.
   const float* operator()(const float* key, float* to) const noexcept {
     if (rope_ == nullptr) return key;
     rope_->rotate(angles_, key, dim_, to);
+    for (index_t i = 0; back_ && i < rope_->width(); ++i) to[i] /= rope_->attention_factor();
     return to;
   }
 
  private:
   const rope* rope_;
+  bool back_;  // to what it was before rope
   index_t dim_;
   position_t first_position_;
   rope::angles angles_;

@@ -85,12 +85,9 @@ class eviction_run {
     const kv_geometry& g = s.of.geometry;
     const auto stored = s.stored(kv_head, i);
     read_row(stored.k, stored.row, g.head_dim, g.k_transform, s.row);
-    const position_t at = s.rows.at(kv_head)[static_cast<std::size_t>(i)];
-    const bool to_place = shown && g.positions == positions::in_cache, unrotated = s.stores_unrotated();
-    if (!g.rotates() || (!to_place && !unrotated)) return static_cast<void>(std::copy_n(s.row, g.head_dim, to));
-    const position_t place = to_place ? i : g.first_position + at;
+    if (!s.stores_unrotated()) return static_cast<void>(std::copy_n(s.row, g.head_dim, to));
     rope::angles angles;
-    g.rope->angles_at(unrotated ? place : place - g.first_position - at, unrotated, angles);
+    g.rope->angles_at(shown ? i : g.first_position + s.rows.at(kv_head)[static_cast<std::size_t>(i)], true, angles);
     g.rope->rotate(angles, s.row, g.head_dim, to);
   }
   static void value_of(const void* of, index_t kv_head, index_t i, float* to) noexcept {

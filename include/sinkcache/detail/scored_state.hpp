@@ -54,10 +54,7 @@ class scored_state {
 
   // Whether keys are stored as they were before rope, and attention rotates them to their places: those change at
   // events.
-  bool stores_unrotated() const {
-    const kv_geometry& g = of.geometry;
-    return g.positions == positions::in_cache && g.inputs == inputs::raw && g.rotates();
-  }
+  bool stores_unrotated() const { return of.geometry.positions == positions::in_cache && of.geometry.rotates(); }
   std::span<const float> rank_angles() const {
     return {rank_angles_memory,
             static_cast<std::size_t>(stores_unrotated() ? of.geometry.rope->rank_angles_size() : 0)};
