@@ -24,12 +24,14 @@ inline float largest_magnitude(const float* y, index_t dim) noexcept {
   };
   index_t i = 0;
   for (; i + lanes <= dim; i += lanes) take(load(y + i));
-  float last[lanes] = {};
-  std::copy_n(y + i, dim - i, last);
-  take(load(last));
-  float most = 0, zero = 0;
-  for (int lane = 0; lane < lanes; ++lane) most = std::max(most, mosts[lane]), zero += zeros[lane];
-  return most + zero;
+  if (i < dim) {
+    float last[lanes] = {};
+    std::copy_n(y + i, dim - i, last);
+    take(load(last));
+  }
+  const auto larger = [](vfloat a, vfloat b) { return max(a, b); };
+  const auto sum = [](vfloat a, vfloat b) { return a + b; };
+  return join_lanes<1>(mosts, larger)[0] + join_lanes<1>(zeros, sum)[0];
 }
 
 inline void scale_row(float* row, index_t n, float by) noexcept {
