@@ -22,8 +22,9 @@ void absorb_unrotated(const kv_part& part, const key_rotations& rotations, const
   const index_t dim = round_up(rows.head_dim, 16);
   const position_t first = first_of(part);
   const row_loader keys(part.k, rows.head_dim, scratch.k), values(part.v, rows.v_head_dim, scratch.v);
-  const bool as_they_are = keys.as_they_are() && part.k.reader->rotated_dots != nullptr && rotations.in_vectors() &&
-                           rotations.transform == nullptr;
+  const bool on_the_way = rotations.in_vectors();
+  const bool as_they_are =
+      on_the_way && keys.as_they_are() && part.k.reader->rotated_dots != nullptr && rotations.transform == nullptr;
   rope::angles back;
   index_t q_from = 0, q_rows = 0;  // which rows are rotated: most often the same for every tile
   for (position_t tile = all.lo, end; tile < all.hi; tile = end) {
@@ -34,7 +35,9 @@ void absorb_unrotated(const kv_part& part, const key_rotations& rotations, const
     const loaded_rows k =
         as_they_are ? keys.load(lie)
                     : loaded_rows{&reader_of<f32>,
-                                  rotated_rows(part, rows.head_dim, number, n, rotations, tile, scratch.k), false};
+                                  on_the_way ? unrotated_rows(part, rows.head_dim, number, n, rotations, scratch.k)
+                                             : rotated_rows(part, rows.head_dim, number, n, rotations, tile, scratch.k),
+                                  false};
     const tile_rows next = k.rows.from_row(n);
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);
@@ -47,7 +50,7 @@ void absorb_unrotated(const kv_part& part, const key_rotations& rotations, const
         const auto some = static_cast<index_t>(upto - at), in_tile = static_cast<index_t>(at - tile);
         const auto done = static_cast<index_t>(at - seen.first);
         const tile_rows of_k = k.rows.from_row(in_tile), of_v = v.rows.from_row(in_tile);
-        if (as_they_are) {
+        if (on_the_way) {
           if (q_from != r || q_rows != same) rotate(r, same, position_t{0}, scratch.rotated);
           q_from = r, q_rows = same;
           rotations.of.angles_at(base, false, back);

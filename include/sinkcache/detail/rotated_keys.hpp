@@ -152,14 +152,22 @@ void rotated_group_dots(const float* packed, index_t count, index_t dim, const k
   });
 }
 
-// The rows of a part from number `first` on, the first of them at `place`, as floats [n, round_up(dim, 16)].
-inline tile_rows rotated_rows(const kv_part& part, index_t dim, index_t first, index_t n,
-                              const key_rotations& rotations, position_t place, float* to) noexcept {
+// The rows of a part from number `first` on as they were before rope, as floats [n, round_up(dim, 16)].
+inline tile_rows unrotated_rows(const kv_part& part, index_t dim, index_t first, index_t n,
+                                const key_rotations& rotations, float* to) noexcept {
   const index_t stride = round_up(dim, 16);
   const tile_rows rows = decoded_rows(part.k, tile_runs(part, first, n), dim, stride, to);
+  for (index_t i = 0; rotations.transform != nullptr && i < n; ++i) rotations.transform->undo(to + i * stride, dim);
+  return rows;
+}
+
+// The same, rotated by their places modulo 64, the first of them at `place`.
+inline tile_rows rotated_rows(const kv_part& part, index_t dim, index_t first, index_t n,
+                              const key_rotations& rotations, position_t place, float* to) noexcept {
+  const tile_rows rows = unrotated_rows(part, dim, first, n, rotations, to);
+  const index_t stride = round_up(dim, 16);
   rope::angles by;
   for (index_t i = 0; i < n; ++i) {
-    if (rotations.transform != nullptr) rotations.transform->undo(to + i * stride, dim);
     const float* const row = rotations.row(place + i);
     for (index_t p = 0; p < rotations.of.width() / 2; p += 16) {
       std::copy_n(row + 2 * p, 16, by.cos + p);
