@@ -36,14 +36,16 @@ class key_rotation {
         first_position_(of.first_position) {}
 
   void go_to(position_t position) noexcept {
-    const position_t at = first_position_ + position;
-    if (rope_ != nullptr) rope_->angles_at(back_ ? -at : at, !back_, angles_);
+    if (rope_ == nullptr) return;
+    if (back_) return rope_->angles_at(-(first_position_ + position), false, angles_);
+    rope_->angles_at(first_position_ + position, true, angles_);
   }
   // A key as it is, or rotated, in `to`.
   const float* operator()(const float* key, float* to) const noexcept {
     if (rope_ == nullptr) return key;
     rope_->rotate(angles_, key, dim_, to);
-    for (index_t i = 0; back_ && i < rope_->width(); ++i) to[i] /= rope_->attention_factor();
+    if (back_) [[unlikely]]
+      for (index_t i = 0; i < rope_->width(); ++i) to[i] /= rope_->attention_factor();
     return to;
   }
 
