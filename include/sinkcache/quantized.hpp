@@ -61,43 +61,31 @@ inline std::uint16_t bf16_from_above(double x) noexcept {
 }
 inline constexpr std::uint16_t nan_scale = 0x7fc0, largest_q2_scale = 0x7f2a;  // 1.5 times that is a float
 
-// Packs the low Bits of codes one after another, and unpacks them; n is a multiple of 16. Eight at a time, in a word of
-// 64 bits: each step brings neighbours together, or apart.
+// Packs the low Bits of codes one after another; n is a multiple of 16.
 template <int Bits>
 void pack_codes(const std::uint8_t* codes, index_t n, std::byte* to) noexcept {
-  for (index_t i = 0; i < n; i += 8, to += Bits) {
-    std::uint64_t x;
-    std::memcpy(&x, codes + i, sizeof x);
-    if constexpr (Bits == 2) {
-      x = x & 0x0303030303030303;
-      x = (x | x >> 6) & 0x000f000f000f000f;
-      x = (x | x >> 12) & 0x000000ff000000ff;
-      x = x | x >> 24;
-    } else {
-      x = x & 0x0f0f0f0f0f0f0f0f;
-      x = (x | x >> 4) & 0x00ff00ff00ff00ff;
-      x = (x | x >> 8) & 0x0000ffff0000ffff;
-      x = x | x >> 16;
-    }
-    std::memcpy(to, &x, Bits);
+  constexpr int in_byte = 8 / Bits;
+  for (index_t i = 0; i < n / in_byte; ++i) {
+    unsigned byte = 0;
+    for (int j = 0; j < in_byte; ++j)
+      byte |= static_cast<unsigned>(codes[i * in_byte + j] & ((1 << Bits) - 1)) << Bits * j;
+    to[i] = static_cast<std::byte>(byte);
   }
 }
+typedef std::uint8_t sixteen_bytes __attribute__((vector_size(16)));
+
+// Sixteen of them, of four or two bits, a byte each.
 template <int Bits>
-void unpack_codes(const std::byte* from, index_t n, std::uint8_t* codes) noexcept {
-  for (index_t i = 0; i < n; i += 8, from += Bits) {
-    std::uint64_t x = 0;
-    std::memcpy(&x, from, Bits);
-    if constexpr (Bits == 2) {
-      x = (x | x << 24) & 0x000000ff000000ff;
-      x = (x | x << 12) & 0x000f000f000f000f;
-      x = (x | x << 6) & 0x0303030303030303;
-    } else if constexpr (Bits == 4) {
-      x = (x | x << 16) & 0x0000ffff0000ffff;
-      x = (x | x << 8) & 0x00ff00ff00ff00ff;
-      x = (x | x << 4) & 0x0f0f0f0f0f0f0f0f;
-    }
-    std::memcpy(codes + i, &x, sizeof x);
-  }
+[[gnu::always_inline]] inline sixteen_bytes unpacked(const std::byte* from) noexcept {
+  const auto by_turns = [](sixteen_bytes x, sixteen_bytes y) {
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  };
+  typedef std::uint64_t words __attribute__((vector_size(16)));
+  std::uint64_t first = 0;  // not through a vector in memory
+  std::memcpy(&first, from, 2 * Bits);
+  const auto x = std::bit_cast<sixteen_bytes>(words{first, 0});
+  if constexpr (Bits == 4) return by_turns(x & 15, x >> 4);
+  return by_turns(by_turns(x & 3, x >> 4 & 3), by_turns(x >> 2 & 3, x >> 6));
 }
 
 #if defined(__AVX2__)
@@ -198,8 +186,8 @@ struct quantized_row {
     const index_t padded = round_up(dim, 16);
     constexpr index_t piece = 64;
     for (index_t at = 0; at < dim; at += piece) {
-      alignas(64) std::uint8_t codes[piece];
-      read_codes(row, at, padded, codes);
+      alignas(64) std::uint8_t memory[piece];
+      const std::uint8_t* const codes = codes_of(row, at, padded, memory);
       constexpr float zero = (1 << (Bits - 1)) - 0.5f;
       const index_t n = std::min(piece, dim - at);
       index_t from = 0;
@@ -214,19 +202,20 @@ struct quantized_row {
   }
 
  private:
-  // The codes of elements [first, first + 64) of a row of `padded`.
-  static void read_codes(const std::byte* row, index_t first, index_t padded, std::uint8_t* codes) noexcept {
+  // The codes of elements [first, first + 64) of a row of `padded`, where they lie or in `to`.
+  static const std::uint8_t* codes_of(const std::byte* row, index_t first, index_t padded, std::uint8_t* to) noexcept {
+    if constexpr (Bits == 8) return reinterpret_cast<const std::uint8_t*>(row + scale_bytes + first);
 #if defined(SINKCACHE_INTEGER_KERNELS)
-    _mm512_store_si512(codes, codes_at<Bits>(row, first, padded));
+    _mm512_store_si512(to, codes_at<Bits>(row, first, padded));
 #else
     row += scale_bytes;
-    const index_t n = std::min<index_t>(64, padded - first);
-    if constexpr (Bits != 6) return unpack_codes<Bits>(row + code_bytes(Bits, first), n, codes);
-    std::uint8_t high[64];
-    unpack_codes<4>(row + code_bytes(4, first), n, codes);
-    unpack_codes<2>(row + code_bytes(4, padded) + code_bytes(2, first), n, high);
-    for (index_t i = 0; i < n; ++i) codes[i] = static_cast<std::uint8_t>(codes[i] | high[i] << 4);
+    for (index_t i = 0; i < std::min<index_t>(64, padded - first); i += 16) {
+      sixteen_bytes some = unpacked < Bits == 2 ? 2 : 4 > (row + code_bytes(Bits == 2 ? 2 : 4, first + i));
+      if constexpr (Bits == 6) some |= unpacked<2>(row + code_bytes(4, padded) + code_bytes(2, first + i)) << 4;
+      std::memcpy(to + i, &some, sizeof some);
+    }
 #endif
+    return to;
   }
 };
 
