@@ -9,10 +9,13 @@
 
 #include "../compare/caches.hpp"
 #include "../compare/svg.hpp"
+#include "../compare/svg_parts.hpp"
 #include "ranking.hpp"
 
 namespace evidence {
 namespace {
+
+using compare::svg_text;
 
 constexpr double panel = 330, gap = 62, left = 56, top = 70, bottom = 400;
 
@@ -28,10 +31,6 @@ struct series {
   std::string name;
   std::vector<std::vector<point>> panels;  // a text each, and recall
 };
-
-std::string text(double x, double y, const std::string& attributes, const std::string& words) {
-  return fmt::format("<text x=\"{:.1f}\" y=\"{:.1f}\" {}>{}</text>\n", x, y, attributes, words);
-}
 
 // How series number i looks: its line along `path`, and its points, rings where it is dashed, so that one point alone
 // tells them apart.
@@ -91,16 +90,17 @@ std::string drawn(const std::vector<series>& all, std::size_t which, const std::
   const double from = left + static_cast<double>(which) * (panel + gap);
   const auto at_x = [&](double bytes) { return from + panel * (0.04 + 0.92 * x.at(std::log2(bytes))); };
   const auto at_y = [&](double value) { return bottom - (bottom - top) * y.at(value); };
-  std::string out = text(from, top - 14, "font-weight=\"bold\"", title);
+  std::string out = svg_text(from, top - 14, "font-weight=\"bold\"", title);
   for (int i = 0; i <= 4; ++i) {
     const double value = y.low + (y.high - y.low) * i / 4;
     out += fmt::format("<path d=\"M{:.1f} {:.1f}h{:.1f}\" stroke=\"#e6e6e6\"/>\n", from, at_y(value), panel);
-    out += text(from - 6, at_y(value) + 4, "text-anchor=\"end\" font-size=\"11\"", fmt::format("{:.2f}", value));
+    out += svg_text(from - 6, at_y(value) + 4, "text-anchor=\"end\" font-size=\"11\"", fmt::format("{:.2f}", value));
   }
   for (double ten = 1e3; std::log2(ten) <= x.high; ten *= 10)
     for (const double bytes : {ten, 2 * ten, 3 * ten, 5 * ten, 7 * ten})
       if (std::log2(bytes) >= x.low && std::log2(bytes) <= x.high)
-        out += text(at_x(bytes), bottom + 18, "text-anchor=\"middle\" font-size=\"11\"", compare::bytes_text(bytes));
+        out +=
+            svg_text(at_x(bytes), bottom + 18, "text-anchor=\"middle\" font-size=\"11\"", compare::bytes_text(bytes));
   std::string points;  // over all lines
   for (std::size_t i = 0; i < all.size(); ++i) {
     std::string path;
@@ -129,9 +129,9 @@ std::string ranking_svg(const std::vector<setting>& texts, const std::vector<res
       "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n"
       "<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n",
       width, height);
-  out += text(left, 28, "font-size=\"17\" font-weight=\"bold\"",
-              fmt::format("{}: what policies cost, and recall, against the bytes of all caches (4 pinned)",
-                          texts.front().subject.name));
+  out += svg_text(left, 28, "font-size=\"17\" font-weight=\"bold\"",
+                  fmt::format("{}: what policies cost, and recall, against the bytes of all caches (4 pinned)",
+                              texts.front().subject.name));
   for (std::size_t i = 0; i < texts.size(); ++i)
     out += drawn(all, i, fmt::format("bits per byte, {}", std::filesystem::path(texts[i].options.text).stem().string()),
                  x);
@@ -139,7 +139,7 @@ std::string ranking_svg(const std::vector<setting>& texts, const std::vector<res
   for (std::size_t i = 0; i < all.size(); ++i) {
     const double y = top + 20 * static_cast<double>(i);
     out += line_of(i, fmt::format("M{:.1f} {:.1f}h22", legend, y)) + point_of(i, legend + 11, y);
-    out += text(legend + 28, y + 4, "font-size=\"12\"", all[i].name);
+    out += svg_text(legend + 28, y + 4, "font-size=\"12\"", all[i].name);
   }
   return out + "</svg>\n";
 }

@@ -26,7 +26,8 @@ inline void require_range(status& found, position_t first, position_t last, posi
   found.require(last <= seen, "last", last, "at most what was seen,", seen);
 }
 
-// Rotates keys that come raw to their true positions, or those that come rotated back, where they are stored so.
+// Rotates keys that come raw to their true positions, or those that come rotated back, where they are stored so; and
+// queries that are remembered so.
 class key_rotation {
  public:
   explicit key_rotation(const kv_geometry& of, bool stores_rotated = true) noexcept

@@ -72,6 +72,7 @@ void pack_codes(const std::uint8_t* codes, index_t n, std::byte* to) noexcept {
     to[i] = static_cast<std::byte>(byte);
   }
 }
+
 typedef std::uint8_t sixteen_bytes __attribute__((vector_size(16)));
 
 // Sixteen of them, of four or two bits, a byte each.
@@ -208,9 +209,10 @@ struct quantized_row {
 #if defined(SINKCACHE_INTEGER_KERNELS)
     _mm512_store_si512(to, codes_at<Bits>(row, first, padded));
 #else
+    constexpr int low = Bits == 2 ? 2 : 4;  // bits of the first plane
     row += scale_bytes;
     for (index_t i = 0; i < std::min<index_t>(64, padded - first); i += 16) {
-      sixteen_bytes some = unpacked < Bits == 2 ? 2 : 4 > (row + code_bytes(Bits == 2 ? 2 : 4, first + i));
+      sixteen_bytes some = unpacked<low>(row + code_bytes(low, first + i));
       if constexpr (Bits == 6) some |= unpacked<2>(row + code_bytes(4, padded) + code_bytes(2, first + i)) << 4;
       std::memcpy(to + i, &some, sizeof some);
     }

@@ -207,7 +207,7 @@ class kv_source {
   // How many tokens the query at `query` sees, in the KV head where that is most. Work is divided by it; results do not
   // depend on it.
   virtual index_t num_visible(position_t query) const noexcept {
-    return static_cast<index_t>(std::clamp<position_t>(detail::seen_by(query), 0, capacity()));
+    return static_cast<index_t>(std::min<position_t>(detail::seen_by(query), capacity()));
   }
 
   // The smallest n such that, for every count from n to seen(), all that was visible is still stored.

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../any_kv_cache.hpp"
 #include "../scorer.hpp"
 #include "kept_rows.hpp"
 #include "macros_off.hpp"
@@ -151,17 +152,13 @@ class query_log {
   void add_moments(const kv_geometry& of, position_t query, index_t head, double* sum,
                    double* products) const noexcept {
     const index_t d = of_.head_dim;
-    const float* row = q(query) + head * d;
+    const float* const given = q(query) + head * d;
     // Sums that survive do not take in what would make them NaN for ever: such a query is as one of length 0.
-    if (!std::all_of(row, row + d, [](float x) { return std::isfinite(x); })) return;
+    if (!all_finite(given, d)) return;
     alignas(64) float unrotated[max_head_dim];
-    if (of.inputs == inputs::rotated && of.rotates()) {
-      rope::angles angles;
-      of.rope->angles_at(-(of.first_position + query), false, angles);
-      of.rope->rotate(angles, row, d, unrotated);
-      for (index_t i = 0; i < of.rope->width(); ++i) unrotated[i] /= of.rope->attention_factor();
-      row = unrotated;
-    }
+    key_rotation back(of, false);
+    back.go_to(query);
+    const float* const row = back(given, unrotated);
     for (index_t i = 0; i < d; ++i) {
       const double x = static_cast<double>(row[i]);
       sum[i] += x;
