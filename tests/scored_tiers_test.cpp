@@ -298,7 +298,7 @@ TEST_CASE("scored tiers: the same sets and the same bytes in whatever chunks tok
             std::vector<float> l(as_size(some * heads * group));
             feed(a, t, i, some, cache.get(), o, l, w);
             if (chunk == 1) first_out.row(i) = o;
-            REQUIRE((first_out.middleRows(i, some) - o).cwiseAbs().maxCoeff() < 1e-4f);
+            REQUIRE((first_out.middleRows(i, some) - o).cwiseAbs().maxCoeff() < 2e-4f);
             position_t wrong = -1;
             if (i % 7 != 0 && i + some < n) continue;
             for (index_t h = 0; h < heads; ++h)

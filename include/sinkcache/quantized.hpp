@@ -38,6 +38,7 @@
 #include "detail/hadamard.hpp"
 #include "detail/macros_off.hpp"
 #include "detail/quantized_dots.hpp"
+#include "detail/quantized_pairs.hpp"
 #include "detail/quantized_values.hpp"
 #include "detail/reader.hpp"
 #include "format.hpp"
@@ -72,34 +73,6 @@ void pack_codes(const std::uint8_t* codes, index_t n, std::byte* to) noexcept {
     to[i] = static_cast<std::byte>(byte);
   }
 }
-
-typedef std::uint8_t sixteen_bytes __attribute__((vector_size(16)));
-
-// Sixteen of them, of four or two bits, a byte each.
-template <int Bits>
-[[gnu::always_inline]] inline sixteen_bytes unpacked(const std::byte* from) noexcept {
-  const auto by_turns = [](sixteen_bytes x, sixteen_bytes y) {
-    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  };
-  typedef std::uint64_t words __attribute__((vector_size(16)));
-  std::uint64_t first = 0;  // not through a vector in memory
-  std::memcpy(&first, from, 2 * Bits);
-  const auto x = std::bit_cast<sixteen_bytes>(words{first, 0});
-  if constexpr (Bits == 4) return by_turns(x & 15, x >> 4);
-  return by_turns(by_turns(x & 3, x >> 4 & 3), by_turns(x >> 2 & 3, x >> 6));
-}
-
-#if defined(__AVX2__)
-// `lanes` of them. g++ 12 takes twice as long over conversions of its own.
-[[gnu::always_inline]] inline vfloat bytes_as_floats(const std::uint8_t* from) noexcept {
-  const auto* const bytes = reinterpret_cast<const __m128i*>(from);
-#if defined(__AVX512DQ__)
-  return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(bytes)));
-#else
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(bytes)));
-#endif
-}
-#endif
 
 // Of squares, summed eight ways: the same on every processor.
 inline double mean_square(const float* y, index_t dim) noexcept {
@@ -187,8 +160,8 @@ struct quantized_row {
     const index_t padded = round_up(dim, 16);
     constexpr index_t piece = 64;
     for (index_t at = 0; at < dim; at += piece) {
-      alignas(64) std::uint8_t memory[piece];
-      const std::uint8_t* const codes = codes_of(row, at, padded, memory);
+      alignas(64) std::byte memory[piece];
+      const std::byte* const codes = codes_of<Bits>(row, at, std::min(piece, padded - at), padded, memory);
       constexpr float zero = (1 << (Bits - 1)) - 0.5f;
       const index_t n = std::min(piece, dim - at);
       index_t from = 0;
@@ -197,27 +170,9 @@ struct quantized_row {
 #endif
       for_each_index(
           n - from, [&](index_t i) __attribute__((always_inline)) {
-            out[at + from + i] = (static_cast<float>(codes[from + i]) - zero) * d;
+            out[at + from + i] = (static_cast<float>(std::to_integer<int>(codes[from + i])) - zero) * d;
           });
     }
-  }
-
- private:
-  // The codes of elements [first, first + 64) of a row of `padded`, where they lie or in `to`.
-  static const std::uint8_t* codes_of(const std::byte* row, index_t first, index_t padded, std::uint8_t* to) noexcept {
-    if constexpr (Bits == 8) return reinterpret_cast<const std::uint8_t*>(row + scale_bytes + first);
-#if defined(SINKCACHE_INTEGER_KERNELS)
-    _mm512_store_si512(to, codes_at<Bits>(row, first, padded));
-#else
-    constexpr int low = Bits == 2 ? 2 : 4;  // bits of the first plane
-    row += scale_bytes;
-    for (index_t i = 0; i < std::min<index_t>(64, padded - first); i += 16) {
-      sixteen_bytes some = unpacked<low>(row + code_bytes(low, first + i));
-      if constexpr (Bits == 6) some |= unpacked<2>(row + code_bytes(4, padded) + code_bytes(2, first + i)) << 4;
-      std::memcpy(to + i, &some, sizeof some);
-    }
-#endif
-    return to;
   }
 };
 

@@ -10,7 +10,7 @@
 #include "quantized_tile.hpp"
 #include "reader.hpp"
 
-#if defined(SINKCACHE_INTEGER_KERNELS)
+#if defined(SINKCACHE_VNNI)
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
@@ -37,26 +37,12 @@ struct query_digits {
 
   // The row's numbers are factor * (256 high + low), rounded; their sum with codes of 8 bits fits 32.
   void put(int row, const float* q, index_t dim) const noexcept {
-    constexpr float largest = 127 * 256 + 127, largest_sum = 8.4e6f;
-    vfloat mosts{}, sums{};
-    for (index_t d = 0; d < dim; d += lanes) {
-      const vfloat x = load(q + d);
-      mosts = max(max(x, -x), mosts);
-      sums += max(x, -x);
-    }
-    const auto greater = [](vfloat a, vfloat b) { return max(a, b); };
-    float most = join_lanes<1>(mosts, greater)[0];
-    float magnitudes = join_lanes<1>(sums, [](vfloat a, vfloat b) { return a + b; })[0];
-    const bool finite = magnitudes * 0 == 0;
-    // Those next to nothing are scaled up first.
-    const float up = most < 0x1p-60f ? 0x1p80f : 1;
-    most *= up, magnitudes *= up;
-    const float per_unit = finite && most > 0 ? std::min(largest / most, largest_sum / magnitudes) : 0;
-    factor[row] = !finite ? std::numeric_limits<float>::quiet_NaN() : per_unit > 0 ? 1 / per_unit / up : 0;
+    const query_unit unit(q, dim);
+    factor[row] = unit.factor();
     __m512i total{};
     for (index_t d = 0; d < steps(dim) * step; d += lanes) {
-      const vfloat x = d < dim ? load(q + d) * up * per_unit : vfloat{};
-      const __m512i whole = _mm512_maskz_cvtps_epi32(finite ? 0xffff : 0, x);
+      const vfloat x = d < dim ? load(q + d) * unit.up * unit.per_unit : vfloat{};
+      const __m512i whole = _mm512_maskz_cvtps_epi32(unit.finite ? 0xffff : 0, x);
       const __m512i high = _mm512_maskz_srai_epi32(0xffff, added(whole, _mm512_set1_epi32(128)), 8);
       const __m512i low = _mm512_maskz_sub_epi32(0xffff, whole, _mm512_maskz_slli_epi32(0xffff, high, 8));
       std::int8_t* const at = digits + d / step * 128 + row * step + d % step;

@@ -9,7 +9,7 @@
 #include "quantized_tile.hpp"
 #include "reader.hpp"
 
-#if defined(SINKCACHE_INTEGER_KERNELS)
+#if defined(SINKCACHE_VNNI)
 
 namespace sinkcache {
 inline namespace SINKCACHE_TAG {
@@ -176,24 +176,6 @@ template <int Bits, int Rows, class Codes>
       store(to.o_rest + at, load(to.o_rest + at) + (more - (sum - old)));
       store(to.o + at, sum);
     }
-  }
-}
-
-// The same in floats for one row of a group, which integers left out.
-template <int Bits, int Rows>
-[[gnu::noinline]] void add_as_floats(const float* weights, tile_rows v, index_t offset, index_t n, index_t dim,
-                                     const running_states& to) noexcept {
-  constexpr index_t some = 16;
-  alignas(64) float values[some * round_up(max_head_dim, 16)], of_row[some];
-  const index_t bytes = dim * index_t{sizeof(float)};
-  const tile_rows rows{reinterpret_cast<const std::byte*>(values), bytes, bytes};
-  for (index_t j = 0, m; j < n; j += m) {
-    m = std::min(some, n - j);
-    for (index_t i = 0; i < m; ++i) {
-      of_row[i] = weights[(j + i) * Rows];
-      quantized_row<Bits>::decode(v.row(j + i), 0, dim, values + i * dim);
-    }
-    group_add<f32>(of_row, 1, rows, offset + j, m, dim, to, rows);
   }
 }
 

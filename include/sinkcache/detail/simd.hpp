@@ -67,6 +67,11 @@ typedef float voct __attribute__((vector_size(8 * sizeof(float))));
 
 template <class V>
 inline constexpr int width_of = sizeof(V) / sizeof(float);
+template <class V>
+inline constexpr bool in_integers = false;
+template <class V>
+requires requires(V v) { v[0] % 2; }
+inline constexpr bool in_integers<V> = true;
 
 template <class V = vfloat>
 [[gnu::always_inline]] inline V load(const float* from) noexcept {
@@ -171,7 +176,7 @@ template <class V>
          shuffled<n, [](int i) { return i / 4 * 4 + i % 2 + i % 4 / 2 * n + 2; }>(v01, v23);
 }
 template <class V>
-[[gnu::always_inline]] inline vquad sums_of_lanes(V joined) noexcept {
+[[gnu::always_inline]] inline auto sums_of_lanes(V joined) noexcept {
   if constexpr (width_of<V> == 16)
     return sums_of_lanes(__builtin_shufflevector(joined, joined, 0, 1, 2, 3, 4, 5, 6, 7) +
                          __builtin_shufflevector(joined, joined, 8, 9, 10, 11, 12, 13, 14, 15));

@@ -14,7 +14,16 @@ namespace detail {
 
 // The vectors that keys of a format K are multiplied in.
 template <class K>
-using key_vector = std::conditional_t<in_eights<K>, voct, vfloat>;
+struct key_vector_of {
+  using type = std::conditional_t<in_eights<K>, voct, vfloat>;
+};
+template <class K>
+requires requires { typename K::key_vector; }
+struct key_vector_of<K> {
+  using type = typename K::key_vector;
+};
+template <class K>
+using key_vector = typename key_vector_of<K>::type;
 
 // Rows [Rows, dim] as [dim / width, Rows, width], so that one address reaches them all, their elements in the order in
 // which keys of a format K are loaded, in vectors of so many.
@@ -48,8 +57,10 @@ template <class V, int Keys, int Rows>
 struct joined_sums {
   static constexpr int quads = Keys * Rows / 4, steps = 4;
 
+  using quad = decltype(sums_of_lanes(V{}));
+
   V joined[quads][2];
-  vquad dots[quads];
+  quad dots[quads];
 
   [[gnu::always_inline]] void step(int number, const V (&sums)[Keys][Rows]) noexcept {
     const auto sum = [&](int i) { return sums[i / Rows][i % Rows]; };
@@ -69,9 +80,9 @@ struct joined_sums {
   [[gnu::always_inline]] void put(float* logits, index_t key_step, bool last) const noexcept {
     if constexpr (Rows == 3) {
       static_assert(Keys == 4);  // which three quads hold
-      const vquad a = dots[0], b = dots[1], c = dots[2];
-      const vquad keys[] = {a, __builtin_shufflevector(a, b, 3, 4, 5, 6), __builtin_shufflevector(b, c, 2, 3, 4, 5),
-                            __builtin_shufflevector(c, c, 1, 2, 3, 0)};
+      const quad a = dots[0], b = dots[1], c = dots[2];
+      const quad keys[] = {a, __builtin_shufflevector(a, b, 3, 4, 5, 6), __builtin_shufflevector(b, c, 2, 3, 4, 5),
+                           __builtin_shufflevector(c, c, 1, 2, 3, 0)};
       if (last) {
         for (int i = 0; i < Keys; ++i) std::memcpy(logits + i * key_step, &keys[i], Rows * sizeof(float));
       } else {
@@ -121,7 +132,7 @@ template <class K, int Rows>
   using vector = key_vector<K>;
   constexpr int keys = cpu.keys_of(Rows, K::element_bytes == 4 || in_pairs<K>), width = width_of<vector>;
   constexpr index_t line = 64 / K::element_bytes;
-  constexpr index_t chunk = in_pairs<K> ? std::max(16, 2 * lanes) : 16;
+  constexpr index_t chunk = in_integers<vector> ? width : in_pairs<K> ? std::max(16, 2 * lanes) : 16;
   const index_t part = (n + keys - 1) / keys;
   value_prefetcher<keys> values(v, n, (dim + line - 1) / line);
   const std::byte* key[keys];
@@ -177,7 +188,7 @@ template <class K, int Rows>
     index_t d = 0;
     if constexpr (cpu.joins_late) {
 #pragma GCC unroll 4
-      for (int step = 0; step < joined.steps; ++step, d += 16) {
+      for (int step = 0; step < joined.steps; ++step, d += std::min<index_t>(16, chunk)) {
         if (d % chunk == 0 && d < dim) add(d);
         joined.step(step, before);
       }
