@@ -74,11 +74,13 @@ scored_layer scored_layer_of(const policy& of, const engine::layer_info& layer, 
   made.config.num_sink_tokens = p.sinks;
   made.config.rollback = formats_of(of).few_bits ? rollback : 0;  // others prefill as fast without
   made.config.recent = of.kv_recent;
+  const auto num_pins = static_cast<index_t>(p.pins.size());
   made.rules = {.budget = p.budget(cache),
                 .recent = p.recent,
                 .interval = p.interval,
                 .num_qo_heads = layer.num_qo_heads,
                 .adaptive = p.ada};
+  made.rules.spared_pins = std::max(made.rules.spared_pins, num_pins);
   if (p.pyramid)
     made.rules.budget = sinkcache::pyramid_budgets(layer.num_layers, p.budget(cache), p.kept(),
                                                    *p.pyramid)[static_cast<std::size_t>(layer.layer)];
@@ -90,7 +92,14 @@ engine::cache_factory scored(const policy& p, index_t cache, index_t rollback) {
   return [=](const engine::layer_info& layer) {
     if (layer.cache.window > 0) return window_of(p, p.scored->sinks, layer.cache.window, rollback)(layer);
     scored_layer made = scored_layer_of(p, layer, cache, rollback);
-    return formats_of(p).make_scored(made.config, made.rules, std::move(made.scorer));
+    std::unique_ptr<sinkcache::any_kv_cache> cache_of_layer =
+        formats_of(p).make_scored(made.config, made.rules, std::move(made.scorer));
+    for (const index_t position : p.scored->pins) {
+      bool pinned = false;
+      const sinkcache::status found = cache_of_layer->try_pin(position, pinned);
+      if (!found) throw std::invalid_argument(std::string(found.message()));
+    }
+    return cache_of_layer;
   };
 }
 

@@ -17,7 +17,8 @@ namespace compare {
 namespace {
 
 constexpr const char* common =
-    "sinks=4 recent=32 interval=16 layers=uniform|pyramid beta=20 heads=uniform|ada|duo alpha=0.2 short= newest=RECENT";
+    "sinks=4 pin= recent=32 interval=16 layers=uniform|pyramid beta=20 heads=uniform|ada|duo alpha=0.2 short= "
+    "newest=RECENT";
 
 std::vector<own_policy>& registry() {
   static std::vector<own_policy> policies;
@@ -102,6 +103,20 @@ std::vector<short_head> short_heads(const std::string& policy, const std::string
   return heads;
 }
 
+// "17+42": each once, in order.
+std::vector<index_t> positions(const std::string& policy, const std::string& text) {
+  std::vector<index_t> all;
+  for (std::size_t first = 0, last = 0; last != std::string::npos; first = last + 1) {
+    last = text.find('+', first);
+    const auto position = loaders::whole_number<index_t>(text.substr(first, last - first), 0, most_tokens);
+    if (!position) refuse(policy, "pin", text, "POSITION, several as in 17+42");
+    all.push_back(*position);
+  }
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  return all;
+}
+
 // Whether it is a parameter of all policies, and then what it asks for.
 class common_parameters {
  public:
@@ -116,6 +131,8 @@ class common_parameters {
     };
     if (name == "sinks")
       count(0, to_.sinks);
+    else if (name == "pin")
+      to_.pins = positions(to_.name, value);
     else if (name == "recent")
       count(0, to_.recent);
     else if (name == "interval")
@@ -189,6 +206,7 @@ std::string scored_policy::shown() const {
   };
   for (const auto& [parameter, value] : own) add(parameter.c_str(), value);
   if (sinks != usual.sinks) add("sinks", sinks);
+  if (!pins.empty()) add("pin", fmt::format("{}", fmt::join(pins, "+")));
   if (recent != usual.recent) add("recent", recent);
   if (interval != usual.interval) add("interval", interval);
   if (pyramid) add("layers", "pyramid");
@@ -206,7 +224,10 @@ std::string scored_policy::shown() const {
   return parts.empty() ? name : fmt::format("{}:{}", name, fmt::join(parts, ","));
 }
 
-index_t scored_policy::kept() const { return sinks + std::max(recent, scorer(0)->needs().window); }
+index_t scored_policy::kept() const {
+  const auto pinned = std::count_if(pins.begin(), pins.end(), [&](index_t position) { return position >= sinks; });
+  return sinks + static_cast<index_t>(pinned) + std::max(recent, scorer(0)->needs().window);
+}
 
 std::shared_ptr<const sinkcache::token_scorer> scored_policy::scorer(index_t layer) const {
   if (const own_policy* const p = find_own(name)) {
@@ -272,8 +293,9 @@ std::string listed_policies() {
   for (const own_policy& p : registry()) add(p.name, p.keeps, "this program's own");
   return out + fmt::format(
                    "\nParameters of all of these: {}\n"
-                   "sinks: the first tokens, pinned; recent: the newest never leave; interval: tokens from event to "
-                   "event;\n"
+                   "sinks: the first tokens, pinned; pin: others, too, by position, as in 17+42; recent: the newest "
+                   "never leave;\n"
+                   "interval: tokens from event to event;\n"
                    "layers=pyramid: budgets that fall from layer to layer (PyramidKV, Cai et al. 2024, arXiv "
                    "2406.02069);\n"
                    "heads=ada: budgets shared out over the heads of a layer by score (Ada-KV, Feng et al. 2024, arXiv "

@@ -45,6 +45,7 @@ struct scored_policy {
   std::optional<double> pyramid, ada;  // beta of budgets by layer, alpha of budgets by head
   std::vector<short_head> duo = {};    // heads that keep the first tokens and the newest alone
   std::optional<index_t> newest = {};  // so many; recent, if it is not given
+  std::vector<index_t> pins = {};      // positions that are kept besides the first ones
   std::vector<std::pair<std::string, std::string>> own;
 
   // The entry again, without what is the default.

@@ -194,7 +194,9 @@ layer_info model::info(index_t layer_number) const {
 }
 
 session::session(const model& m, const cache_factory& make_cache, const session_config& config)
-    : model_(&m), pool_(config.threads > 1 ? std::make_unique<sinkcache::thread_pool>(config.threads) : nullptr) {
+    : model_(&m),
+      make_cache_(make_cache),
+      pool_(config.threads > 1 ? std::make_unique<sinkcache::thread_pool>(config.threads) : nullptr) {
   if (pool_) workspace_ = sinkcache::workspace(*pool_);
   const model_config& c = m.config_;
   layers_.reserve(m.layers_.size());
@@ -322,7 +324,11 @@ void session::attend(layer_state& layer, index_t rows, sinkcache::weight_reader*
 }
 
 void session::clear() {
-  for (layer_state& layer : layers_) layer.cache->clear();
+  index_t i = 0;
+  for (layer_state& layer : layers_) {
+    layer.cache.reset();  // or there would be two
+    layer.cache = make_cache_(model_->info(i++));
+  }
 }
 
 std::size_t session::cache_bytes() const {

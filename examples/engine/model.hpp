@@ -82,7 +82,7 @@ class session {
   // All of them: `each` gets the logits after every token, in order, valid during its call.
   void prefill(std::span<const int> tokens, const std::function<void(std::span<const float>)>& each);
 
-  void clear();
+  void clear();  // with caches as they were made
   std::size_t cache_bytes() const;
   const sinkcache::any_kv_cache& cache(index_t layer) const { return *layers_[static_cast<std::size_t>(layer)].cache; }
 
@@ -103,6 +103,7 @@ class session {
   void attend(layer_state&, index_t rows, sinkcache::weight_reader* weights = nullptr);
 
   const model* model_;
+  cache_factory make_cache_;
   std::unique_ptr<sinkcache::thread_pool> pool_;  // null: the caller's thread alone
   std::vector<layer_state> layers_;
   sinkcache::workspace workspace_;

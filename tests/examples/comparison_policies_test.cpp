@@ -206,6 +206,49 @@ TEST_CASE("at equal bytes each policy holds as many tokens as fit") {
   CHECK_THAT(told("snapkv:kernel=4"), Catch::StartsWith("--policies: snapkv:kernel=4: ") && Catch::Contains("odd"));
 }
 
+TEST_CASE("positions that an entry pins stay, from run to run") {
+  const engine::layer_info layer{{.num_kv_heads = 2, .head_dim = 16, .rope = sinkcache::rope::none()}, 4, 0, 1};
+  sinkcache::matrix rows = sinkcache::matrix::Random(400, 32);
+  rows.row(17) *= 100;  // the first that goes where small norms are kept
+  const auto stays = [&](const std::string& entry, index_t position) {
+    const policy p = with_kv_formats(parse_policies(entry, 96), entry.back() == '0' ? "q4" : "f32", 64).front();
+    const auto made = caches_of(p, 96)(layer);
+    made->append(rows, rows);
+    bool pinned = true;
+    CHECK(made->try_pin(position, pinned));
+    return pinned;
+  };
+  CHECK_FALSE(stays("knorm", 17));
+  CHECK(stays("knorm:pin=17", 17));
+  CHECK(stays("knorm:pin=30+17", 17));
+  CHECK(stays("knorm:pin=17,recent=20", 17));
+  CHECK(stays("knorm:pin=17+18+19+20+21+22+23+24+25+26+27+28+29+30+31+32+33+34,recent=20",
+              34));  // q4 spares 16 unless told
+
+  std::vector<int> tokens(300);
+  for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int>(i * 7 % 90);
+  const auto last_logits = [&](engine::session& session) {
+    const std::span<const float> logits = session.prefill(tokens);
+    return std::vector<float>(logits.begin(), logits.end());
+  };
+  const auto fresh = [&](const char* entry) {
+    return engine::session(model_of("nano"), caches_of(parse_policies(entry, 96).front(), 96));
+  };
+  engine::session pinning = fresh("random:pin=17");
+  const std::vector<float> first = last_logits(pinning);
+  pinning.clear();
+  CHECK(last_logits(pinning) == first);
+  engine::session other = fresh("random");
+  CHECK(last_logits(other) != first);
+
+  CHECK(names("h2o:pin=9+4+9,sinks=0") == std::vector<std::string>{"h2o:sinks=0,pin=4+9"});
+  for (const char* pins : {"", "x", "4+", "-1", "1.5"})
+    CHECK_THAT(refused(fmt::format("h2o:pin={}", pins)),
+               Catch::Contains(fmt::format("h2o's pin is '{}', had to be POSITION", pins)));
+  CHECK(least_cache(parse_policies("h2o:pin=1+40+41", most_tokens).front()) ==
+        least_cache(parse_policies("h2o", most_tokens).front()) + 2);
+}
+
 TEST_CASE("short heads leave their rows to the others") {
   engine::layer_info layer{{.num_kv_heads = 4, .head_dim = 16, .rope = sinkcache::rope::none()}, 8, 0, 3};
   const auto budgets = [&](const char* entry, index_t number) {
