@@ -1,7 +1,7 @@
 #pragma once
 
-// Dot products and weighted sums of rows of few bits with any x86's products of 16-bit integers, which add two products
-// up: of neighbouring elements of a key, or of an element of two values. The codes of a tile are laid out for that
+// Dot products and weighted sums of rows of few bits by products of 16-bit integers, of which each sum takes two at a
+// time: of neighbouring elements of a key, or of an element of two values. The codes of a tile are laid out for that
 // first.
 
 #include <algorithm>
@@ -31,18 +31,37 @@ struct code_pairs {
   static constexpr index_t element_bytes = 2;
 
   [[gnu::always_inline]] static key_vector load(const std::byte* from) noexcept {
+#if defined(__aarch64__)
+    return std::bit_cast<key_vector>(vmovl_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(from))));
+#else
     const auto* const bytes = reinterpret_cast<const __m128i*>(from);
 #if defined(__AVX2__)
     return key_vector(_mm256_cvtepu8_epi16(_mm_loadu_si128(bytes)));
 #else
     return key_vector(_mm_unpacklo_epi8(_mm_loadl_epi64(bytes), __m128i{}));
 #endif
+#endif
   }
 };
 
 // To the nearest whole number.
-[[gnu::always_inline]] inline vint_quad rounded(vquad x) noexcept { return vint_quad(_mm_cvtps_epi32(x)); }
-[[gnu::always_inline]] inline vint_quad every(std::int32_t x) noexcept { return x - vint_quad{}; }
+[[gnu::always_inline]] inline vint_quad rounded(vquad x) noexcept {
+#if defined(__aarch64__)
+  return std::bit_cast<vint_quad>(vcvtnq_s32_f32(std::bit_cast<float32x4_t>(x)));
+#else
+  return vint_quad(_mm_cvtps_epi32(x));
+#endif
+}
+// The numbers of both, those beyond 16 bits as the last that fit.
+typedef std::int16_t eight_words __attribute__((vector_size(16)));
+[[gnu::always_inline]] inline eight_words narrowed(vint_quad a, vint_quad b) noexcept {
+#if defined(__aarch64__)
+  const int16x4_t low = vqmovn_s32(std::bit_cast<int32x4_t>(a)), high = vqmovn_s32(std::bit_cast<int32x4_t>(b));
+  return std::bit_cast<eight_words>(vcombine_s16(low, high));
+#else
+  return eight_words(_mm_packs_epi32(__m128i(a), __m128i(b)));
+#endif
+}
 
 // A group of query rows: pairs of 16 bits as dot_products reads them, then a factor and a sum for each row.
 template <int Rows>
@@ -63,7 +82,7 @@ struct query_pairs {
         four[i] = unit.finite ? rounded(load<vquad>(q + d + 4 * i) * unit.up * unit.per_unit) : vint_quad{};
         total += four[i];
       }
-      const __m128i eight = _mm_packs_epi32(__m128i(four[0]), __m128i(four[1]));
+      const eight_words eight = narrowed(four[0], four[1]);
       std::memcpy(pairs + ((d / step * Rows + row) * step + d % step) / 2, &eight, sizeof eight);
     }
     factor[row] = unit.factor();
@@ -77,6 +96,12 @@ inline const float* integer_pack(const float* rows, index_t count, index_t dim, 
     for (int i = 0; i < Rows; ++i) group.put(i, rows + (r + i) * dim, dim);
   });
   return to;
+}
+
+// The key, of four with Rows logits each, that a lane of vector number Quad is of.
+template <int Rows, int Quad>
+constexpr int key_of_lane(int lane) noexcept {
+  return (4 * Quad + lane) / Rows;
 }
 
 // Of sums of products with codes [n, Rows], the logits; up to three keys more are written.
@@ -94,7 +119,7 @@ void logits_from_sums(const query_pairs<Rows>& q, const float* scales, index_t n
     const auto put = [&]<int Quad>() __attribute__((always_inline)) {
       float* const at = logits + j * Rows + 4 * Quad;
       const auto centred = load<vint_quad>(at) - offset[Quad];
-      const vquad scale = factor[Quad] * shuffled<4, [](int i) { return (4 * Quad + i) / Rows; }>(of_keys, of_keys);
+      const vquad scale = factor[Quad] * shuffled<4, key_of_lane<Rows, Quad>>(of_keys, of_keys);
       store(at, (__builtin_convertvector(centred, vquad) + half_sum[Quad]) * scale);
     };
     put.template operator()<0>();
@@ -145,12 +170,12 @@ struct weight_pairs {
     vquad products[tile_scratch::keys], largest[2] = {}, zeros[2] = {};  // what lies after a key's weights, too
     const auto take = [&](index_t j, index_t i) __attribute__((always_inline)) {
       products[j] = load<vquad>(weights + j * Rows) * scales[j];
-      largest[i] = _mm_max_ps(products[j], largest[i]);
+      largest[i] = products[j] > largest[i] ? products[j] : largest[i];
       zeros[i] += products[j] * 0.f;
     };
     for (index_t j = 0; j + 1 < n; j += 2) take(j, 0), take(j + 1, 1);
     if (n % 2 == 1) take(n - 1, 0), products[n] = vquad{};
-    largest[0] = _mm_max_ps(largest[0], largest[1]);
+    largest[0] = largest[1] > largest[0] ? largest[1] : largest[0];
     zeros[0] += zeros[1];
     constexpr float top = 32767;
     vquad per_unit{};
@@ -168,14 +193,25 @@ struct weight_pairs {
     for (index_t j = 0; j < n; j += 2) {
       const vint_quad a = rounded(products[j] * per_unit) & kept, b = rounded(products[j + 1] * per_unit) & kept;
       sum += a + b;
-      const __m128i words = _mm_packs_epi32(__m128i(a), __m128i(b));
-      store(pairs[j / 2], _mm_unpacklo_epi16(words, _mm_srli_si128(words, 8)));
+      const eight_words words = narrowed(a, b);
+      store(pairs[j / 2], __builtin_shufflevector(words, words, 0, 4, 1, 5, 2, 6, 3, 7));
     }
     return left_out;
   }
 };
 
-// Codes of two values, those of an element side by side in 16 bits each; after the last value of a tile itself.
+// A pair of weights for every column.
+[[gnu::always_inline]] inline vint broadcast_pair(const float* pair) noexcept {
+  const auto pairs = std::bit_cast<std::int32_t>(*pair) - vint{};
+#if defined(__aarch64__)
+  constexpr uint8x16_t halves = {0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3};
+  return std::bit_cast<vint>(vqtbl1q_u8(std::bit_cast<uint8x16_t>(pairs), halves));
+#else
+  return pairs;
+#endif
+}
+
+// Codes of two values in 16 bits each, as add_product takes pairs; after the last value of a tile itself.
 struct value_pairs {
   tile_rows codes;
   index_t n;
@@ -189,6 +225,11 @@ struct value_pairs {
   static constexpr int together = lanes == 16 ? 1 : 2;
   [[gnu::always_inline]] vint load(index_t column, int i) const noexcept {
     column += i / together * together * lanes;
+#if defined(__aarch64__)
+    const uint32x2_t x = vreinterpret_u32_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(first + column)));
+    const uint32x2_t y = vreinterpret_u32_u8(vld1_u8(reinterpret_cast<const std::uint8_t*>(second + column)));
+    return std::bit_cast<vint>(vmovl_u8(vreinterpret_u8_u32(i % 2 == 0 ? vzip1_u32(x, y) : vzip2_u32(x, y))));
+#else
     const auto* const a = reinterpret_cast<const __m128i*>(first + column);
     const auto* const b = reinterpret_cast<const __m128i*>(second + column);
 #if defined(__AVX512BW__)
@@ -201,6 +242,7 @@ struct value_pairs {
 #else
     const __m128i bytes = _mm_unpacklo_epi8(_mm_loadl_epi64(a), _mm_loadl_epi64(b)), zeros{};
     return vint(i % 2 == 0 ? _mm_unpacklo_epi8(bytes, zeros) : _mm_unpackhi_epi8(bytes, zeros));
+#endif
 #endif
   }
 };
@@ -218,8 +260,7 @@ template <int Bits, int Rows, int Vectors>
     values.go_to(j);
     add_products(
         sums, [&](int i) __attribute__((always_inline)) { return values.load(column, i); },
-        [&](int r) __attribute__((always_inline)) { return std::bit_cast<std::int32_t>(pair[r]) - vint{}; },
-        no_prefetch{});
+        [&](int r) __attribute__((always_inline)) { return broadcast_pair(pair + r); }, no_prefetch{});
   }
   prefetch = ahead;
 #pragma GCC unroll 16
@@ -257,7 +298,7 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
     in_groups(count, [&]<int Rows>(index_t r, index_t group) {
       running_states sums = to.from_row(r);
       sums.o += first, sums.o_rest += first;
-      constexpr int vectors = Rows > 2 ? 2 : 4;
+      constexpr int vectors = Rows > 2 && cpu.registers < 32 ? 2 : 4;
       if (r == 0) prefetch.in_steps(2, (dim + vectors * lanes - 1) / (vectors * lanes));
       constexpr int together = value_pairs::together;
       in_strips<Rows, vectors / together>(columns / together, [&]<int Strips>(index_t column) {

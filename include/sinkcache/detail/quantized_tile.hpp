@@ -2,8 +2,8 @@
 
 // Dot products and weighted sums of rows of few bits in integers: codes times a query's or weights' numbers of 16 bits
 // (15 for weights). Sums of integers are exact and the same in any order. With AVX-512 VNNI where the rows lie, by
-// digits of 8 bits (quantized_dots.hpp, quantized_values.hpp); with any other x86 by pairs (quantized_pairs.hpp);
-// elsewhere rows are loaded as floats.
+// digits of 8 bits (quantized_dots.hpp, quantized_values.hpp); with any other x86 and aarch64 by pairs
+// (quantized_pairs.hpp); elsewhere rows are loaded as floats.
 
 #include <algorithm>
 #include <bit>
@@ -18,7 +18,9 @@
 #define SINKCACHE_VNNI 1
 #endif
 // Vectors of integers are as wide as those of floats but for AVX alone.
-#if defined(__SSE2__) && (defined(__AVX2__) || !defined(__AVX__)) && (defined(__AVX512BW__) || !defined(__AVX512DQ__))
+#if defined(__aarch64__)
+#define SINKCACHE_INTEGER_KERNELS 1
+#elif defined(__SSE2__) && (defined(__AVX2__) || !defined(__AVX__)) && (defined(__AVX512BW__) || !defined(__AVX512DQ__))
 #define SINKCACHE_INTEGER_KERNELS 1
 #endif
 

@@ -32,11 +32,17 @@ template <class V, int M, int N>
   for (int i = 0; i < M * N; ++i) to[i / N][i % N] = sums[i / N][i % N];
 }
 
-#if defined(__SSE2__)
-// Of vectors of 16-bit integers, two in the place of each of 32 bits: to each sum both products.
+#if defined(__SSE2__) || defined(__aarch64__)
+// Of vectors of 16-bit integers, two for each sum of 32 bits: those in its place, on aarch64 one of
+// each half.
 template <class V>
 requires in_integers<V>
 [[gnu::always_inline]] inline V add_product(V sum, V a, V b) noexcept {
+#if defined(__aarch64__)
+  const auto x = std::bit_cast<int16x8_t>(a), y = std::bit_cast<int16x8_t>(b);
+  const int32x4_t with_low = vmlal_s16(std::bit_cast<int32x4_t>(sum), vget_low_s16(x), vget_low_s16(y));
+  return std::bit_cast<V>(vmlal_high_s16(with_low, x, y));
+#else
 #if defined(__AVX512BW__)
   if constexpr (width_of<V> == 16) return sum + V(_mm512_maskz_madd_epi16(0xffff, __m512i(a), __m512i(b)));
 #endif
@@ -44,6 +50,7 @@ requires in_integers<V>
   if constexpr (width_of<V> == 8) return sum + V(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #endif
   if constexpr (width_of<V> == 4) return sum + V(_mm_madd_epi16(__m128i(a), __m128i(b)));
+#endif
 }
 #endif
 

@@ -130,7 +130,8 @@ template <class K, int Rows>
 [[gnu::noinline]] void dot_products(const float* q, index_t dim, tile_rows k, index_t n, tile_rows v,
                                     float* logits) noexcept {
   using vector = key_vector<K>;
-  constexpr int keys = cpu.keys_of(Rows, K::element_bytes == 4 || in_pairs<K>), width = width_of<vector>;
+  constexpr int keys = cpu.keys_of(Rows, K::element_bytes == 4 || in_pairs<K> || in_integers<vector>),
+                width = width_of<vector>;
   constexpr index_t line = 64 / K::element_bytes;
   constexpr index_t chunk = in_integers<vector> ? width : in_pairs<K> ? std::max(16, 2 * lanes) : 16;
   const index_t part = (n + keys - 1) / keys;
