@@ -157,6 +157,12 @@ void require(status& found, const sinkcache_workspace* workspace) noexcept {
   require_handle(found, "workspace", workspace, handle_kind::workspace);
 }
 
+// Another handle is left alone, and mostly one that was destroyed.
+template <class Handle>
+void destroy(Handle* handle, handle_kind kind) noexcept {
+  if (handle != nullptr && handle->kind == kind) delete handle;
+}
+
 // Where a new handle goes; null until there is one.
 template <class Handle>
 void require_place(status& found, const char* name, Handle** place) noexcept {
@@ -423,7 +429,7 @@ sinkcache_status sinkcache_cache_clone(const sinkcache_cache* cache, sinkcache_c
   });
 }
 
-void sinkcache_cache_destroy(sinkcache_cache* cache) { delete cache; }
+void sinkcache_cache_destroy(sinkcache_cache* cache) { destroy(cache, handle_kind::cache); }
 
 sinkcache_status sinkcache_append(sinkcache_cache* cache, int64_t tokens, sinkcache_input k, sinkcache_input v,
                                   sinkcache_error* error) {
@@ -497,7 +503,7 @@ sinkcache_status sinkcache_attention_create(const sinkcache_attention_config* co
   });
 }
 
-void sinkcache_attention_destroy(sinkcache_attention* attention) { delete attention; }
+void sinkcache_attention_destroy(sinkcache_attention* attention) { destroy(attention, handle_kind::attention); }
 
 sinkcache_status sinkcache_workspace_create(int64_t threads, sinkcache_workspace** workspace, sinkcache_error* error) {
   return create_workspace(workspace, error, [&](status& found, sinkcache_workspace& made) {
@@ -522,7 +528,7 @@ sinkcache_status sinkcache_workspace_create_on(const sinkcache_executor* executo
   });
 }
 
-void sinkcache_workspace_destroy(sinkcache_workspace* workspace) { delete workspace; }
+void sinkcache_workspace_destroy(sinkcache_workspace* workspace) { destroy(workspace, handle_kind::workspace); }
 
 namespace {
 

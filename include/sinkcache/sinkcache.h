@@ -123,7 +123,7 @@ SINKCACHE_API sinkcache_status sinkcache_cache_create(const sinkcache_cache_conf
 /* A copy that goes on by itself. */
 SINKCACHE_API sinkcache_status sinkcache_cache_clone(const sinkcache_cache* cache, sinkcache_cache** copy,
                                                      sinkcache_error* error);
-/* NULL is left alone. */
+/* NULL and handles of another kind are left alone, as by the other two. */
 SINKCACHE_API void sinkcache_cache_destroy(sinkcache_cache* cache);
 
 /* Stores tokens: k [tokens, num_kv_heads * head_dim], v [tokens, num_kv_heads * v_head_dim]. */

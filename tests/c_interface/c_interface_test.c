@@ -610,6 +610,13 @@ static void wrong_calls(void) {
   sinkcache_cache_destroy(NULL);
   sinkcache_attention_destroy(NULL);
   sinkcache_workspace_destroy(NULL);
+  /* Handles of another kind are left alone: what follows uses them. */
+  sinkcache_cache_destroy((sinkcache_cache*)workspace);
+  sinkcache_cache_destroy((sinkcache_cache*)attention);
+  sinkcache_attention_destroy((sinkcache_attention*)cache);
+  sinkcache_attention_destroy((sinkcache_attention*)workspace);
+  sinkcache_workspace_destroy((sinkcache_workspace*)cache);
+  sinkcache_workspace_destroy((sinkcache_workspace*)attention);
 
   /* Policies by score have to see every query. */
   sinkcache_cache* const scored = reference_cache(2);
