@@ -10,7 +10,8 @@ from setuptools.command.sdist import sdist
 here = pathlib.Path(__file__).resolve().parent
 inside = pathlib.Path("sinkcache_transformers/include")
 # Of an unpacked sdist, or of the repository.
-headers = next(p for p in (here / inside, here.parents[2] / "include") if (p / "sinkcache").is_dir())
+above = [folder / "include" for folder in here.parents[2:3]]  # where pip unpacks an sdist there is none
+headers = next(p for p in (here / inside, *above) if (p / "sinkcache").is_dir())
 
 
 def copy_headers(to):

@@ -20,7 +20,8 @@ def operators():
     """The compiled library. Makes it where there is none for this source, PyTorch, compiler and processor."""
     sources = sorted((_here / "csrc").glob("*.cpp"))
     # Where the package was installed, or of the repository.
-    include = next(p for p in (_here / "include", _here.parents[3] / "include") if (p / "sinkcache").is_dir())
+    above = _here.parents[3:4]
+    include = next(p / "include" for p in (_here, *above) if (p / "include/sinkcache").is_dir())
     compiler = os.environ.get("CXX", "c++")
     flags = _flags(compiler)
     key = hashlib.sha256("\n".join([torch.__version__, compiler, *flags, _processor()]).encode())
