@@ -18,7 +18,7 @@ _here = pathlib.Path(__file__).resolve().parent
 
 def operators():
     """The compiled library. Makes it where there is none for this source, PyTorch, compiler and processor."""
-    sources = sorted((_here / "csrc").glob("*.cpp"))
+    sources = [_here / "csrc" / name for name in ("library.cpp", "extension.cpp")]  # side by side
     # Where the package was installed, or of the repository.
     above = _here.parents[3:4]
     include = next(p / "include" for p in (_here, *above) if (p / "include/sinkcache").is_dir())

@@ -1,7 +1,6 @@
 // Attention as an operator of PyTorch, over keys and values where the host's tensors hold them: of any strides, in f32,
 // f16 or bf16. attention.py gives it the signature of Hugging Face's AttentionInterface.
 
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -180,11 +179,11 @@ at::Tensor mask_spans(const at::Tensor& mask, int64_t window, int64_t num_sink_t
     found.require(at::isFloatingType(mask.scalar_type()), "attention_mask's type", toString(mask.scalar_type()),
                   "boolean or floating");
     require(found);
-    visible = mask == 0;
+    visible = mask.eq(0);
     const double lowest = mask.scalar_type() == at::kHalf       ? -65504.
                           : mask.scalar_type() == at::kBFloat16 ? -3.3895313892515355e38
                                                                 : double{std::numeric_limits<float>::lowest()};
-    if (!visible.logical_or(mask <= lowest).all().item<bool>())
+    if (!visible.logical_or(mask.le(lowest)).all().item<bool>())
       found.refuse("attention_mask was an arbitrary mask, had to be 0 where a key is seen and -inf where it is not");
     require(found);
   }
