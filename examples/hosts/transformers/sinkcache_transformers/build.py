@@ -1,5 +1,6 @@
 """Compiles the operators against the installed PyTorch, by PyTorch's own extension builder, once for each machine."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -34,7 +35,12 @@ def operators():
     root = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     folder = root / f"{name}_{key.hexdigest()[:16]}"
     library = folder / (name + cpp_extension.LIB_EXT)
+    unsaid = folder / "unsaid"
     if library.exists():
+        if unsaid.exists():
+            _say(f"was compiled for this processor by pip: {compiler} {shlex.join(flags)}, into {folder}")
+            with contextlib.suppress(OSError):
+                unsaid.unlink()
         return library
 
     root.mkdir(parents=True, exist_ok=True)
@@ -110,3 +116,7 @@ def _pkg_config():
     except OSError:
         return []
     return [flag[2:] for flag in shlex.split(flags)]
+
+
+if __name__ == "__main__":  # run by pip, which shows nothing of it: the first import says it
+    (operators().parent / "unsaid").touch()
