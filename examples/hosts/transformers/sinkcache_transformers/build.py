@@ -1,6 +1,7 @@
 """Compiles the operators against the installed PyTorch, by PyTorch's own extension builder, once for each machine."""
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import pathlib
@@ -44,7 +45,8 @@ def operators():
         return library
 
     root.mkdir(parents=True, exist_ok=True)
-    _say(f"compiling for this processor, once: {compiler} {shlex.join(flags)}, into {folder}")
+    threads = "" if "-fopenmp" in flags else "; it will run on one thread, for PyTorch has not this compiler's OpenMP"
+    _say(f"compiling for this processor, once: {compiler} {shlex.join(flags)}, into {folder}{threads}")
     began = time.monotonic()
     # Made elsewhere and moved when it is whole, so that a process that is ended, or two at once, do no harm.
     work = tempfile.mkdtemp(prefix=name, dir=root)
@@ -59,7 +61,7 @@ def operators():
         except OSError:  # another process was faster
             if not library.exists():
                 raise
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise RuntimeError(f"sinkcache_transformers could not be compiled; it needs g++ 12, clang 14 or newer as c++, "
                            f"or as what the environment variable CXX names. {error}") from error
     finally:
@@ -83,9 +85,19 @@ def _flags(compiler):
     if shutil.which(shlex.split(compiler)[0]) is None:
         raise RuntimeError(f"sinkcache_transformers found no C++ compiler {compiler}; Debian: apt-get install g++")
     flags = ["-O2", *next(([f] for f in ("-march=native", "-mcpu=native") if _takes(compiler, f)), [])]
-    if "OpenMP" in torch.__config__.parallel_info() and _takes(compiler, "-fopenmp"):
+    if "OpenMP" in torch.__config__.parallel_info() and _has_openmp_of(compiler):
         flags.append("-fopenmp")  # PyTorch's threads, by its own library: nothing more is linked
     return flags
+
+
+def _has_openmp_of(compiler):
+    """Whether PyTorch brings what this compiler makes of OpenMP: g++ and clang call different libraries, and with two
+    of them threads would be counted by one and run by the other."""
+    program = "void f(); void all() {\n#pragma omp parallel\n  f(); }"
+    made = subprocess.run([*shlex.split(compiler), "-fopenmp", "-S", "-o", "-", "-x", "c++", "-"], input=program,
+                          capture_output=True, text=True).stdout
+    called = next((name for name in ("GOMP_parallel", "__kmpc_fork_call") if name in made), None)
+    return called is not None and hasattr(ctypes.CDLL(torch._C.__file__), called)
 
 
 def _processor():
