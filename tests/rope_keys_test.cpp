@@ -114,6 +114,57 @@ TEST_CASE("rope_keys: what frequencies cannot tell, and what is wrong, is refuse
   CHECK_THROWS_WITH(rope_of_config({}, 4), "sinkcache: rope_theta is missing");
 }
 
+// A host that hands over all of config.json, or none of an object's keys, must not get another model's rope.
+TEST_CASE(
+    "rope_keys: an object as text, one rope for each type of layer, and other names of the same are not passed over") {
+  const auto with = [](const std::string& key, const std::string& value) {
+    return model_keys{{"rope_theta", "10000"}, {"max_position_embeddings", "8192"}, {key, value}};
+  };
+  for (const std::string name : {"rope_scaling", "rope_parameters"}) {
+    CHECK(refusal(with(name, R"({"rope_type": "llama3", "factor": 8.0})")) ==
+          "sinkcache: " + name + " was given as text, had to be its keys, each with '" + name + ".' before it");
+    CHECK(rope_of_config(with(name, "{}"), 64) == rope::plain(64, 10000));
+    CHECK(rope_of_config(with(name, "None"), 64) == rope::plain(64, 10000));
+  }
+  CHECK(refusal({{"rope_parameters.full_attention.rope_theta", "1e6"},
+                 {"rope_parameters.sliding_attention.rope_theta", "1e4"}}) ==
+        "sinkcache: rope_parameters.full_attention.rope_theta was 1e6, had to be that of one type of layer, as "
+        "rope_parameters.rope_theta");
+  CHECK(refusal(with("rope_local_base_freq", "10000")) ==
+        "sinkcache: rope_local_base_freq was 10000, had to be absent: layers differ, so give each its own keys");
+  CHECK_THAT(refusal(with("no_rope_layers", "[1, 1, 1, 0]")), Catch::Contains("layers differ"));
+  CHECK(refusal(with("rope_ratio", "500")) ==
+        "sinkcache: rope_ratio was 500, had to be 1: multiply rope_theta by it instead");
+  CHECK(rope_of_config(with("rope_ratio", "1"), 64) == rope::plain(64, 10000));
+
+  // GPT-NeoX's name for theta, and names for what rotates; two of them have to agree.
+  CHECK(rope_of_config({{"rotary_emb_base", "50000"}}, 64) == rope::plain(64, 50000));
+  CHECK(rope_of_config(with("rotary_emb_base", "1e4"), 64) == rope::plain(64, 10000));
+  CHECK(refusal(with("rotary_emb_base", "50000")) ==
+        "sinkcache: rotary_emb_base was 50000, had to be as rope_theta beside it");
+  for (const char* name : {"partial_rotary_factor", "rotary_pct", "rope_pct"})
+    CHECK(rope_of_config(with(name, "0.25"), 64) == rope::plain(16, 10000));
+  CHECK(rope_of_config(with("rotary_dim", "16"), 64) == rope::plain(16, 10000));
+  model_keys two = with("partial_rotary_factor", "0.4");
+  two["rotary_dim"] = "32";
+  CHECK(rope_of_config(two, 80) == rope::plain(32, 10000));
+  two["rotary_dim"] = "40";
+  CHECK(refusal(two, 80) == "sinkcache: rotary_dim was 40, had to rotate as many dimensions as the keys beside it, 32");
+  two = with("rope_parameters.partial_rotary_factor", "0.5");
+  two["partial_rotary_factor"] = "0.25";
+  CHECK_THAT(refusal(two), Catch::Contains("had to rotate as many dimensions as the keys beside it, 64"));
+  CHECK(refusal(with("rotary_dim", "130")) ==
+        "sinkcache: rotary_dim was 130, had to be such that an even number of the 128 dimensions of a head rotates");
+
+  // The length that a model was trained for may stand beside the scaling, as in Phi 3.
+  CHECK(rope_of_config({{"rope_theta", "10000"},
+                        {"max_position_embeddings", "131072"},
+                        {"original_max_position_embeddings", "4096"},
+                        {"rope_scaling.type", "yarn"},
+                        {"rope_scaling.factor", "32"}},
+                       64) == rope::yarn(64, 10000, {.factor = 32, .original_max_position_embeddings = 4096}));
+}
+
 TEST_CASE("rope_keys: what GGUF says") {
   // Pairs are the architecture's.
   CHECK(rope_of_gguf({{"general.architecture", "llama"}, {"llama.rope.freq_base", "500000"}}, 64) ==

@@ -97,7 +97,18 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
   // rope_scaling before transformers 5, rope_parameters since.
   const bool newer = has("rope_parameters.");
   if (newer && has("rope_scaling.")) found.refuse("rope_scaling was given, had to be null beside rope_parameters");
-  key_reader whole(keys, "", found), from(keys, newer ? "rope_parameters." : "rope_scaling.", found);
+  const std::string prefix = newer ? "rope_parameters." : "rope_scaling.";
+  key_reader whole(keys, "", found), from(keys, prefix, found);
+  // What a host may hand over with the rest of a file, and another rope than a layer's would come of.
+  for (const char* name : {"rope_scaling", "rope_parameters"})
+    if (const std::string* text = whole.find(name); text != nullptr && *text != "{}")
+      found.refuse("{} was given as text, had to be its keys, each with '{}.' before it", name, name);
+  for (auto at = keys.lower_bound(prefix); at != keys.end() && at->first.compare(0, prefix.size(), prefix) == 0; ++at)
+    if (const std::size_t dot = at->first.rfind('.'); dot >= prefix.size())
+      found.refuse("{} was {}, had to be that of one type of layer, as {}{}", std::string_view(at->first),
+                   std::string_view(at->second), std::string_view(prefix), std::string_view(at->first).substr(dot + 1));
+  for (const char* name : {"rope_local_base_freq", "no_rope_layers"})
+    if (whole.find(name) != nullptr) whole.refuse(name, "absent: ", "layers differ, so give each its own keys");
 
   for (const char* name : {"mrope_section", "mrope_interleaved"})
     if (from.find(name) != nullptr) from.refuse(name, "absent: ", m_rope);
@@ -114,25 +125,42 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
     from.refuse(name, why.empty() ? "default, linear, llama3 or yarn" : "default, linear, llama3 or yarn: ", why);
   }
 
-  const std::optional<double> within = from.number("rope_theta"), beside = whole.number("rope_theta");
-  if (within && beside && *within != *beside) from.refuse("rope_theta", "as rope_theta beside it");
-  if (!within && !beside) found.refuse("rope_theta is missing");
-  const double theta = beside.value_or(within.value_or(0));
+  // What comes under several names has to be the same under all.
+  std::optional<double> theta;
+  const auto read_theta = [&](key_reader& of, const char* name) {
+    const std::optional<double> given = of.number(name);
+    if (given && theta && *given != *theta) of.refuse(name, "as rope_theta beside it");
+    if (given) theta = given;
+  };
+  for (const char* name : {"rope_theta", "rotary_emb_base"}) read_theta(whole, name);
+  read_theta(from, "rope_theta");
+  if (!theta) found.refuse("rope_theta is missing");
+  if (whole.number("rope_ratio").value_or(1) != 1) whole.refuse("rope_ratio", "1: multiply rope_theta by it instead");
 
-  double share = from.number("partial_rotary_factor").value_or(1);
-  for (const char* name : {"partial_rotary_factor", "rotary_pct"}) share = whole.number(name).value_or(share);
-  const double dims = static_cast<double>(head_dim) * share;
-  const index_t width = share > 0 && share <= 1 ? static_cast<index_t>(dims) : 0;
+  std::optional<index_t> rotates;
+  const auto read_width = [&](key_reader& of, const char* name, index_t times) {
+    const std::optional<double> given = of.number(name);
+    if (!given) return;
+    const double dims = *given * static_cast<double>(times);
+    const index_t n = *given > 0 && dims <= static_cast<double>(head_dim) ? static_cast<index_t>(dims) : 0;
+    if (n != head_dim && (n < 2 || n % 2 != 0))
+      found.refuse("{} was {}, had to be such that an even number of the {} dimensions of a head rotates", name, *given,
+                   head_dim);
+    if (rotates && *rotates != n)
+      found.refuse("{} was {}, had to rotate as many dimensions as the keys beside it, {}", name, *given, *rotates);
+    rotates = n;
+  };
+  read_width(from, "partial_rotary_factor", head_dim);
+  for (const char* name : {"partial_rotary_factor", "rotary_pct", "rope_pct"}) read_width(whole, name, head_dim);
+  read_width(whole, "rotary_dim", 1);
+  const index_t width = rotates.value_or(head_dim);
   if (width == head_dim && width % 2 != 0)
     found.refuse("head_dim was {}, had to be even: its halves rotate together", width);
-  if (width < 2 || width % 2 != 0)
-    found.refuse(
-        "partial_rotary_factor was {}, had to be such that an even number of the {} dimensions of a head rotates",
-        share, head_dim);
 
   const auto original = [&] {
     std::optional<double> given = from.number("original_max_position_embeddings");
-    if (!given) given = whole.number("max_position_embeddings");
+    for (const char* name : {"original_max_position_embeddings", "max_position_embeddings"})
+      if (!given) given = whole.number(name);
     return given ? *given : from.required("original_max_position_embeddings");
   };
   rope::llama3_scaling llama3;
@@ -153,10 +181,10 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
   from.flag("finetuned", false);  // says nothing about what to compute
   from.refuse_others();
   if (!found) return {};
-  if (type == "linear") return rope::try_linear(width, theta, factor, found, pairing);
-  if (type == "llama3") return rope::try_llama3(width, theta, llama3, found, pairing);
-  if (type == "yarn") return rope::try_yarn(width, theta, yarn, found, pairing);
-  return rope::try_plain(width, theta, found, pairing);
+  if (type == "linear") return rope::try_linear(width, *theta, factor, found, pairing);
+  if (type == "llama3") return rope::try_llama3(width, *theta, llama3, found, pairing);
+  if (type == "yarn") return rope::try_yarn(width, *theta, yarn, found, pairing);
+  return rope::try_plain(width, *theta, found, pairing);
 }
 
 // How llama.cpp rotates the heads of an architecture (its llama_model_rope_type), of those that are known here.
@@ -223,8 +251,9 @@ inline std::optional<rope> read_gguf_rope(const model_keys& keys, index_t head_d
 
 }  // namespace detail
 
-// Of config.json: rope_theta, rope_scaling or rope_parameters, partial_rotary_factor (rotary_pct), and
-// max_position_embeddings where a scaling wants it; other keys are not read. head_dim is the model's.
+// Of config.json: rope_theta (rotary_emb_base), rope_scaling or rope_parameters, partial_rotary_factor (rotary_pct,
+// rope_pct, rotary_dim), and original_max_position_embeddings or max_position_embeddings where a scaling wants it. Keys
+// that say that layers differ are refused; others are not read. head_dim is the model's.
 inline std::optional<rope> try_rope_of_config(const model_keys& keys, index_t head_dim, status& found,
                                               rope_pairing pairing = rope_pairing::half_split) noexcept {
   found = status();
