@@ -567,6 +567,24 @@ TEST_CASE("kv_view: sink_bias is added to pinned tokens, and not to the oldest o
   }
 }
 
+TEST_CASE("kv_view: capacity is the most that a query sees, with a hole among the pinned tokens too") {
+  constexpr position_t tokens = 20;
+  const float row[tokens * 4] = {};
+  for (index_t sinks = 0; sinks <= 6; ++sinks)
+    for (index_t window = 0; window <= 5; ++window)
+      for (position_t hole = 0; hole <= 4; ++hole)
+        for (position_t after = hole; after <= 8; ++after) {
+          CAPTURE(sinks, window, hole, after);
+          cache_config config = engine_rotated(1, 4);
+          config.num_sink_tokens = sinks, config.window = window;
+          const kv_piece pieces[] = {{0, hole, row, row}, {after, tokens - after, row, row}};
+          const kv_view<f32> view(config, {{.token = 4}, {.token = 4}}, pieces, tokens);
+          index_t most = 0;
+          for (position_t query = 0; query < tokens; ++query) most = std::max(most, view.num_visible(query));
+          CHECK(view.capacity() == most);
+        }
+}
+
 TEST_CASE("kv_view: queries [head][token][dim] go head by head") {
   constexpr index_t heads = 2, group = 2, dim = 32, tokens = 30, rows = 9;
   const cache_config config = engine_rotated(1, dim);

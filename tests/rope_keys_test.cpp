@@ -165,6 +165,22 @@ TEST_CASE(
                        64) == rope::yarn(64, 10000, {.factor = 32, .original_max_position_embeddings = 4096}));
 }
 
+TEST_CASE("rope_keys: pairs of dimensions are those that llama.cpp rotates for an architecture") {
+  const auto pairing_of = [](const std::string& architecture) {
+    return rope_of_gguf({{"general.architecture", architecture}}, 64).pairing();
+  };
+  for (const char* name : {"llama", "baichuan", "command-r", "deepseek", "deepseek2", "granite", "internlm2", "minicpm",
+                           "olmo", "smollm3", "starcoder", "xverse"}) {
+    CAPTURE(name);
+    CHECK(pairing_of(name) == rope_pairing::interleaved);
+  }
+  for (const char* name : {"falcon", "gemma", "gemma2", "gpt-oss", "gptneox", "nemotron", "olmo2", "phi2", "phi3",
+                           "qwen", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "stablelm", "starcoder2"}) {
+    CAPTURE(name);
+    CHECK(pairing_of(name) == rope_pairing::half_split);
+  }
+}
+
 TEST_CASE("rope_keys: what GGUF says") {
   // Pairs are the architecture's.
   CHECK(rope_of_gguf({{"general.architecture", "llama"}, {"llama.rope.freq_base", "500000"}}, 64) ==
@@ -192,6 +208,13 @@ TEST_CASE("rope_keys: what GGUF says") {
   const std::vector<float> inv_freq = {1, static_cast<float>(1 / (100. * 8))};
   CHECK(rope_of_gguf({{"general.architecture", "llama"}}, 4, by) == rope(inv_freq, rope_pairing::interleaved));
 
+  // Where a scaling does not say what it was trained for, the model does.
+  CHECK(rope_of_gguf({{"general.architecture", "qwen2"},
+                      {"qwen2.rope.scaling.type", "yarn"},
+                      {"qwen2.context_length", "32768"},
+                      {"qwen2.rope.scaling.factor", "4"}},
+                     64) == rope::yarn(64, 10000, {.factor = 4, .original_max_position_embeddings = 32768}));
+
   CHECK(gguf_refusal({}) == "sinkcache: general.architecture is missing");
   CHECK(gguf_refusal({{"general.architecture", "mine"}}) ==
         "sinkcache: general.architecture was mine, had to be one whose pairing is known here: say which");
@@ -201,6 +224,11 @@ TEST_CASE("rope_keys: what GGUF says") {
   CHECK(gguf_refusal(llama("dimension_count", "130")) ==
         "sinkcache: llama.rope.dimension_count was 130, had to be even and from 2 to head_dim, 128");
   CHECK_THAT(gguf_refusal(llama("dimension_sections", "[16, 24, 24]")), Catch::Contains("M-RoPE gives each token"));
+  for (const std::string name : {"attn_factor", "yarn_attn_factor", "yarn_ext_factor"}) {
+    CHECK(gguf_refusal(llama("scaling." + name, "0.5")) ==
+          "sinkcache: llama.rope.scaling." + name + " was 0.5, had to be 1");
+    CHECK(rope_of_gguf(llama("scaling." + name, "1.0"), 64) == rope::plain(64, 10000, rope_pairing::interleaved));
+  }
   CHECK_THAT(gguf_refusal(llama("scaling.type", "longrope")), Catch::Contains("longrope switches between two sets"));
   CHECK(gguf_refusal(llama("freq_base_swa", "10000")) ==
         "sinkcache: llama.rope.freq_base_swa was 10000, had to be absent: it is not known here");

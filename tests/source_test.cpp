@@ -2,6 +2,7 @@
 // what it is given that no cache of the library needs yet.
 
 #include <sinkcache/key_policies.hpp>
+#include <sinkcache/not_finite.hpp>
 #include <sinkcache/scored_kv_cache.hpp>
 #include <sinkcache/sinkcache.hpp>
 
@@ -316,6 +317,18 @@ class by_position final : public kv_source {
   std::vector<position_t> at_;
 };
 
+// Tokens without rows, and a plan for one KV head at a time.
+class by_head final : public kv_source {
+ public:
+  by_head(const kv_geometry& of, position_t seen) : kv_source(of) { seen_ = seen; }
+  index_t capacity() const noexcept override { return 0; }
+  position_t min_truncate() const noexcept override { return 0; }
+  index_t max_parts() const noexcept override { return 0; }
+  plan_end plan(index_t, position_t first, position_t last, part_list&) const noexcept override {
+    return {1, static_cast<index_t>(last - first + 1)};
+  }
+};
+
 class seen_tokens final : public weight_reader {
  public:
   bool wants(position_t) const noexcept override { return true; }
@@ -418,6 +431,43 @@ TEST_CASE("source: three in a row, or one and two in a row, are one stream") {
       CHECK((out - expected).cwiseAbs().maxCoeff() < 1e-6f);
     }
   }
+}
+
+TEST_CASE("source: a joined_source is asked for no more queries and KV heads at once than each of its sources allows") {
+  effort::dice dice(10);
+  cache_config config{.num_kv_heads = 2, .head_dim = 8, .window = 6, .rope = rope::none(), .rollback = 2};
+  const auto rows = [&](index_t n) { return random_matrix(dice, n, 16); };
+  kv_cache<f32> front(config);
+  front.append(rows(5), rows(5));
+  config.first_position = 5;
+  kv_cache<f32> own(config);
+  own.append(rows(20), rows(20));
+  const joined_source joined({&front, &own});
+  const attention attention({.num_qo_heads = 2});
+  workspace scratch;
+  matrix out(4, 16);
+  CHECK(attention.try_attend(rows(3), joined, out.topRows(3), scratch).ok());
+  CHECK(attention.try_attend(rows(4), joined, out, scratch).message() ==
+        "sinkcache: q.rows() was 4, had to be at most 3: what older tokens saw is overwritten");
+
+  // The first in front answers for each KV head by itself, the others for all.
+  const by_head alone(front.geometry(), 5);
+  config.first_position = 25;
+  const kv_cache<f32> last(config);
+  const joined_source three({&alone, &own, &last});
+  std::vector<kv_part> memory(as_size(three.max_parts()));
+  part_list parts(memory.data(), three.max_parts());
+  CHECK(three.plan(0, three.seen() - 1, three.seen() - 1, parts).kv_heads == 1);
+}
+
+TEST_CASE("source: num_not_finite counts what the newest query sees, and not what else is listed") {
+  kv_cache<f32> own({.num_kv_heads = 1, .head_dim = 8, .window = 40, .rope = rope::none()});
+  matrix rows = matrix::Ones(6, 8);
+  rows(1, 2) = rows(5, 0) = std::numeric_limits<float>::infinity();
+  own.append(rows, rows);
+  CHECK(num_not_finite(own) == 4);
+  CHECK(num_not_finite(by_position(own, 1, kv_part::always)) == 2);
+  CHECK(num_not_finite(by_position(own, 0, 4)) == 2);
 }
 
 TEST_CASE("source: rows with positions of their own behind a prefix are seen by their distance") {
