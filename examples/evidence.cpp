@@ -23,6 +23,7 @@
 #include "evidence/jobs.hpp"
 #include "evidence/ranking.hpp"
 #include "evidence/report.hpp"
+#include "text/utf8.hpp"
 
 namespace {
 
@@ -243,10 +244,10 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "evidence: interrupted; the same command goes on from here\n");
     return 130;
   } catch (const compare::usage_error& error) {
-    fmt::print(stderr, "evidence: {}\n(--help lists the options)\n", error.what());
+    fmt::print(stderr, "evidence: {}\n(--help lists the options)\n", text::harmless(error.what()));
     return 2;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "evidence: {}\n", error.what());
+    fmt::print(stderr, "evidence: {}\n", text::harmless(error.what()));
     return 1;
   }
 }

@@ -16,6 +16,7 @@
 #include "progress.hpp"
 #include "report.hpp"
 #include "svg.hpp"
+#include "text/utf8.hpp"
 
 namespace compare {
 namespace {
@@ -94,7 +95,7 @@ void compare_all(options o) {
   for (std::size_t i = 0; i < subjects.size(); ++i)
     comparisons.emplace_back(std::span(runs).subspan(i * o.policies.size(), o.policies.size()), s.cache);
 
-  fmt::print("{}\n", header(s, subjects));
+  fmt::print("{}\n", text::harmless(header(s, subjects)));
   fmt::print("{}\n", o.remedies ? models_table(comparisons) : table(comparisons.front()));
   if (!o.left_out.empty())
     fmt::print("left out, as the cache is too small for their default parameters: {}\n", o.left_out);
@@ -112,10 +113,10 @@ int compare_policies(int argc, const char* const* argv) {
     if (const auto options = parse_options(argc, argv)) compare_all(*options);
     if (std::fflush(stdout) != 0) throw std::runtime_error("the output cannot be written");
   } catch (const usage_error& error) {
-    fmt::print(stderr, "compare_policies: {}\n{}", error.what(), usage);
+    fmt::print(stderr, "compare_policies: {}\n{}", text::harmless(error.what()), usage);
     return 2;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "compare_policies: {}\n", error.what());
+    fmt::print(stderr, "compare_policies: {}\n", text::harmless(error.what()));
     return 1;
   }
   return 0;

@@ -1,8 +1,18 @@
 #include "utf8.hpp"
 
+#include <fmt/format.h>
+
 #include <utility>
 
 namespace text {
+namespace {
+
+bool controls_terminal(char32_t u) {
+  const bool is_c0 = u < 0x20 && u != '\n' && u != '\t', is_c1 = u >= 0x7f && u < 0xa0;
+  return is_c0 || is_c1 || (u >= 0x202a && u <= 0x202e) || (u >= 0x2066 && u <= 0x2069);
+}
+
+}  // namespace
 
 decoded first_character(std::string_view text) {
   const auto byte = [text](std::size_t i) { return static_cast<unsigned char>(text[i]); };
@@ -52,11 +62,23 @@ std::string without_controls(std::string_view valid) {
   std::string out;
   while (!valid.empty()) {
     const decoded c = first_character(valid);
-    const char32_t u = c.code_point;
-    const bool is_c0 = u < 0x20 && u != '\n' && u != '\t', is_c1 = u >= 0x7f && u < 0xa0;
-    const bool is_bidi = (u >= 0x202a && u <= 0x202e) || (u >= 0x2066 && u <= 0x2069);
-    if (!is_c0 && !is_c1 && !is_bidi) out += valid.substr(0, c.bytes);
+    if (!controls_terminal(c.code_point)) out += valid.substr(0, c.bytes);
     valid.remove_prefix(c.bytes);
+  }
+  return out;
+}
+
+std::string harmless(std::string_view message) {
+  std::string out;
+  while (!message.empty()) {
+    const decoded c = first_character(message);
+    const std::string_view bytes = message.substr(0, c.bytes);
+    const bool is_valid = c.code_point != replacement_character || bytes == "\xef\xbf\xbd";
+    if (is_valid && !controls_terminal(c.code_point))
+      out += bytes;
+    else
+      for (const char byte : bytes) out += fmt::format("\\x{:02x}", static_cast<unsigned char>(byte));
+    message.remove_prefix(c.bytes);
   }
   return out;
 }

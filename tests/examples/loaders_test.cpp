@@ -154,4 +154,8 @@ TEST_CASE("text that goes to a terminal cannot control it") {
   CHECK(text::without_controls("a\tb\nc d") == "a\tb\nc d");
   CHECK(text::without_controls("a\x1b[2J\x7f\u009b2J\u0085") == "a[2J2J");
   CHECK(text::without_controls("\u00a0\u202eabc\u2066d\u200f\u00e9") == "\u00a0abcd\u200f\u00e9");
+  CHECK(text::harmless("a\tb\n\u00e9: \ufffd") == "a\tb\n\u00e9: \ufffd");
+  CHECK(text::harmless("\x1b[2J\x7f\u009b\u202e") == "\\x1b[2J\\x7f\\xc2\\x9b\\xe2\\x80\\xae");
+  CHECK(text::harmless("\x9b"
+                       "2J\xe2\x80") == "\\x9b2J\\xe2\\x80");
 }
