@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname -- "$0")/../include/sinkcache"
 
-order='detail/macros_off detail/macros_on version status policy matrix detail/simd detail/halves format rope rope_keys softmax
+order='detail/macros_off detail/macros_on version detail/decimal status policy matrix detail/simd detail/halves format rope rope_keys softmax
        source detail/scratch detail/tile_rows detail/tile detail/tile_dots detail/tile_softmax detail/tile_values
        detail/rotated_keys detail/reader detail/hadamard detail/quantized_tile detail/quantized_pairs detail/quantized_dots detail/quantized_values quantized
        with_formats detail/part_rules not_finite detail/panel_sums detail/absorb workspace thread_pool storage cache_config any_kv_cache

@@ -3,7 +3,6 @@
 // Scorers by name, with parameters as text: for command lines, other languages and configurations.
 
 #include <array>
-#include <charconv>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -14,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "detail/decimal.hpp"
 #include "detail/macros_off.hpp"
 #include "eviction.hpp"
 #include "key_policies.hpp"
@@ -73,10 +73,7 @@ class parameter_reader {
     const policy_parameter* const p = take(name);
     if (p == nullptr) return;
     T value{};
-    const char* const end = p->second.data() + p->second.size();
-    const std::from_chars_result parsed = std::from_chars(p->second.data(), end, value);
-    if (parsed.ec != std::errc() || parsed.ptr != end || p->second.empty())
-      return refuse_number<T>(name, p->second.substr(0, 32));
+    if (!read_decimal(p->second, value)) return refuse_number<T>(name, p->second.substr(0, 32));
     to = value;
   }
   void flag(std::string_view name, bool& to) noexcept {

@@ -4,7 +4,6 @@
 // engine reads the file, and hands over its keys and values as text. What frequencies cannot express (docs/rope.md),
 // and unknown keys that would change the result, are refused by name.
 
-#include <charconv>
 #include <cmath>
 #include <map>
 #include <optional>
@@ -14,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "detail/decimal.hpp"
 #include "detail/macros_off.hpp"
 #include "rope.hpp"
 
@@ -52,9 +52,7 @@ class key_reader {
     const std::string* text = find(name);
     if (text == nullptr) return {};
     double value = 0;
-    const char* const last = text->data() + text->size();
-    const std::from_chars_result parsed = std::from_chars(text->data(), last, value);  // whatever the locale
-    if (parsed.ec != std::errc() || parsed.ptr != last || !std::isfinite(value)) refuse(name, "a number");
+    if (!read_decimal(*text, value) || !std::isfinite(value)) refuse(name, "a number");
     return value;
   }
   double required(std::string_view name) {

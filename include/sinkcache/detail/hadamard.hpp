@@ -40,6 +40,12 @@ inline void scale_row(float* row, index_t n, float by) noexcept {
   for (; i < n; ++i) row[i] *= by;
 }
 
+// As a function of its own: clang 16 loses Half in a lambda within the one below.
+template <int Half>
+constexpr int exchanged(int lane) noexcept {
+  return lane ^ Half;
+}
+
 // Sums and differences of neighbours, of every second, and so on, up to halves of so many vectors, which stay in
 // registers meanwhile.
 template <int Vectors>
@@ -54,7 +60,7 @@ void hadamard_vectors(float* row, index_t n) noexcept {
       return of;
     }();
     const auto signs = std::bit_cast<vuint>(numbers);
-    const auto other = shuffled<lanes, [](int i) { return i ^ Half; }>(v, v);
+    const auto other = shuffled<lanes, exchanged<Half>>(v, v);
     return other + std::bit_cast<vfloat>(std::bit_cast<vuint>(v) ^ signs);
   };
   for (index_t i = 0; i < n; i += Vectors * lanes) {

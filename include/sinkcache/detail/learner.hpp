@@ -3,7 +3,6 @@
 // How a cache that evicts by score learns from calls of attention.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 #include "../attention.hpp"
@@ -14,6 +13,18 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 namespace detail {
 
+// As std::atomic_ref, which libc++ has only from 19 on.
+template <class T>
+T load_relaxed(const T& from) noexcept {
+  T value;
+  __atomic_load(&from, &value, __ATOMIC_RELAXED);
+  return value;
+}
+template <class T>
+void store_relaxed(T& to, T value) noexcept {
+  __atomic_store(&to, &value, __ATOMIC_RELAXED);
+}
+
 class scored_learner : public weight_reader {
  public:
   scored_learner(scored_state& state, const any_kv_cache* of) noexcept : cache(of), s_(state) {}
@@ -21,7 +32,7 @@ class scored_learner : public weight_reader {
   const any_kv_cache* cache;  // whose learner it is
 
   // Whether queries older than the last event are asked for: over what is kept now.
-  bool looks_back() const noexcept { return std::atomic_ref(looking_back_).load(std::memory_order_relaxed) > 0; }
+  bool looks_back() const noexcept { return load_relaxed(looking_back_) > 0; }
 
   // One by one those that may be taken back or are the last before an event; of the others sums will do.
   bool wants(position_t query) const noexcept override {
@@ -64,12 +75,11 @@ class scored_learner : public weight_reader {
 
   void begin(const attention_call& call) noexcept override {
     // What calls for other heads write too is the same.
-    std::atomic_ref(shift_).store(call.keys.seen() - cache->seen(), std::memory_order_relaxed);
+    store_relaxed(shift_, call.keys.seen() - cache->seen());
     const float scale = call.params.sm_scale.value_or(1 / std::sqrt(static_cast<float>(s_.of.geometry.head_dim)));
-    std::atomic_ref(s_.sm_scale).store(scale, std::memory_order_relaxed);
+    store_relaxed(s_.sm_scale, scale);
     const position_t end = call.first + call.q.rows();
-    std::atomic_ref(one_by_one_)
-        .store(end + std::min<position_t>(0, call.following - s_.of.rollback), std::memory_order_relaxed);
+    store_relaxed(one_by_one_, end + std::min<position_t>(0, call.following - s_.of.rollback));
     const index_t kept = s_.log.num_queries(), columns = s_.log.group() * s_.of.geometry.head_dim;
     for (index_t i = std::max<index_t>(0, call.q.rows() - kept); i < call.q.rows(); ++i)
       if (own(call.first + i) >= 0)  // not of a cache that is empty
@@ -114,10 +124,8 @@ class scored_learner : public weight_reader {
     position_t first_;
   };
 
-  position_t one_by_one() const noexcept { return std::atomic_ref(one_by_one_).load(std::memory_order_relaxed); }
-  position_t own(position_t query) const noexcept {
-    return query - std::atomic_ref(shift_).load(std::memory_order_relaxed);
-  }
+  position_t one_by_one() const noexcept { return load_relaxed(one_by_one_); }
+  position_t own(position_t query) const noexcept { return query - load_relaxed(shift_); }
   bool is_last(position_t query) const noexcept {
     return (s_.needs.last_query || s_.of.rules.accounts) && s_.is_due(query + 1);
   }
@@ -156,12 +164,12 @@ class scored_learner : public weight_reader {
     for (index_t w = 0; w < (s_.needs.together ? 1 : n); ++w)
       for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
         std::fill_n(s_.log.window(w) + s_.rows.head(h).first, s_.rows.head(h).n, unseen);
-    std::atomic_ref(looking_back_).fetch_add(1, std::memory_order_relaxed);
+    __atomic_fetch_add(&looking_back_, 1, __ATOMIC_RELAXED);
     const status done = by.try_attend(
         const_matrix_view(s_.log.window_q(), n, q_dim), call.keys, matrix_view(s_.log.window_out(), n, v_dim), memory,
         {.lse = {s_.log.window_lse(), static_cast<std::size_t>(n * s_.of.rules.num_qo_heads)}, .weights = &reader},
         {.first_kv_head = call.first_kv_head, .num_kv_heads = call.num_kv_heads});
-    std::atomic_ref(looking_back_).fetch_sub(1, std::memory_order_relaxed);
+    __atomic_fetch_sub(&looking_back_, 1, __ATOMIC_RELAXED);
     return done.ok();
   }
 
