@@ -200,6 +200,25 @@ static void by_definition(void) {
 
 static const sinkcache_rope yarn = {
     .size = sizeof yarn, .type = "yarn", .theta = 10000, .factor = 4, .original_max_position_embeddings = 64};
+/* With all its fields but attention_factor, which would stand for the mscales. */
+static const sinkcache_rope whole_yarn = {.size = sizeof whole_yarn,
+                                          .type = "yarn",
+                                          .theta = 100,
+                                          .interleaved = 1,
+                                          .width = 8,
+                                          .factor = 4,
+                                          .original_max_position_embeddings = 64,
+                                          .no_truncate = 1,
+                                          .beta_fast = 5,
+                                          .beta_slow = 2,
+                                          .mscale = 2,
+                                          .mscale_all_dim = 0.5};
+static const sinkcache_rope scaled_yarn = {.size = sizeof scaled_yarn,
+                                           .type = "yarn",
+                                           .theta = 10000,
+                                           .factor = 4,
+                                           .original_max_position_embeddings = 64,
+                                           .attention_factor = 1.25};
 
 static sinkcache_cache_config reference_config(int number) {
   const sinkcache_cache_config cases[] = {
@@ -216,7 +235,7 @@ static sinkcache_cache_config reference_config(int number) {
   config.window = 20;
   config.rollback = 5;
   config.recent = 7;
-  config.rope = &yarn;
+  config.rope = number == 0 ? &yarn : number == 1 ? &whole_yarn : &scaled_yarn;
   return config;
 }
 

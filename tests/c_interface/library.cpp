@@ -8,14 +8,30 @@ namespace {
 
 constexpr index_t kv_heads = 2, qo_heads = 6, dim = 16, v_dim = 8;
 
-cache_config config_of(positions at) {
+rope plain_yarn() { return rope::yarn(dim, 10000, {.factor = 4, .original_max_position_embeddings = 64}); }
+rope whole_yarn() {
+  return rope::yarn(8, 100,
+                    {.factor = 4,
+                     .original_max_position_embeddings = 64,
+                     .beta_fast = 5,
+                     .beta_slow = 2,
+                     .truncate = false,
+                     .mscale = 2,
+                     .mscale_all_dim = 0.5},
+                    rope_pairing::interleaved);
+}
+rope scaled_yarn() {
+  return rope::yarn(dim, 10000, {.factor = 4, .original_max_position_embeddings = 64, .attention_factor = 1.25});
+}
+
+cache_config config_of(positions at, const rope& rotation) {
   return {.num_kv_heads = kv_heads,
           .head_dim = dim,
           .v_head_dim = v_dim,
           .num_sink_tokens = 3,
           .window = 20,
           .positions = at,
-          .rope = rope::yarn(dim, 10000, {.factor = 4, .original_max_position_embeddings = 64}),
+          .rope = rotation,
           .rollback = 5,
           .recent = 7};
 }
@@ -53,10 +69,12 @@ void stream(Cache cache, index_t prompt, index_t tokens, const float* q, const f
 // What a stream gives through the C++ classes: case 0 is a window of f32, 1 one of q8 keys and f32 values, 2 is H2O.
 extern "C" int reference_stream(int number, int64_t prompt, int64_t tokens, const float* q, const float* k,
                                 const float* v, float* out, float* lse) {
-  if (number == 0) stream(kv_cache<f32>(config_of(positions::in_cache)), prompt, tokens, q, k, v, out, lse);
-  if (number == 1) stream(kv_cache<q8, f32>(config_of(positions::absolute)), prompt, tokens, q, k, v, out, lse);
+  if (number == 0)
+    stream(kv_cache<f32>(config_of(positions::in_cache, plain_yarn())), prompt, tokens, q, k, v, out, lse);
+  if (number == 1)
+    stream(kv_cache<q8, f32>(config_of(positions::absolute, whole_yarn())), prompt, tokens, q, k, v, out, lse);
   if (number == 2) {
-    cache_config config = config_of(positions::in_cache);
+    cache_config config = config_of(positions::in_cache, scaled_yarn());
     config.window = 0;
     const eviction rules{.budget = 19, .recent = 5, .interval = 4, .num_qo_heads = qo_heads};
     stream(scored_kv_cache<f32>(config, rules, policies::h2o()), prompt, tokens, q, k, v, out, lse);
