@@ -36,8 +36,8 @@ std::string valid_utf8(std::string_view bytes);
 // changes the direction of the text that follows.
 std::string without_controls(std::string_view valid);
 
-// A message, which may quote an argument or the name of a file: the same written out, \x9b for each byte, and bytes that
-// are no UTF-8 too.
+// A message, which may quote an argument or the name of a file: the same written out, \x9b for each byte, and bytes
+// that are no UTF-8 too.
 std::string harmless(std::string_view message);
 
 }  // namespace text

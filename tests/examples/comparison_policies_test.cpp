@@ -111,8 +111,9 @@ TEST_CASE("a policy is followed by its parameters, whatever commas there are") {
 TEST_CASE("an unknown policy or parameter lists the known ones") {
   CHECK_THAT(refused("h3o"), Catch::StartsWith("--policies: 'h3o' had to be one of: full, window, sinks:N, recompute, "
                                                "random, h2o, tova"));
-  CHECK_THAT(refused("h2o:window=4"),
-             Catch::Contains("h2o's parameter 'window=4' had to be one of: normalise=none|lifetime sinks=4 pin= recent=32"));
+  CHECK_THAT(
+      refused("h2o:window=4"),
+      Catch::Contains("h2o's parameter 'window=4' had to be one of: normalise=none|lifetime sinks=4 pin= recent=32"));
   CHECK_THAT(refused("tova:fast"), Catch::Contains("tova's parameter 'fast' had to be one of: sinks=4"));
   CHECK_THAT(refused("tova,fast"), Catch::Contains("'fast' had to be one of"));
   CHECK_THAT(refused("sinks=4,tova"), Catch::Contains("begins with 'sinks=4', had to begin with a policy"));

@@ -414,7 +414,7 @@ TEST_CASE("a file that is not such a model is refused, and says why") {
        "of the 4 dimensions of a head rotates"},
       {set("partial_rotary_factor", "0"), "metadata: partial_rotary_factor was 0, had to be such that"},
       {set("partial_rotary_factor", "1.5"), "metadata: partial_rotary_factor was 1.5, had to be such that"},
-      {set("rotary_pct", "0.8"), "metadata: partial_rotary_factor was 0.8, had to be such that"},
+      {set("rotary_pct", "0.8"), "metadata: rotary_pct was 0.8, had to be such that"},
       {set("attention_bias", "true"), "metadata: attention_bias"},
       {set("hidden_act", "gelu"), "metadata: hidden_act is 'gelu', had to be silu"},
       {set("tokenizer", "bpe"), "metadata: tokenizer is 'bpe', had to be byte"},
