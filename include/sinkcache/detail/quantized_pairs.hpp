@@ -90,6 +90,7 @@ struct query_pairs {
   }
 };
 
+// NOLINTNEXTLINE(readability-non-const-parameter): a template writes through it
 inline const float* integer_pack(const float* rows, index_t count, index_t dim, float* to) noexcept {
   in_groups(count, [&]<int Rows>(index_t r, index_t) {
     const query_pairs<Rows> group(to + r * dim, dim);
