@@ -46,7 +46,9 @@ requires in_integers<V>
 #if defined(__AVX512BW__)
   if constexpr (width_of<V> == 16) return sum + V(_mm512_maskz_madd_epi16(0xffff, __m512i(a), __m512i(b)));
 #endif
-#if defined(__AVX2__)
+#if defined(__AVXVNNI__)
+  if constexpr (width_of<V> == 8) return V(_mm256_dpwssd_avx_epi32(__m256i(sum), __m256i(a), __m256i(b)));
+#elif defined(__AVX2__)
   if constexpr (width_of<V> == 8) return sum + V(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #endif
   if constexpr (width_of<V> == 4) return sum + V(_mm_madd_epi16(__m128i(a), __m128i(b)));
