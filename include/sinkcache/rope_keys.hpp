@@ -30,6 +30,13 @@ inline constexpr const char* longrope = "longrope switches between two sets of f
 inline constexpr const char* m_rope = "M-RoPE gives each token three positions, and no single phase rotates it";
 inline constexpr const char* dynamic_ntk = "dynamic NTK changes its frequencies with the length of the sequence";
 
+// f(name, text) of all keys that begin so.
+template <class F>
+void for_each_under(const model_keys& keys, const std::string& prefix, const F& f) {
+  for (auto at = keys.lower_bound(prefix); at != keys.end() && at->first.compare(0, prefix.size(), prefix) == 0; ++at)
+    f(std::string_view(at->first), std::string_view(at->second));
+}
+
 // Values of keys that begin with `prefix`; remembers which were asked for.
 class key_reader {
  public:
@@ -73,10 +80,10 @@ class key_reader {
   // What begins with the prefix and `more`, and nobody asked for.
   void refuse_others(std::string_view more = "") {
     const std::string from = prefix_ + std::string(more);
-    for (auto at = keys_.lower_bound(from); at != keys_.end() && at->first.compare(0, from.size(), from) == 0; ++at)
-      if (!asked_.contains(at->first))
-        found_.refuse("{} was {}, had to be absent: it is not known here", std::string_view(at->first),
-                      std::string_view(at->second));
+    for_each_under(keys_, from, [&](std::string_view name, std::string_view text) {
+      if (!asked_.contains(std::string(name)))
+        found_.refuse("{} was {}, had to be absent: it is not known here", name, text);
+    });
   }
 
  private:
@@ -86,11 +93,51 @@ class key_reader {
   std::set<std::string> asked_;
 };
 
+// What comes under several names has to be the same under all.
+inline double read_theta(key_reader& whole, key_reader& from, status& found) {
+  std::optional<double> theta;
+  const auto read = [&](key_reader& of, const char* name) {
+    const std::optional<double> given = of.number(name);
+    if (given && theta && *given != *theta) of.refuse(name, "as rope_theta beside it");
+    if (given) theta = given;
+  };
+  for (const char* name : {"rope_theta", "rotary_emb_base"}) read(whole, name);
+  read(from, "rope_theta");
+  if (!theta) found.refuse("rope_theta is missing");
+  if (whole.number("rope_ratio").value_or(1) != 1) whole.refuse("rope_ratio", "1: multiply rope_theta by it instead");
+  return theta.value_or(0);
+}
+
+// How many dimensions of a head rotate.
+inline index_t read_width(key_reader& whole, key_reader& from, index_t head_dim, status& found) {
+  std::optional<index_t> rotates;
+  const auto read = [&](key_reader& of, const char* name, index_t times) {
+    const std::optional<double> given = of.number(name);
+    if (!given) return;
+    const double dims = *given * static_cast<double>(times);
+    const index_t n = *given > 0 && dims <= static_cast<double>(head_dim) ? static_cast<index_t>(dims) : 0;
+    if (n != head_dim && (n < 2 || n % 2 != 0))
+      found.refuse("{} was {}, had to be such that an even number of the {} dimensions of a head rotates", name, *given,
+                   head_dim);
+    if (rotates && *rotates != n)
+      found.refuse("{} was {}, had to rotate as many dimensions as the keys beside it, {}", name, *given, *rotates);
+    rotates = n;
+  };
+  read(from, "partial_rotary_factor", head_dim);
+  for (const char* name : {"partial_rotary_factor", "rotary_pct", "rope_pct"}) read(whole, name, head_dim);
+  read(whole, "rotary_dim", 1);
+  const index_t width = rotates.value_or(head_dim);
+  if (width == head_dim && width % 2 != 0)
+    found.refuse("head_dim was {}, had to be even: its halves rotate together", width);
+  return width;
+}
+
 inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head_dim, rope_pairing pairing,
                                             status& found) {
   const auto has = [&](const std::string& prefix) {
-    const auto at = keys.lower_bound(prefix);
-    return at != keys.end() && at->first.compare(0, prefix.size(), prefix) == 0;
+    bool any = false;
+    for_each_under(keys, prefix, [&](std::string_view, std::string_view) { any = true; });
+    return any;
   };
   // rope_scaling before transformers 5, rope_parameters since.
   const bool newer = has("rope_parameters.");
@@ -101,10 +148,11 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
   for (const char* name : {"rope_scaling", "rope_parameters"})
     if (const std::string* text = whole.find(name); text != nullptr && *text != "{}")
       found.refuse("{} was given as text, had to be its keys, each with '{}.' before it", name, name);
-  for (auto at = keys.lower_bound(prefix); at != keys.end() && at->first.compare(0, prefix.size(), prefix) == 0; ++at)
-    if (const std::size_t dot = at->first.rfind('.'); dot >= prefix.size())
-      found.refuse("{} was {}, had to be that of one type of layer, as {}{}", std::string_view(at->first),
-                   std::string_view(at->second), std::string_view(prefix), std::string_view(at->first).substr(dot + 1));
+  for_each_under(keys, prefix, [&](std::string_view name, std::string_view text) {
+    if (const std::size_t dot = name.rfind('.'); dot >= prefix.size())
+      found.refuse("{} was {}, had to be that of one type of layer, as {}{}", name, text, std::string_view(prefix),
+                   name.substr(dot + 1));
+  });
   for (const char* name : {"rope_local_base_freq", "no_rope_layers"})
     if (whole.find(name) != nullptr) whole.refuse(name, "absent: ", "layers differ, so give each its own keys");
 
@@ -123,38 +171,8 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
     from.refuse(name, why.empty() ? "default, linear, llama3 or yarn" : "default, linear, llama3 or yarn: ", why);
   }
 
-  // What comes under several names has to be the same under all.
-  std::optional<double> theta;
-  const auto read_theta = [&](key_reader& of, const char* name) {
-    const std::optional<double> given = of.number(name);
-    if (given && theta && *given != *theta) of.refuse(name, "as rope_theta beside it");
-    if (given) theta = given;
-  };
-  for (const char* name : {"rope_theta", "rotary_emb_base"}) read_theta(whole, name);
-  read_theta(from, "rope_theta");
-  if (!theta) found.refuse("rope_theta is missing");
-  if (whole.number("rope_ratio").value_or(1) != 1) whole.refuse("rope_ratio", "1: multiply rope_theta by it instead");
-
-  std::optional<index_t> rotates;
-  const auto read_width = [&](key_reader& of, const char* name, index_t times) {
-    const std::optional<double> given = of.number(name);
-    if (!given) return;
-    const double dims = *given * static_cast<double>(times);
-    const index_t n = *given > 0 && dims <= static_cast<double>(head_dim) ? static_cast<index_t>(dims) : 0;
-    if (n != head_dim && (n < 2 || n % 2 != 0))
-      found.refuse("{} was {}, had to be such that an even number of the {} dimensions of a head rotates", name, *given,
-                   head_dim);
-    if (rotates && *rotates != n)
-      found.refuse("{} was {}, had to rotate as many dimensions as the keys beside it, {}", name, *given, *rotates);
-    rotates = n;
-  };
-  read_width(from, "partial_rotary_factor", head_dim);
-  for (const char* name : {"partial_rotary_factor", "rotary_pct", "rope_pct"}) read_width(whole, name, head_dim);
-  read_width(whole, "rotary_dim", 1);
-  const index_t width = rotates.value_or(head_dim);
-  if (width == head_dim && width % 2 != 0)
-    found.refuse("head_dim was {}, had to be even: its halves rotate together", width);
-
+  const double theta = read_theta(whole, from, found);
+  const index_t width = read_width(whole, from, head_dim, found);
   const auto original = [&] {
     std::optional<double> given = from.number("original_max_position_embeddings");
     for (const char* name : {"original_max_position_embeddings", "max_position_embeddings"})
@@ -179,10 +197,10 @@ inline std::optional<rope> read_config_rope(const model_keys& keys, index_t head
   from.flag("finetuned", false);  // says nothing about what to compute
   from.refuse_others();
   if (!found) return {};
-  if (type == "linear") return rope::try_linear(width, *theta, factor, found, pairing);
-  if (type == "llama3") return rope::try_llama3(width, *theta, llama3, found, pairing);
-  if (type == "yarn") return rope::try_yarn(width, *theta, yarn, found, pairing);
-  return rope::try_plain(width, *theta, found, pairing);
+  if (type == "linear") return rope::try_linear(width, theta, factor, found, pairing);
+  if (type == "llama3") return rope::try_llama3(width, theta, llama3, found, pairing);
+  if (type == "yarn") return rope::try_yarn(width, theta, yarn, found, pairing);
+  return rope::try_plain(width, theta, found, pairing);
 }
 
 // How llama.cpp rotates the heads of an architecture (its llama_model_rope_type), of those that are known here.

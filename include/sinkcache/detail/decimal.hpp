@@ -24,7 +24,6 @@ namespace detail {
 // Whether all of the text is such a number, which is in `value` then.
 template <class T>
 bool read_decimal(std::string_view text, T& value) noexcept {
-  const char* const last = text.data() + text.size();
 #if !defined(__cpp_lib_to_chars)
   // libc++ before 20 has from_chars of integers alone.
   if constexpr (std::is_floating_point_v<T>) {
@@ -39,6 +38,7 @@ bool read_decimal(std::string_view text, T& value) noexcept {
   } else
 #endif
   {
+    const char* const last = text.data() + text.size();
     const std::from_chars_result parsed = std::from_chars(text.data(), last, value);
     return parsed.ec == std::errc() && parsed.ptr == last && !text.empty();
   }
