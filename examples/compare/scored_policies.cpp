@@ -87,13 +87,21 @@ std::size_t word(const std::string& policy, const std::string& name, const std::
   return static_cast<std::size_t>(at - words.begin());
 }
 
+// What "1+2" lists, each as it is.
+std::vector<std::string> listed(const std::string& text) {
+  std::vector<std::string> all;
+  for (std::size_t first = 0, last = 0; last != std::string::npos; first = last + 1) {
+    last = text.find('+', first);
+    all.push_back(text.substr(first, last - first));
+  }
+  return all;
+}
+
 // "0+2.1": head 0 of every layer, and head 1 of layer 2.
 std::vector<short_head> short_heads(const std::string& policy, const std::string& text) {
   constexpr index_t most = 1 << 20;
   std::vector<short_head> heads;
-  for (std::size_t first = 0, last = 0; last != std::string::npos; first = last + 1) {
-    last = text.find('+', first);
-    const std::string one = text.substr(first, last - first);
+  for (const std::string& one : listed(text)) {
     const std::size_t dot = one.find('.');
     const auto layer = loaders::whole_number<index_t>(one.substr(0, std::min(dot, one.size())), 0, most);
     const auto head = loaders::whole_number<index_t>(dot == std::string::npos ? one : one.substr(dot + 1), 0, most);
@@ -106,9 +114,8 @@ std::vector<short_head> short_heads(const std::string& policy, const std::string
 // "17+42": each once, in order.
 std::vector<index_t> positions(const std::string& policy, const std::string& text) {
   std::vector<index_t> all;
-  for (std::size_t first = 0, last = 0; last != std::string::npos; first = last + 1) {
-    last = text.find('+', first);
-    const auto position = loaders::whole_number<index_t>(text.substr(first, last - first), 0, most_tokens);
+  for (const std::string& one : listed(text)) {
+    const auto position = loaders::whole_number<index_t>(one, 0, most_tokens);
     if (!position) refuse(policy, "pin", text, "POSITION, several as in 17+42");
     all.push_back(*position);
   }
