@@ -216,7 +216,7 @@ struct weight_pairs {
 struct value_pairs {
   tile_rows codes;
   index_t n;
-  const std::byte *first, *second;
+  const std::byte *first = nullptr, *second = nullptr;
 
   [[gnu::always_inline]] void go_to(index_t j) noexcept {
     first = codes.row(j);
@@ -267,13 +267,10 @@ template <int Bits, int Rows, int Vectors>
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Vectors; ++i) {
     const int r = i % Rows;
-    const index_t at = r * to.o_stride + column + i / Rows * lanes;
     const vint centred = sums[i / Rows][r] - weights.sum[r] * (1 << (Bits - 1));
     const float half_sum = 0.5f * static_cast<float>(weights.sum[r]);
-    const vfloat added = (__builtin_convertvector(centred, vfloat) + half_sum) * weights.factor[r];
-    const vfloat old = load(to.o + at), sum = old + added;
-    store(to.o_rest + at, load(to.o_rest + at) + (added - (sum - old)));
-    store(to.o + at, sum);
+    to.add(r * to.o_stride + column + i / Rows * lanes,
+           (__builtin_convertvector(centred, vfloat) + half_sum) * weights.factor[r]);
   }
 }
 
@@ -285,17 +282,12 @@ void integer_add(const float* weights, index_t count, tile_rows v, index_t offse
   alignas(16) float scales[tile_scratch::keys];
   load_scales(v, n, scales);
   alignas(64) std::byte memory[Bits == 8 ? 1 : tile_scratch::keys * piece];
-  weight_pairs groups[(tile_scratch::max_rows + 3) / 4 + 1];
-  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    const float* const of_group = logits_of(const_cast<float*>(weights), group);
-    const int left_out = groups[group].template put<Rows>(of_group, scales, n);
-    for (int i = 0; i < Rows; ++i)
-      if ((left_out >> i & 1) != 0) add_as_floats<Bits, Rows>(of_group + i, v, offset, n, dim, to.from_row(r + i));
-  });
+  weight_pairs groups[most_groups];
+  put_groups<Bits>(groups, weights, count, scales, v, offset, n, dim, to);
   row_prefetcher prefetch(next, n), none;
   for (index_t first = 0; first < dim; first += piece) {
     const index_t columns = std::min(piece, dim - first);
-    const value_pairs values{byte_rows<Bits>(v, n, first, columns, dim, memory), n, nullptr, nullptr};
+    const value_pairs values{byte_rows<Bits>(v, n, first, columns, dim, memory), n};
     in_groups(count, [&]<int Rows>(index_t r, index_t group) {
       running_states sums = to.from_row(r);
       sums.o += first, sums.o_rest += first;

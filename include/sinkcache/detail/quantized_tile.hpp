@@ -72,21 +72,18 @@ template <int Bits>
 }
 #endif
 
+#if defined(__AVX2__)
 // `lanes` codes of a byte each.
 [[gnu::always_inline]] inline vfloat bytes_as_floats(const std::byte* from) noexcept {
   // Intrinsics: g++ 12 takes twice as long over conversions of its own.
 #if defined(__AVX512DQ__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
-#elif defined(__AVX2__)
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
-  typedef std::uint8_t vbyte __attribute__((vector_size(lanes)));
-  vbyte bytes;
-  std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, vint), vfloat);
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #endif
 }
+#endif
 
 #if defined(SINKCACHE_VNNI)
 
@@ -262,6 +259,19 @@ template <int Bits, int Rows>
     }
     group_add<f32>(of_row, 1, rows, offset + j, m, dim, to, rows);
   }
+}
+
+// The weights of all groups of rows, as integers of either kind, in `groups`; what is left out is added in floats.
+inline constexpr index_t most_groups = (tile_scratch::max_rows + 3) / 4 + 1;
+template <int Bits, class Integers>
+void put_groups(Integers* groups, const float* weights, index_t count, const float* scales, tile_rows v, index_t offset,
+                index_t n, index_t dim, const running_states& to) noexcept {
+  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
+    const float* const of_group = logits_of(const_cast<float*>(weights), group);
+    const int left_out = groups[group].template put<Rows>(of_group, scales, n);
+    for (int i = 0; i < Rows; ++i)
+      if ((left_out >> i & 1) != 0) add_as_floats<Bits, Rows>(of_group + i, v, offset, n, dim, to.from_row(r + i));
+  });
 }
 
 #endif

@@ -171,10 +171,7 @@ template <int Bits, int Rows, class Codes>
   for (int r = 0; r < Rows; ++r) {
     quarters_in_order(columns[r]);
     for (index_t d = 0; d < std::min<index_t>(4, (dim - column) / lanes); ++d) {
-      const index_t at = r * to.o_stride + column + d * lanes;
-      const vfloat more = columns[r][d], old = load(to.o + at), sum = old + more;
-      store(to.o_rest + at, load(to.o_rest + at) + (more - (sum - old)));
-      store(to.o + at, sum);
+      to.add(r * to.o_stride + column + d * lanes, columns[r][d]);
     }
   }
 }
@@ -183,17 +180,11 @@ template <int Bits>
 void integer_add(const float* weights, index_t count, tile_rows v, index_t offset, index_t n, index_t dim,
                  const running_states& to, tile_rows next) noexcept {
   if (n <= 0) return;
-  constexpr index_t most_groups = (tile_scratch::max_rows + 3) / 4 + 1;
   weight_digits groups[most_groups];
   alignas(64) float scales[tile_scratch::keys + 4];
   load_scales(v, n, scales);
   std::fill_n(scales + n, 4, 0.f);
-  in_groups(count, [&]<int Rows>(index_t r, index_t group) {
-    const float* const of_group = logits_of(const_cast<float*>(weights), group);
-    const int left_out = groups[group].template put<Rows>(of_group, scales, n);
-    for (int i = 0; i < Rows; ++i)
-      if ((left_out >> i & 1) != 0) add_as_floats<Bits, Rows>(of_group + i, v, offset, n, dim, to.from_row(r + i));
-  });
+  put_groups<Bits>(groups, weights, count, scales, v, offset, n, dim, to);
   alignas(64) std::uint8_t codes[tile_scratch::keys * 64];
   const index_t fours = (n + 3) / 4;
   row_prefetcher prefetch(next, n), none;

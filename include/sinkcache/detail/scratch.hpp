@@ -26,6 +26,12 @@ struct running_states : states {
     std::fill_n(d_rest, rows, 0.f);
     std::fill_n(o_rest, rows * o_stride, 0.f);
   }
+  // Adds to the vector of columns number `at` of all rows' on.
+  [[gnu::always_inline]] void add(index_t at, vfloat more) const noexcept {
+    const vfloat old = load(o + at), sum = old + more;
+    store(o_rest + at, load(o_rest + at) + (more - (sum - old)));
+    store(o + at, sum);
+  }
   // Adds the rests up; what is left is a state. An infinite sum has a rest that is NaN.
   void settle(index_t rows) const noexcept {
     for (index_t i = 0; i < rows; ++i) d[i] += d_rest[i];

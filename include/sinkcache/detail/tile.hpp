@@ -33,8 +33,8 @@ template <class V, int M, int N>
 }
 
 #if defined(__SSE2__) || defined(__aarch64__)
-// Of vectors of 16-bit integers, two for each sum of 32 bits: those in its place, on aarch64 one of
-// each half.
+// Of vectors of 16-bit integers, two for each sum of 32 bits: those in its place, on aarch64 one of each
+// half.
 template <class V>
 requires in_integers<V>
 [[gnu::always_inline]] inline V add_product(V sum, V a, V b) noexcept {

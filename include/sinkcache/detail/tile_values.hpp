@@ -86,10 +86,7 @@ template <class V, int Rows, int Vectors, int Width = std::min(Rows, 4)>
   if constexpr (in_pairs<V> && Vectors > 1) from_pairs(tile);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows * Vectors; ++i) {
-    const index_t at = i % Rows * to.o_stride + column + i / Rows * lanes;
-    const vfloat added = tile[i / Rows][i % Rows], old = load(to.o + at), sum = old + added;
-    store(to.o_rest + at, load(to.o_rest + at) + (added - (sum - old)));
-    store(to.o + at, sum);
+    to.add(i % Rows * to.o_stride + column + i / Rows * lanes, tile[i / Rows][i % Rows]);
   }
 }
 
