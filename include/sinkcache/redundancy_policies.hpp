@@ -16,10 +16,10 @@ inline namespace SINKCACHE_TAG {
 
 namespace detail {
 
-inline constexpr index_t redundancy_rows = 16, redundancy_columns = 64;  // compared at a time
+inline constexpr index_t compared_keys = 64;  // at a time, with as many
 
 inline index_t redundancy_floats(const scored_sizes& of) noexcept {
-  return 2 * ((of.rows + 1) * of.head_dim + redundancy_rows * redundancy_columns + of.rows);
+  return 2 * ((of.rows + 1) * of.head_dim + 2 * of.rows) + compared_keys * (2 * of.head_dim + compared_keys);
 }
 
 // What is remembered of a row: how many tokens its newest copy is younger than it, or less than 0; infinity where it
@@ -50,53 +50,105 @@ inline index_t first_unsettled(const scored_head& of, std::span<const float> cop
   return static_cast<index_t>(std::lower_bound(of.at.begin(), end, whole_then) - of.at.begin());
 }
 
+// Looks for the newest copies of keys of length 1, some at a time.
+class copy_search {
+ public:
+  // Rows [0, settled) are told of new ones: copy[i] is the newest copy of row i so far, -1 where it has none.
+  copy_search(const double_rows& keys, index_t settled, double_row& copy, double_scratch& memory) noexcept
+      : keys_(keys),
+        settled_(settled),
+        copy_(copy),
+        some_(floats(memory, keys.cols()), compared_keys, keys.cols()),
+        others_(floats(memory, keys.cols()), compared_keys, keys.cols()),
+        like_(floats(memory, compared_keys), compared_keys, compared_keys) {}
+
+  void add(index_t row) noexcept {
+    rows_[m_] = row;
+    some_.row(m_++) = keys_.row(row).cast<float>();
+    if (m_ == compared_keys) run();
+  }
+  // Those that were added. From the newest on, as far as any has none yet or one is new.
+  void run() noexcept {
+    bool found[compared_keys] = {};
+    const bool tells = m_ > 0 && rows_[m_ - 1] >= settled_;
+    index_t missing = m_;
+    for (index_t end = keys_.rows(), first; end > 0 && (missing > 0 || (tells && settled_ > 0)); end = first) {
+      first = std::max<index_t>(0, end - compared_keys);
+      if (missing == 0 && first >= settled_) continue;
+      compare(first, end);
+      for (index_t i = 0; i < m_; ++i) {
+        const float* const like = like_.row(i).data();
+        if (rows_[i] >= settled_) {
+          const auto row = static_cast<double>(rows_[i]);
+          double* const copy = copy_.data() + first;
+          for_each_index(std::min(end, settled_) - first,
+                         [&](index_t j) { copy[j] = like[j] > 0.5f && copy[j] < row ? row : copy[j]; });
+        }
+        for (index_t j = end - 1; j >= first && !found[i]; --j)
+          if (j != rows_[i] && like[j - first] > 0.5f)
+            copy_[rows_[i]] = static_cast<double>(j), found[i] = true, --missing;
+      }
+    }
+    m_ = 0;
+  }
+
+ private:
+  using float_rows = Eigen::Map<Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
+
+  static float* floats(double_scratch& memory, index_t dim) noexcept {
+    return reinterpret_cast<float*>(memory.row(compared_keys * dim / 2).data());
+  }
+  // Cosines in float, and in double where that could be the wrong side of 0.5.
+  void compare(index_t first, index_t end) noexcept {
+    const index_t n = end - first;
+    const float slack = static_cast<float>(keys_.cols() + 4) * std::numeric_limits<float>::epsilon();
+    others_.topRows(n) = keys_.middleRows(first, n).cast<float>();
+    auto like = like_.topLeftCorner(m_, n);
+    like.noalias() = some_.topRows(m_) * others_.topRows(n).transpose();
+    if ((like.array() - 0.5f).abs().minCoeff() > slack) return;
+    for (index_t i = 0; i < m_; ++i)
+      for (index_t j = 0; j < n; ++j)
+        if (std::abs(like(i, j) - 0.5f) <= slack)
+          like(i, j) = keys_.row(rows_[i]).dot(keys_.row(first + j)) > 0.5 ? 1.f : 0.f;
+  }
+
+  const double_rows& keys_;
+  index_t settled_;
+  double_row& copy_;
+  float_rows some_, others_, like_;
+  index_t rows_[compared_keys], m_ = 0;
+};
+
 // How like the others a row's key is, its newest copy not counted (R-KV, section 3.3), as a softmax over all rows:
 // copies are rows with a cosine above 0.5, and where a row has none, row 0 is left out for it, as in the authors' code.
-// Which row is whose newest copy is remembered in `copies`, if there are any: keys do not change, so that only new ones
-// need be looked at.
+// Which row is whose newest copy is remembered in `copies`, if there are any: keys do not change, so that only new
+// ones, and those whose copy has left, need be looked at.
 inline double_row redundancy(const scored_head& of, double_scratch& memory, std::span<float> copies = {}) noexcept {
   const index_t n = of.rows, d = of.geometry.head_dim;
-  double_rows keys = memory.rows(n, d), like = memory.rows(redundancy_rows, redundancy_columns);
-  double_row all = memory.row(d), mean = memory.row(n);
+  double_rows keys = memory.rows(n, d);
+  double_row all = memory.row(d), mean = memory.row(n), copy = memory.row(n);
   for (index_t i = 0; i < n; ++i) {
     read_key(of, i, false, keys.row(i));
     const double norm = keys.row(i).norm();
     if (norm > 0) keys.row(i) /= norm;
   }
-  // All cosines with a key sum to its product with the sum of keys. What to leave out is searched from the newest on.
+  const index_t unsettled = first_unsettled(of, copies);
+  const auto known = [&](index_t i, index_t& row) {
+    return i < unsettled && knows_copy(of, copies[static_cast<std::size_t>(i)], i, unsettled, row);
+  };
+  for (index_t i = 0, row; i < n; ++i) copy[i] = known(i, row) ? static_cast<double>(row) : -1;
+  copy_search search(keys, unsettled, copy, memory);
+  for (index_t i = 0, row; i < n; ++i)
+    if (!known(i, row)) search.add(i);
+  search.run();
+  // All cosines with a key sum to its product with the sum of keys.
   all = keys.colwise().sum();
   for (index_t i = 0; i < n; ++i) mean[i] = keys.row(i).dot(all) - keys.row(i).squaredNorm();
-  const index_t unsettled = first_unsettled(of, copies);
-  for (index_t from = 0; from < n; from += redundancy_rows) {
-    const index_t m = std::min(redundancy_rows, n - from);
-    bool found[redundancy_rows] = {};
-    index_t copy[redundancy_rows], down_to[redundancy_rows], lowest = n;
-    for (index_t i = 0; i < m; ++i) {
-      const index_t row = from + i;
-      const bool known =
-          row < unsettled && knows_copy(of, copies[static_cast<std::size_t>(row)], row, unsettled, copy[i]);
-      down_to[i] = known ? unsettled : 0;
-      if (!known) copy[i] = -1;
-      lowest = std::min(lowest, down_to[i]);
-    }
-    for (index_t end = n, missing = m, first; missing > 0; end = first) {
-      first = std::max(lowest, end - redundancy_columns);
-      like.topLeftCorner(m, end - first).noalias() =
-          keys.middleRows(from, m) * keys.middleRows(first, end - first).transpose();
-      for (index_t i = 0; i < m; ++i) {
-        if (found[i]) continue;
-        for (index_t j = end - 1; j >= std::max(first, down_to[i]) && !found[i]; --j)
-          if (j != from + i && like(i, j - first) > 0.5) copy[i] = j, found[i] = true;
-        if (!found[i] && first > down_to[i]) continue;
-        found[i] = true;
-        --missing;
-      }
-    }
-    for (index_t i = 0; i < m; ++i) {
-      const index_t row = from + i, left_out = std::max<index_t>(0, copy[i]);
-      if (left_out != row) mean[left_out] -= keys.row(row).dot(keys.row(left_out));
-      if (!copies.empty()) copies[static_cast<std::size_t>(row)] = copy_distance(of, row, copy[i]);
-    }
+  for (index_t i = 0; i < n; ++i) {
+    const auto newest = static_cast<index_t>(copy[i]);
+    const index_t left_out = std::max<index_t>(0, newest);
+    if (left_out != i) mean[left_out] -= keys.row(i).dot(keys.row(left_out));
+    if (!copies.empty()) copies[static_cast<std::size_t>(i)] = copy_distance(of, i, newest);
   }
   mean /= static_cast<double>(n);
   mean = (mean.array() - mean.maxCoeff()).exp();
