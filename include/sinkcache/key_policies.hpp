@@ -51,13 +51,13 @@ inline double value_norm(const scored_head& of, index_t i) noexcept {
   return std::sqrt(sum);
 }
 
-// The mean of a head's keys, each divided by what `length` says of it. `key` is scratch.
-template <class Length>
-void mean_of_keys(const scored_head& of, const Length& length, double_row& key, double_row& mean) noexcept {
+// The mean of a head's keys, each times what `factor` says of it. `key` is scratch.
+template <class Factor>
+void mean_of_keys(const scored_head& of, const Factor& factor, double_row& key, double_row& mean) noexcept {
   mean.setZero();
   for (index_t i = 0; i < of.rows; ++i) {
     read_key(of, i, false, key);
-    mean += key / length(key);
+    mean += factor(key) * key;
   }
   mean /= static_cast<double>(of.rows);
 }
@@ -87,8 +87,8 @@ struct keydiff final : token_scorer {
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
     detail::double_scratch memory(head.scratch);
     detail::double_row key = memory.row(head.geometry.head_dim), mean = memory.row(head.geometry.head_dim);
-    const auto length = [](const detail::double_row& k) { return std::max(k.norm(), 1e-12); };
-    detail::mean_of_keys(head, length, key, mean);
+    const auto to_unit = [](const detail::double_row& k) { return 1 / std::max(k.norm(), 1e-12); };
+    detail::mean_of_keys(head, to_unit, key, mean);
     const double mean_norm = std::max(mean.norm(), 1e-8);
     for (index_t i = 0; i < head.rows; ++i) {
       detail::read_key(head, i, false, key);
@@ -244,42 +244,41 @@ struct expected_attention final : token_scorer {
 
   scorer_needs needs() const noexcept override { return {.query_statistics = true, .compares_heads = true}; }
   index_t scratch_floats(const scored_sizes& of) const noexcept override {
-    return 2 * (of.head_dim * (of.head_dim + 3) + 2 * of.rows + 2 * block * of.head_dim);
+    return 2 * (3 * of.head_dim + (of.group + 1) * of.rows + block * (of.head_dim + columns + 1));
   }
   void require(status& found, const kv_geometry&, index_t, index_t) const noexcept override {
     found.require(horizon >= 1 && horizon <= most_horizon, "T", horizon, "from 1 to", most_horizon);
     found.require(std::isfinite(epsilon) && epsilon >= 0, "epsilon", epsilon, "finite and at least 0");
   }
   void score(const scored_head& head, std::span<float> scores) const noexcept override {
-    const index_t d = head.geometry.head_dim, n = head.rows;
+    const index_t d = head.geometry.head_dim, n = head.rows, group = std::ssize(head.queries);
     detail::double_scratch memory(head.scratch);
-    detail::double_row cos = memory.row(d), sin = memory.row(d), mean = memory.row(d);
-    detail::double_row z = memory.row(n), p = memory.row(n);
-    detail::double_rows sigma = memory.rows(d, d), keys = memory.rows(block, d), rotated = memory.rows(block, d);
+    detail::double_row cos = memory.row(d), sin = memory.row(d), mean = memory.row(d), p = memory.row(n);
+    detail::double_rows z = memory.rows(group, n), keys = memory.rows(block, d), part = memory.rows(block, columns);
+    detail::double_row squares = memory.row(block);
     mean_rotation(head, cos, sin);
-    p.setZero();
     const auto scale = static_cast<double>(head.sm_scale);
-    for (const query_statistics& of : head.queries) {
-      const double count = std::max(1., of.count);
-      mean = Eigen::Map<const Eigen::RowVectorXd>(of.sum, d) / count;
-      sigma = detail::double_rows(const_cast<double*>(of.products), d, d) / count;
-      sigma.noalias() -= mean.transpose() * mean;
-      for (index_t i = 0; i < d; ++i) rotate(head, cos, sin, sigma.row(i));
-      for (index_t i = 0; i < d; ++i) rotate(head, cos, sin, sigma.col(i));
-      rotate(head, cos, sin, mean);
-      sigma.diagonal() /= 2;  // the other half of this symmetric matrix gives the same
-      for (index_t i = 0; i < n; i += block) {
-        const index_t m = std::min(block, n - i);
-        for (index_t j = 0; j < m; ++j) detail::read_key(head, i + j, true, keys.row(j));
-        z.segment(i, m) = scale * (keys.topRows(m) * mean.transpose()).transpose();
-        if (!covariance) continue;
-        rotated.topRows(m).noalias() = keys.topRows(m) * sigma.triangularView<Eigen::Upper>();
-        z.segment(i, m) += scale * scale * rotated.topRows(m).cwiseProduct(keys.topRows(m)).rowwise().sum().transpose();
+    for (index_t i = 0; i < n; i += block) {
+      const index_t m = std::min(block, n - i);
+      for (index_t j = 0; j < m; ++j) {
+        detail::read_key(head, i + j, true, keys.row(j));
+        rotate_back(head, cos, sin, keys.row(j).data());  // less work than rotating covariances
       }
-      add_softmax(head, z, p);
+      for (index_t g = 0; g < group; ++g) {
+        const query_statistics& of = head.queries[static_cast<std::size_t>(g)];
+        const double count = std::max(1., of.count);
+        mean = Eigen::Map<const Eigen::RowVectorXd>(of.sum, d) * (scale / count);
+        auto logits = z.row(g).segment(i, m);
+        logits.noalias() = mean * keys.topRows(m).transpose();
+        if (!covariance) continue;
+        square_sums(of, keys, m, part, squares);  // the variance: what squares are in the mean, less the square of it
+        logits.array() += (squares.head(m).array() * (scale * scale / count) - logits.array().square()) / 2;
+      }
     }
+    p.setZero();
+    for (index_t g = 0; g < group; ++g) add_softmax(head, z.row(g).data(), p);
     for (index_t i = 0; i < n; ++i) {
-      double s = p[i] / static_cast<double>(std::max<std::size_t>(1, head.queries.size()));
+      double s = p[i] / static_cast<double>(std::max<index_t>(1, group));
       if (v_norm) s = (s + static_cast<double>(epsilon)) * detail::value_norm(head, i);
       scores[static_cast<std::size_t>(i)] = static_cast<float>(s);
     }
@@ -287,39 +286,52 @@ struct expected_attention final : token_scorer {
   std::string_view name() const noexcept override { return "expected_attention"; }
 
  private:
-  static constexpr index_t block = 64, most_horizon = index_t{1} << 20;
+  static constexpr index_t block = 64, columns = 32, most_horizon = index_t{1} << 20;
 
   // The mean of the next positions' cosines and sines, one a pair.
   void mean_rotation(const scored_head& head, detail::double_row& cos, detail::double_row& sin) const noexcept {
-    cos.setOnes();
-    sin.setZero();
+    cos.setZero(), sin.setZero();
     if (!head.geometry.rotates()) return;
-    const index_t pairs = head.geometry.rope->width() / 2;
-    cos.setZero();
+    rope::angles angles;
     for (index_t t = 0; t < horizon; ++t) {
-      rope::angles angles;
       head.geometry.rope->angles_at(head.next_query() + t, true, angles);
-      for (index_t i = 0; i < pairs; ++i) {
-        cos[i] += static_cast<double>(angles.cos[i]) / static_cast<double>(horizon);
-        sin[i] += static_cast<double>(angles.sin[i]) / static_cast<double>(horizon);
-      }
+      detail::for_each_index(head.geometry.rope->width() / 2, [&](index_t i) {
+        cos.data()[i] += static_cast<double>(angles.cos[i]);
+        sin.data()[i] += static_cast<double>(angles.sin[i]);
+      });
     }
+    cos /= static_cast<double>(horizon), sin /= static_cast<double>(horizon);
   }
-  template <class Vector>
-  static void rotate(const scored_head& head, const detail::double_row& cos, const detail::double_row& sin,
-                     Vector&& x) noexcept {
+  static void rotate_back(const scored_head& head, const detail::double_row& cos, const detail::double_row& sin,
+                          double* key) noexcept {
     if (!head.geometry.rotates()) return;
     const index_t pairs = head.geometry.rope->width() / 2;
-    const bool split = head.geometry.rope->pairing() == rope_pairing::half_split;
-    for (index_t i = 0; i < pairs; ++i) {
-      double &a = x[split ? i : 2 * i], &b = x[split ? i + pairs : 2 * i + 1];
-      const double was = a;
-      a = was * cos[i] - b * sin[i];
-      b = b * cos[i] + was * sin[i];
+    const index_t step = head.geometry.rope->pairing() == rope_pairing::interleaved ? 2 : 1;
+    const index_t apart = step == 2 ? 1 : pairs;
+    detail::for_each_index(pairs, [&](index_t i) {
+      const double a = key[i * step], b = key[i * step + apart], c = cos.data()[i], s = sin.data()[i];
+      key[i * step] = a * c + b * s;
+      key[i * step + apart] = b * c - a * s;
+    });
+  }
+  // The sums over all queries q of (q . k)^2, for each of m keys. The matrix of products is symmetric: what stands left
+  // of a block of its columns counts twice.
+  static void square_sums(const query_statistics& of, const detail::double_rows& keys, index_t m,
+                          detail::double_rows& part, detail::double_row& sums) noexcept {
+    const index_t d = keys.cols();
+    const Eigen::Map<const Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>> products(of.products,
+                                                                                                            d, d);
+    sums.setZero();
+    for (index_t c = 0; c < d; c += columns) {
+      const index_t w = std::min(columns, d - c);
+      auto of_block = part.topLeftCorner(m, w);
+      of_block.noalias() = keys.block(0, c, m, w) * products.block(c, c, w, w);
+      if (c > 0) of_block.noalias() += 2 * keys.topLeftCorner(m, c) * products.block(0, c, c, w);
+      sums.head(m) += of_block.cwiseProduct(keys.block(0, c, m, w)).rowwise().sum().transpose();
     }
   }
   // Over rows that are not pinned.
-  static void add_softmax(const scored_head& head, const detail::double_row& z, detail::double_row& p) noexcept {
+  static void add_softmax(const scored_head& head, const double* z, detail::double_row& p) noexcept {
     double most = -std::numeric_limits<double>::infinity(), sum = 0;
     const auto counts = [&](index_t i) { return head.pinned[static_cast<std::size_t>(i)] == 0; };
     for (index_t i = 0; i < head.rows; ++i)

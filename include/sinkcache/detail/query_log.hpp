@@ -50,6 +50,7 @@ class query_log {
     c.take(products_, stats, of.head_dim, of.head_dim);
     c.take(now_sum_q_, stats > 0 ? group() : 0, of.head_dim);
     c.take(now_products_, stats > 0 ? group() : 0, of.head_dim * of.head_dim);
+    c.take(some_q_, stats > 0 ? summed_at_once : 0, of.head_dim);
   }
 
   index_t group() const { return of_.num_qo_heads / std::max<index_t>(1, of_.num_kv_heads); }
@@ -60,7 +61,8 @@ class query_log {
   // Rows of q that are kept.
   index_t num_queries() const {
     if (of_.needs.window == 0 && !of_.needs.query_statistics) return 0;
-    return of_.needs.window + (of_.needs.query_statistics ? 2 * of_.rollback + of_.interval : of_.rollback);
+    return of_.needs.window +
+           (of_.needs.query_statistics ? 2 * of_.rollback + of_.interval + summed_at_once - 1 : of_.rollback);
   }
 
   void clear() noexcept {
@@ -121,11 +123,12 @@ class query_log {
   float* window_out() const { return window_out_; }
   float* window_lse() const { return window_lse_; }
 
-  // Sums over queries [from, to) join those before them. Rows of q are rotated back first if they come rotated.
+  // Sums over queries up to `to`, as far as they fill blocks, join those before them.
   void fold(const kv_geometry& of, position_t from, position_t to) noexcept {
-    for (position_t query = from; query < to; ++query)
-      for (index_t h = 0; h < of_.num_qo_heads; ++h)
-        add_moments(of, query, h, sum_q_ + h * of_.head_dim, products_ + h * of_.head_dim * of_.head_dim);
+    to -= to % summed_at_once;
+    if (to <= from) return;
+    for (index_t h = 0; h < of_.num_qo_heads; ++h)
+      add_moments(of, from, to, h, sum_q_ + h * of_.head_dim, products_ + h * of_.head_dim * of_.head_dim);
     folded_ = to;
   }
   position_t folded() const { return folded_; }
@@ -139,8 +142,7 @@ class query_log {
       stats[g] = {count, now_sum_q_ + g * d, now_products_ + g * d * d};
       std::copy_n(sum_q_ + h * d, d, now_sum_q_ + g * d);
       std::copy_n(products_ + h * d * d, d * d, now_products_ + g * d * d);
-      for (position_t query = from; query < to; ++query)
-        add_moments(of, query, h, now_sum_q_ + g * d, now_products_ + g * d * d);
+      add_moments(of, from, to, h, now_sum_q_ + g * d, now_products_ + g * d * d);
     }
   }
 
@@ -149,28 +151,39 @@ class query_log {
   }
 
  private:
-  void add_moments(const kv_geometry& of, position_t query, index_t head, double* sum,
+  static constexpr index_t summed_at_once = 16;
+
+  // Block by block of the stream, so that sums are the same however far those before have been taken. Rows of q are
+  // rotated back first if they come rotated.
+  void add_moments(const kv_geometry& of, position_t from, position_t to, index_t head, double* sum,
                    double* products) const noexcept {
+    using doubles = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+    const index_t d = of_.head_dim;
+    while (from < to) {
+      const position_t end = std::min(to, from - from % summed_at_once + summed_at_once);
+      const Eigen::Map<doubles> some(some_q_, end - from, d);
+      for (double* row = some_q_; from < end; ++from, row += d) unrotated_query(of, from, head, row);
+      Eigen::Map<Eigen::RowVectorXd>(sum, d) += some.colwise().sum();
+      Eigen::Map<doubles>(products, d, d).noalias() += some.transpose() * some;
+    }
+  }
+  // Sums that survive do not take in what would make them NaN for ever: such a query is as one of length 0.
+  void unrotated_query(const kv_geometry& of, position_t query, index_t head, double* to) const noexcept {
     const index_t d = of_.head_dim;
     const float* const given = q(query) + head * d;
-    // Sums that survive do not take in what would make them NaN for ever: such a query is as one of length 0.
-    if (!all_finite(given, d)) return;
+    if (!all_finite(given, d)) return static_cast<void>(std::fill_n(to, d, 0.0));
     alignas(64) float unrotated[max_head_dim];
     key_rotation back(of, false);
     back.go_to(query);
     const float* const row = back(given, unrotated);
-    for (index_t i = 0; i < d; ++i) {
-      const double x = static_cast<double>(row[i]);
-      sum[i] += x;
-      for (index_t j = 0; j < d; ++j) products[i * d + j] += x * static_cast<double>(row[j]);
-    }
+    for_each_index(d, [&](index_t j) { to[j] = static_cast<double>(row[j]); });
   }
 
   query_sizes of_{};
   position_t* learned_ = nullptr;
   float *q_ = nullptr, *window_q_ = nullptr, *window_out_ = nullptr, *window_lse_ = nullptr, *weights_ = nullptr;
   float *given_ = nullptr, *last_ = nullptr;
-  double *sum_q_ = nullptr, *products_ = nullptr, *now_sum_q_ = nullptr, *now_products_ = nullptr;
+  double *sum_q_ = nullptr, *products_ = nullptr, *now_sum_q_ = nullptr, *now_products_ = nullptr, *some_q_ = nullptr;
   position_t folded_ = 0;  // queries whose moments are in the sums
 };
 
