@@ -1,4 +1,4 @@
-// What does a decode step over keys and values of few bits take, beside f16's, and what does it take to store a token?
+// What does a decode step over keys and values of few bits take, beside f16's, what prefill, and what storing a token?
 // Method and reading: README.md.
 
 #include "suite.hpp"
@@ -35,6 +35,26 @@ void decode(benchmark::State& state, const effort& effort, const shape& of, inde
   row.number("error", error_of(few.cache(0), attention.params(), q.data(), out.data()));
 }
 
+// 512 more tokens after a window that is full.
+template <class K, class V>
+void prefill(benchmark::State& state, const effort& effort, const shape& of) {
+  constexpr index_t chunk = 512;
+  const index_t visible = short_visible(of);
+  layers<sinkcache::f32> plain(config_of(of, visible), visible);
+  layers<K, V> few(config_of(of, visible), visible);
+  const matrix q = queries(of, chunk), k = normal(chunk, of.num_kv_heads * of.head_dim, 5),
+               v = normal(chunk, k.cols(), 6);
+  matrix out(chunk, q.cols()), out_of_plain(chunk, q.cols());
+  const sinkcache::attention attention(params_of(of));
+  sinkcache::workspace workspace;
+  const rounds rounds({[&](std::size_t) { attention.prefill(q, k, v, plain.cache(0), out_of_plain, workspace); },
+                       [&](std::size_t) { attention.prefill(q, k, v, few.cache(0), out, workspace); }},
+                      effort);
+  suite::row row(state, rounds, 1);
+  row.ratio("of_f32", rounds.ratio(1, 0));
+  row.number("error", error_of(few.cache(0), attention.params(), q.row(chunk - 1).data(), out.row(chunk - 1).data()));
+}
+
 template <class K, class V>
 void add(const suite::program& program, const std::string& name, std::size_t cold_bytes) {
   for (const shape& of : shapes) {
@@ -42,6 +62,8 @@ void add(const suite::program& program, const std::string& name, std::size_t col
     const std::string row = "few_bits/" + name + "/" + of.name + "/";
     program.add(row + std::to_string(visible) + "/hot",
                 [=](auto& state, const effort& effort) { decode<K, V>(state, effort, of, visible, 0); });
+    program.add_slow(row + std::to_string(visible) + "/prefill",
+                     [=](auto& state, const effort& effort) { prefill<K, V>(state, effort, of); });
     if (visible != 1024) continue;
     program.add_slow(row + "1024/cold",
                      [=](auto& state, const effort& effort) { decode<K, V>(state, effort, of, 1024, cold_bytes); });
