@@ -19,7 +19,7 @@ namespace detail {
 inline constexpr index_t compared_keys = 64;  // at a time, with as many
 
 inline index_t redundancy_floats(const scored_sizes& of) noexcept {
-  return 2 * ((of.rows + 1) * of.head_dim + 2 * of.rows) + compared_keys * (2 * of.head_dim + compared_keys);
+  return 4 * (of.head_dim + of.rows) + (of.rows + compared_keys) * of.head_dim + compared_keys * compared_keys;
 }
 
 // What is remembered of a row: how many tokens its newest copy is younger than it, or less than 0; infinity where it
@@ -50,32 +50,45 @@ inline index_t first_unsettled(const scored_head& of, std::span<const float> cop
   return static_cast<index_t>(std::lower_bound(of.at.begin(), end, whole_then) - of.at.begin());
 }
 
-// Looks for the newest copies of keys of length 1, some at a time.
+using float_rows = Eigen::Map<Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
+
+// Row i's key as one of length 1; of length 0 as it is.
+inline void read_unit(const scored_head& of, index_t i, double_row& to) noexcept {
+  read_key(of, i, false, to);
+  const double norm = to.norm();
+  if (norm > 0) to /= norm;
+}
+
+// Looks for the newest copies of keys, some at a time.
 class copy_search {
  public:
-  // Rows [0, settled) are told of new ones: copy[i] is the newest copy of row i so far, -1 where it has none.
-  copy_search(const double_rows& keys, index_t settled, double_row& copy, double_scratch& memory) noexcept
-      : keys_(keys),
+  // `units`: keys of length 1. Rows [0, settled) are told of new ones: copy[i] is the newest copy of row i so far, -1
+  // where it has none. The other memory is scratch.
+  copy_search(const scored_head& of, const float_rows& units, index_t settled, double_row& copy, double_row& a,
+              double_row& b, float* memory) noexcept
+      : of_(of),
+        units_(units),
         settled_(settled),
         copy_(copy),
-        some_(floats(memory, keys.cols()), compared_keys, keys.cols()),
-        others_(floats(memory, keys.cols()), compared_keys, keys.cols()),
-        like_(floats(memory, compared_keys), compared_keys, compared_keys) {}
+        a_(a),
+        b_(b),
+        some_(memory, compared_keys, units.cols()),
+        like_(memory + some_.size(), compared_keys, compared_keys) {}
 
   void add(index_t row) noexcept {
     rows_[m_] = row;
-    some_.row(m_++) = keys_.row(row).cast<float>();
+    some_.row(m_++) = units_.row(row);
     if (m_ == compared_keys) run();
   }
   // Those that were added. From the newest on, as far as any has none yet or one is new.
   void run() noexcept {
     bool found[compared_keys] = {};
-    const bool tells = m_ > 0 && rows_[m_ - 1] >= settled_;
+    const bool tells = settled_ > 0 && m_ > 0 && rows_[m_ - 1] >= settled_;
     index_t missing = m_;
-    for (index_t end = keys_.rows(), first; end > 0 && (missing > 0 || (tells && settled_ > 0)); end = first) {
+    for (index_t end = units_.rows(), first; end > 0 && (missing > 0 || tells); end = first) {
       first = std::max<index_t>(0, end - compared_keys);
       if (missing == 0 && first >= settled_) continue;
-      compare(first, end);
+      compare(first, end - first);
       for (index_t i = 0; i < m_; ++i) {
         const float* const like = like_.row(i).data();
         if (rows_[i] >= settled_) {
@@ -93,29 +106,26 @@ class copy_search {
   }
 
  private:
-  using float_rows = Eigen::Map<Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
-
-  static float* floats(double_scratch& memory, index_t dim) noexcept {
-    return reinterpret_cast<float*>(memory.row(compared_keys * dim / 2).data());
-  }
-  // Cosines in float, and in double where that could be the wrong side of 0.5.
-  void compare(index_t first, index_t end) noexcept {
-    const index_t n = end - first;
-    const float slack = static_cast<float>(keys_.cols() + 4) * std::numeric_limits<float>::epsilon();
-    others_.topRows(n) = keys_.middleRows(first, n).cast<float>();
+  // Cosines with n rows, in float, and in double where that could be the wrong side of 0.5.
+  void compare(index_t first, index_t n) noexcept {
+    const float slack = static_cast<float>(units_.cols() + 4) * std::numeric_limits<float>::epsilon();
     auto like = like_.topLeftCorner(m_, n);
-    like.noalias() = some_.topRows(m_) * others_.topRows(n).transpose();
+    like.noalias() = some_.topRows(m_) * units_.middleRows(first, n).transpose();
     if ((like.array() - 0.5f).abs().minCoeff() > slack) return;
     for (index_t i = 0; i < m_; ++i)
-      for (index_t j = 0; j < n; ++j)
-        if (std::abs(like(i, j) - 0.5f) <= slack)
-          like(i, j) = keys_.row(rows_[i]).dot(keys_.row(first + j)) > 0.5 ? 1.f : 0.f;
+      for (index_t j = 0; j < n; ++j) {
+        if (!(std::abs(like(i, j) - 0.5f) <= slack)) continue;
+        read_unit(of_, rows_[i], a_);
+        read_unit(of_, first + j, b_);
+        like(i, j) = a_.dot(b_) > 0.5 ? 1.f : 0.f;
+      }
   }
 
-  const double_rows& keys_;
+  const scored_head& of_;
+  const float_rows& units_;
   index_t settled_;
-  double_row& copy_;
-  float_rows some_, others_, like_;
+  double_row &copy_, &a_, &b_;
+  float_rows some_, like_;
   index_t rows_[compared_keys], m_ = 0;
 };
 
@@ -125,29 +135,33 @@ class copy_search {
 // ones, and those whose copy has left, need be looked at.
 inline double_row redundancy(const scored_head& of, double_scratch& memory, std::span<float> copies = {}) noexcept {
   const index_t n = of.rows, d = of.geometry.head_dim;
-  double_rows keys = memory.rows(n, d);
-  double_row all = memory.row(d), mean = memory.row(n), copy = memory.row(n);
+  double_row key = memory.row(d), all = memory.row(d), mean = memory.row(n), copy = memory.row(n);
+  float* const floats = reinterpret_cast<float*>(memory.row(0).data());
+  float_rows units(floats, n, d);
+  all.setZero();
   for (index_t i = 0; i < n; ++i) {
-    read_key(of, i, false, keys.row(i));
-    const double norm = keys.row(i).norm();
-    if (norm > 0) keys.row(i) /= norm;
+    read_unit(of, i, key);
+    all += key;
+    units.row(i) = key.cast<float>();
+  }
+  // All cosines with a key sum to its product with the sum of keys.
+  for (index_t i = 0; i < n; ++i) {
+    key = units.row(i).cast<double>();
+    mean[i] = key.dot(all) - key.squaredNorm();
   }
   const index_t unsettled = first_unsettled(of, copies);
   const auto known = [&](index_t i, index_t& row) {
     return i < unsettled && knows_copy(of, copies[static_cast<std::size_t>(i)], i, unsettled, row);
   };
   for (index_t i = 0, row; i < n; ++i) copy[i] = known(i, row) ? static_cast<double>(row) : -1;
-  copy_search search(keys, unsettled, copy, memory);
+  copy_search search(of, units, unsettled, copy, key, all, floats + units.size());
   for (index_t i = 0, row; i < n; ++i)
     if (!known(i, row)) search.add(i);
   search.run();
-  // All cosines with a key sum to its product with the sum of keys.
-  all = keys.colwise().sum();
-  for (index_t i = 0; i < n; ++i) mean[i] = keys.row(i).dot(all) - keys.row(i).squaredNorm();
   for (index_t i = 0; i < n; ++i) {
     const auto newest = static_cast<index_t>(copy[i]);
     const index_t left_out = std::max<index_t>(0, newest);
-    if (left_out != i) mean[left_out] -= keys.row(i).dot(keys.row(left_out));
+    if (left_out != i) mean[left_out] -= units.row(i).cast<double>().dot(units.row(left_out).cast<double>());
     if (!copies.empty()) copies[static_cast<std::size_t>(i)] = copy_distance(of, i, newest);
   }
   mean /= static_cast<double>(n);
