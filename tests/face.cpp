@@ -185,6 +185,7 @@ float use(Cache cache) {
   const Cache& constant = cache;
   attention.decode(q.topRows(1), constant, out.topRows(1), workspace);
   attention.decode(q.row(0), constant, out.row(0), workspace, {.lse = std::span(lse).first(4)});
+  attention.decode(q.row(0), constant, out.topRows(0), workspace, {.lse = std::span(lse).first(4), .out = false});
   Cache copy = constant.clone();
   copy.truncate(copy.min_truncate());
   copy.clear();

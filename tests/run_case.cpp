@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <utility>
 
 #include "random_case.hpp"
 
@@ -152,6 +154,11 @@ class case_run {
     matrix out = matrix::Constant(1, static_cast<index_t>(case_.layer.num_qo_heads * case_.layer.v_head_dim), infinity);
     std::vector<float> lse(case_.layer.num_qo_heads, infinity);
     attention_.decode(t.q.row(row), cache_->get(), out, workspace_, {.lse = lse});
+    std::vector<float> alone(lse.size());
+    matrix none;
+    attention_.decode(t.q.row(row), std::as_const(cache_->get()), none, workspace_, {.lse = alone, .out = false});
+    if (wrong.empty() && std::memcmp(alone.data(), lse.data(), lse.size() * sizeof(float)) != 0)
+      return "without an output lse is another";
     return !wrong.empty() ? wrong : compare(t, row, before + row, out.data(), lse.data());
   }
 

@@ -104,6 +104,9 @@ class lists final : public sinkcache::kv_source {
     seen_ = how == tiers ? tokens : at_.back() + 1;
   }
 
+  // Values are not there any more.
+  void forget_values() { has_values_ = false; }
+
   index_t capacity() const noexcept override { return how_ == tiers ? 3 + window_ : tokens_; }
   position_t min_truncate() const noexcept override { return how_ == tiers ? 0 : seen_ - tokens_ / 3; }
   index_t max_parts() const noexcept override { return 3; }
@@ -114,6 +117,7 @@ class lists final : public sinkcache::kv_source {
     const index_t v = sinkcache::f32::block_bytes(geometry_.v_head_dim);
     part.k = {&sinkcache::reader_of<sinkcache::f32>, rows_[0].data() + h * tokens_ * k, k};
     part.v = {&sinkcache::reader_of<sinkcache::f32>, rows_[1].data() + h * tokens_ * v, v};
+    if (!has_values_) part.v.base = nullptr;
     if (how_ == scattered) {
       part.rows = tokens_, part.at = at_, part.last = seen_, part.pinned = 2;
       parts.push_back(part);
@@ -133,6 +137,7 @@ class lists final : public sinkcache::kv_source {
 
  private:
   kind how_;
+  bool has_values_ = true;
   index_t tokens_ = 0, window_, recent_;
   std::vector<std::byte> rows_[2];
   std::vector<position_t> at_;
@@ -156,8 +161,7 @@ matrix normal(index_t rows, index_t cols, effort::dice& dice) {
 }
 
 // The newest `rows` queries of a source, summed and one by one.
-std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice& dice,
-                    const sinkcache::attention_params& of) {
+std::string compare(lists&& keys, index_t rows, effort::dice& dice, const sinkcache::attention_params& of) {
   const sinkcache::attention attention(of);
   const index_t heads = attention.params().num_qo_heads;
   const matrix q = normal(rows, heads * keys.geometry().head_dim, dice);
@@ -171,6 +175,16 @@ std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice
   if (in_panels && (out != plain || lse != plain_lse)) return "the output is another";
   if (in_panels && rows <= 512 && summed.most_queries != rows) return "queries did not stay together";
   attention.attend(q, keys, out, workspace, {.weights = &one_by_one});
+  keys.forget_values();
+  for (const notes* told : {&summed, &one_by_one}) {
+    notes again(told == &summed);
+    std::vector<float> alone(lse.size());
+    matrix none;
+    attention.attend(q, keys, none, workspace, {.lse = alone, .weights = &again, .out = false});
+    if (told == &summed && alone != lse) return "without an output lse is another";
+    if (again.total() != told->total() || again.differs_from(*told) != "")
+      return "without an output weights are others";
+  }
   double sinks = 0;
   for (std::size_t i = 0; i < lse.size(); ++i) {
     const float sink = attention.params().softmax.sink(static_cast<index_t>(i) % heads);
@@ -181,8 +195,8 @@ std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice
     return fmt::format("sums and sinks are {} instead of {}", summed.total() + sinks, all);
   return summed.differs_from(one_by_one);
 }
-std::string compare(const sinkcache::kv_source& keys, index_t rows, effort::dice& dice) {
-  return compare(keys, rows, dice, params(dice));
+std::string compare(lists&& keys, index_t rows, effort::dice& dice) {
+  return compare(std::move(keys), rows, dice, params(dice));
 }
 
 }  // namespace

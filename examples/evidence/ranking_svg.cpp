@@ -86,7 +86,7 @@ std::string drawn(const std::vector<series>& all, std::size_t which, const std::
     for (const point& p : s.panels[which]) y.see(p.value);
   if (!(y.high >= y.low)) return "";
   const double room = std::max(0.005, 0.05 * (y.high - y.low));
-  y.low -= room, y.high += room;
+  y.low -= y.low > 0 ? room : 0, y.high += room;
   const double from = left + static_cast<double>(which) * (panel + gap);
   const auto at_x = [&](double bytes) { return from + panel * (0.04 + 0.92 * x.at(std::log2(bytes))); };
   const auto at_y = [&](double value) { return bottom - (bottom - top) * y.at(value); };

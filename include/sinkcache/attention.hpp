@@ -44,7 +44,7 @@ class attention {
   }
   status try_decode(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}) const noexcept {
-    status found = detail::check_decode(params_, q, keys, out, extra.lse);
+    status found = detail::check_decode(params_, q, keys, out, extra);
     const attention_call call = call_of(q, keys, keys.seen() - 1);
     if (found && extra.weights != nullptr) extra.weights->require(found, call);
     if (!found) return found;
@@ -52,7 +52,7 @@ class attention {
     decode_one({.q = q.row(0),
                 .keys = &keys,
                 .query = keys.seen() - 1,
-                .out = out.row(0),
+                .out = extra.out ? out.row(0) : nullptr,
                 .lse = lse_of(extra.lse),
                 .weights = extra.weights},
                workspace, found);
@@ -66,7 +66,7 @@ class attention {
   status try_decode(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}) const noexcept {
     const detail::learning both(cache, extra.weights);
-    return try_decode(q, std::as_const(cache), out, workspace, {extra.lse, both.reader()});
+    return try_decode(q, std::as_const(cache), out, workspace, {extra.lse, both.reader(), extra.out});
   }
 
   // The same for the newest token of each of several sequences, as one call of the executor. Every sequence gets the
@@ -122,7 +122,7 @@ class attention {
   }
   status try_attend(const_matrix_view q, const kv_source& keys, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}, const call_part& part = {}) const noexcept {
-    status found = detail::check_attend(params_, q, keys, out, extra.lse);
+    status found = detail::check_attend(params_, q, keys, out, extra);
     const call_part whole = detail::whole_part(found, part, keys.geometry().num_kv_heads, q.rows());
     if (!found) return found;
     const const_matrix_view rows(q.row(whole.first_row), whole.num_rows, q.cols(), q.stride());
@@ -142,7 +142,7 @@ class attention {
   status try_attend(const_matrix_view q, any_kv_cache& cache, matrix_view out, workspace& workspace,
                     const extra_outputs& extra = {}, const call_part& part = {}) const noexcept {
     const detail::learning both(cache, extra.weights);
-    return try_attend(q, std::as_const(cache), out, workspace, {extra.lse, both.reader()}, part);
+    return try_attend(q, std::as_const(cache), out, workspace, {extra.lse, both.reader(), extra.out}, part);
   }
 
   // As decode, but merges the partial result into `state`, without the sink: for tokens that are split over several
@@ -177,7 +177,7 @@ class attention {
   status try_prefill(const_matrix_view q, const_matrix_view k, const_matrix_view v, any_kv_cache& cache,
                      const kv_source& keys, matrix_view out, workspace& workspace,
                      const extra_outputs& extra = {}) const noexcept {
-    status found = detail::check_prefill(params_, q, k, v, cache, keys, out, extra.lse);
+    status found = detail::check_prefill(params_, q, k, v, cache, keys, out, extra);
     const index_t tokens = q.rows(), kv_heads = cache.geometry().num_kv_heads;
     const detail::learning both(cache, extra.weights);
     weight_reader* const reader = both.reader();
@@ -194,7 +194,8 @@ class attention {
       const attention_call call =
           call_of(const_matrix_view(q.row(row), n, q.cols(), q.stride()), keys, keys.seen() - n, tokens - row - n);
       if (reader != nullptr) reader->begin(call);
-      attend_block(schedule, q, keys, out, keys.seen() - n - row, {extra.lse, reader}, {0, kv_heads, row, n}, n);
+      attend_block(schedule, q, keys, out, keys.seen() - n - row, {extra.lse, reader, extra.out}, {0, kv_heads, row, n},
+                   n);
       if (reader != nullptr) reader->end(call, *this, workspace);
     }
     return found;
@@ -316,7 +317,7 @@ class attention {
         const detail::decode_job job{.q = q.row(row),
                                      .keys = &keys,
                                      .query = first + row,
-                                     .out = out.row(row),
+                                     .out = extra.out ? out.row(row) : nullptr,
                                      .lse = lse,
                                      .weights = extra.weights};
         schedule.decode(
@@ -328,7 +329,7 @@ class attention {
                          .tokens = n,
                          .keys = &keys,
                          .first = first + row,
-                         .out = out.row(row),
+                         .out = extra.out ? out.row(row) : nullptr,
                          .out_stride = out.stride(),
                          .lse = lse,
                          .first_kv_head = part.first_kv_head,

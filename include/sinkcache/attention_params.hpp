@@ -47,10 +47,12 @@ inline status validate(const attention_params& params) noexcept {
 }
 
 // What a call can give besides its output: lse, natural, the sink included [tokens, num_qo_heads]; and the weights of
-// the queries that a reader wants, which are computed one by one, as in decode.
+// the queries that a reader wants, which are computed one by one, as in decode. Without `out` these alone: no value is
+// read, and the call's `out` may be empty.
 struct extra_outputs {
   std::span<float> lse = {};
   weight_reader* weights = nullptr;
+  bool out = true;
 };
 
 // One sequence of a batch: q [num_qo_heads * head_dim] of its newest token, already stored, out [num_qo_heads *
@@ -111,11 +113,11 @@ inline void require_token(status& found, const kv_source& keys) noexcept {
 }
 
 inline status check_decode(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
-                           std::span<const float> lse) noexcept {
+                           const extra_outputs& extra) noexcept {
   status found;
   require_queries(found, params, q, 1, keys.geometry());
-  require_outputs(found, params, out, 1, keys.geometry());
-  require_lse(found, params, lse, 1);
+  if (extra.out) require_outputs(found, params, out, 1, keys.geometry());
+  require_lse(found, params, extra.lse, 1);
   require_token(found, keys);
   return found;
 }
@@ -138,11 +140,11 @@ inline void require_item(status& found, const attention_params& params, std::spa
 }
 
 inline status check_attend(const attention_params& params, const_matrix_view q, const kv_source& keys, matrix_view out,
-                           std::span<const float> lse) noexcept {
+                           const extra_outputs& extra) noexcept {
   status found;
   require_queries(found, params, q, q.rows(), keys.geometry());
-  require_outputs(found, params, out, q.rows(), keys.geometry());
-  require_lse(found, params, lse, q.rows());
+  if (extra.out) require_outputs(found, params, out, q.rows(), keys.geometry());
+  require_lse(found, params, extra.lse, q.rows());
   require_seen(found, keys);
   found.require(q.rows() <= keys.seen(), "q.rows()", q.rows(), "at most what was stored,", keys.seen());
   if (found && q.rows() > 1) {
@@ -168,13 +170,13 @@ inline status check_attend(const attention_params& params, const_matrix_view q, 
 
 inline status check_prefill(const attention_params& params, const_matrix_view q, const_matrix_view k,
                             const_matrix_view v, const any_kv_cache& cache, const kv_source& keys, matrix_view out,
-                            std::span<const float> lse) noexcept {
+                            const extra_outputs& extra) noexcept {
   status found;
   require_queries(found, params, q, q.rows(), keys.geometry());
   require_seen(found, keys);
   cache.require_tokens(found, q.rows(), k, v);
-  require_outputs(found, params, out, q.rows(), keys.geometry());
-  require_lse(found, params, lse, q.rows());
+  if (extra.out) require_outputs(found, params, out, q.rows(), keys.geometry());
+  require_lse(found, params, extra.lse, q.rows());
   if (&keys == &cache) return found;
   const kv_geometry &of = keys.geometry(), &grows = cache.geometry();
   found.require(of.num_kv_heads == grows.num_kv_heads, "keys' num_kv_heads", of.num_kv_heads, "that of the cache,",

@@ -67,6 +67,7 @@ inline void absorb_values(const query_rows& rows, index_t row, index_t count, co
   in_groups(count, [&]<int Rows>(index_t r, index_t group) {
     weigh<Rows>(logits_of(logits, group), offset, n, to.from_row(row + r), scale + r);
   });
+  if (rows.v_head_dim == 0) return;
   rescale_values(scale, count, to.from_row(row));
   v.reader->add(logits, count, v.rows, offset, n, round_up(rows.v_head_dim, 16), to.from_row(row), next);
 }
@@ -139,6 +140,7 @@ inline void absorb_panel(const query_rows& rows, index_t row, const extent* exte
   hide_unseen(all_upto, hi);
   float scale[panel];
   weigh<panel>(logits, offset + lo, n, to.from_row(row), scale);
+  if (v_dim == 0) return;
   rescale_values(scale, panel, to.from_row(row));
   // A weight of 0 keeps a value out, unless that is infinite or NaN: then each row goes alone over what it sees.
   if (!all_finite(v, all_from - lo, v_dim) || !all_finite(v.from_row(all_upto - lo), hi - all_upto, v_dim)) {
@@ -186,12 +188,12 @@ inline void absorb(const kv_part& part, const query_rows& rows, const extent* ex
     }
     if (rows.in_panels) {
       const tile_rows k = tile_keys();
-      const tile_rows v = decoded_rows(part.v, lie, rows.v_head_dim, v_dim + 16, scratch.v);
+      const tile_rows v = v_dim > 0 ? decoded_rows(part.v, lie, rows.v_head_dim, v_dim + 16, scratch.v) : k;
       for (index_t r = 0; r < rows.rows; r += query_rows::panel)
         absorb_panel(rows, r, extents, k, v, offset, tile, n, to, scratch.logits);
       continue;
     }
-    const loaded_rows k = keys.load(lie), v = values.load(lie);
+    const loaded_rows k = keys.load(lie), v = v_dim > 0 ? values.load(lie) : k;
     tile_rows next = k.rows.from_row(n);
     if (end == all.hi && k.in_place) next.data = next_keys != nullptr ? next_keys : k.rows.data;
     // Rows that see the same keys of the tile go together; where they differ, no row touches what it does not see.

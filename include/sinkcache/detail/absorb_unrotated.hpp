@@ -31,13 +31,13 @@ void absorb_unrotated(const kv_part& part, const key_rotations& rotations, const
     end = std::min(all.hi, tile - tile % tile_scratch::keys + tile_scratch::keys);
     const auto n = static_cast<index_t>(end - tile), number = static_cast<index_t>(tile - first);
     const tile_runs lie(part, number, n);
-    const loaded_rows v = values.load(lie);
     const loaded_rows k =
         as_they_are ? keys.load(lie)
                     : loaded_rows{&reader_of<f32>,
                                   on_the_way ? unrotated_rows(part, rows.head_dim, number, n, rotations, scratch.k)
                                              : rotated_rows(part, rows.head_dim, number, n, rotations, tile, scratch.k),
                                   false};
+    const loaded_rows v = rows.v_head_dim > 0 ? values.load(lie) : k;
     const tile_rows next = k.rows.from_row(n);
     for (index_t r = 0, same = 1; r < rows.rows; r += same, same = 1) {
       const position_span seen = seen_of(extents[r], tile, end);

@@ -153,7 +153,7 @@ class scored_learner : public weight_reader {
   bool look_back(const attention_call& call, const attention& by, workspace& memory) noexcept {
     const kv_geometry& of = s_.of.geometry;
     const auto n = static_cast<index_t>(std::min<position_t>(s_.needs.window, cache->seen()));
-    const index_t q_dim = s_.of.rules.num_qo_heads * of.head_dim, v_dim = s_.of.rules.num_qo_heads * of.v_head_dim;
+    const index_t q_dim = s_.of.rules.num_qo_heads * of.head_dim;
     const index_t columns = s_.log.group() * of.head_dim;
     for (index_t w = 0; w < n; ++w)
       std::copy_n(s_.log.q(cache->seen() - n + w) + call.first_kv_head * columns, call.num_kv_heads * columns,
@@ -165,10 +165,12 @@ class scored_learner : public weight_reader {
       for (index_t h = call.first_kv_head; h < call.first_kv_head + call.num_kv_heads; ++h)
         std::fill_n(s_.log.window(w) + s_.rows.head(h).first, s_.rows.head(h).n, unseen);
     __atomic_fetch_add(&looking_back_, 1, __ATOMIC_RELAXED);
-    const status done = by.try_attend(
-        const_matrix_view(s_.log.window_q(), n, q_dim), call.keys, matrix_view(s_.log.window_out(), n, v_dim), memory,
-        {.lse = {s_.log.window_lse(), static_cast<std::size_t>(n * s_.of.rules.num_qo_heads)}, .weights = &reader},
-        {.first_kv_head = call.first_kv_head, .num_kv_heads = call.num_kv_heads});
+    const status done =
+        by.try_attend(const_matrix_view(s_.log.window_q(), n, q_dim), call.keys, matrix_view(nullptr, 0, 0), memory,
+                      {.lse = {s_.log.window_lse(), static_cast<std::size_t>(n * s_.of.rules.num_qo_heads)},
+                       .weights = &reader,
+                       .out = false},
+                      {.first_kv_head = call.first_kv_head, .num_kv_heads = call.num_kv_heads});
     __atomic_fetch_sub(&looking_back_, 1, __ATOMIC_RELAXED);
     return done.ok();
   }

@@ -26,10 +26,12 @@ struct query_block {
   position_t first;  // position of the first token
   index_t group;     // query heads per KV head
   bool in_panels;    // see query_rows
+  bool wants_values;
 
   index_t token(index_t row) const { return row / group; }
   index_t head(index_t kv_head, index_t row) const { return kv_head * group + row % group; }
   position_t query(index_t row) const { return first + token(row); }
+  index_t v_head_dim() const { return wants_values ? source.geometry().v_head_dim : 0; }
 
   // What the rows [row, row + count) of a KV head see, of the visible tokens number [from, to) only, into the scratch's
   // state. From and to are moved back to where a tile ends; they are for a single token. Logits are kept if asked for.
@@ -49,7 +51,7 @@ struct query_block {
     query_rows rows{.q = scratch.q,
                     .rows = count,
                     .head_dim = of.head_dim,
-                    .v_head_dim = of.v_head_dim,
+                    .v_head_dim = v_head_dim(),
                     .in_panels = in_panels,
                     .terms = has_terms ? terms : nullptr,
                     .num_sink_tokens = 0,
@@ -109,7 +111,7 @@ struct query_block {
     }
     if (kept.sums != nullptr) return;
     scratch.state.settle(count);
-    if (of.v_transform != nullptr)
+    if (of.v_transform != nullptr && wants_values)
       for (index_t r = 0; r < count; ++r)
         of.v_transform->undo(scratch.state.o + r * scratch.state.o_stride, of.v_head_dim);
   }
@@ -284,7 +286,7 @@ struct query_block {
       }
       const index_t n = lie.num_rows();
       if (n == 0) continue;
-      const loaded_rows k = keys.load(lie), v = values.load(lie);
+      const loaded_rows k = keys.load(lie), v = rows.v_head_dim > 0 ? values.load(lie) : k;
       for (index_t j = 0, run; j < n; j = run) {
         const position_t by = part.position(number[j]) - place(number[j]);
         run = j + 1;

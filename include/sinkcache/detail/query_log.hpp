@@ -20,7 +20,7 @@ namespace detail {
 
 struct query_sizes {
   scorer_needs needs;
-  index_t num_qo_heads, num_kv_heads, head_dim, v_head_dim;
+  index_t num_qo_heads, num_kv_heads, head_dim;
   index_t rows;      // of the pool
   index_t rollback;  // queries that may be taken back
   index_t interval;  // and that may come at once
@@ -41,7 +41,6 @@ class query_log {
     c.take(learned_, of.num_kv_heads);
     c.take(q_, queries, of.num_qo_heads, of.head_dim);
     c.take(window_q_, of.needs.window, of.num_qo_heads, of.head_dim);
-    c.take(window_out_, of.needs.window, of.num_qo_heads, of.v_head_dim);
     c.take(window_lse_, of.needs.window, of.num_qo_heads);
     c.take(weights_, of.needs.together || of.needs.last_query ? 1 : of.needs.window, of.rows);
     c.take(given_, of.needs.sums ? of.rollback : 0, of.rows);
@@ -120,7 +119,6 @@ class query_log {
   float* window(index_t w) const { return weights_ + w * of_.rows; }
   float* last(index_t head_of_group) const { return last_ + head_of_group * of_.rows; }
   float* window_q() const { return window_q_; }
-  float* window_out() const { return window_out_; }
   float* window_lse() const { return window_lse_; }
 
   // Sums over queries up to `to`, as far as they fill blocks, join those before them.
@@ -181,7 +179,7 @@ class query_log {
 
   query_sizes of_{};
   position_t* learned_ = nullptr;
-  float *q_ = nullptr, *window_q_ = nullptr, *window_out_ = nullptr, *window_lse_ = nullptr, *weights_ = nullptr;
+  float *q_ = nullptr, *window_q_ = nullptr, *window_lse_ = nullptr, *weights_ = nullptr;
   float *given_ = nullptr, *last_ = nullptr;
   double *sum_q_ = nullptr, *products_ = nullptr, *now_sum_q_ = nullptr, *now_products_ = nullptr, *some_q_ = nullptr;
   position_t folded_ = 0;  // queries whose moments are in the sums

@@ -16,7 +16,8 @@ namespace sinkcache {
 inline namespace SINKCACHE_TAG {
 namespace detail {
 
-// One query token: all heads' rows, and where their results go. `into` instead of `out` takes partial states.
+// One query token: all heads' rows, and where their results go. `into` instead of `out` takes partial states; without
+// both no value is read.
 struct decode_job {
   const float* q;
   const kv_source* keys;
@@ -32,7 +33,7 @@ struct rows_job {
   index_t q_stride, tokens;
   const kv_source* keys;
   position_t first;
-  float* out;
+  float* out;  // null: no value is read
   index_t out_stride;
   float* lse;  // [tokens, num_qo_heads], or null
   index_t first_kv_head, num_kv_heads;
@@ -183,8 +184,9 @@ class schedule {
                             .tokens = job.tokens,
                             .first = job.first,
                             .group = group_size(params_, *job.keys),
-                            .in_panels = job.in_panels};
-    const index_t dim = job.keys->geometry().v_head_dim;
+                            .in_panels = job.in_panels,
+                            .wants_values = job.out != nullptr};
+    const index_t dim = block.v_head_dim();
     alignas(64) float m[max_item_rows], weight[max_item_rows];
     index_t unfit[max_item_rows], num_unfit = 0;
     block.absorb(kv_head, row, count, 0, max_position, scratch);
@@ -256,7 +258,8 @@ class schedule {
                            .tokens = 1,
                            .first = job.query,
                            .group = group,
-                           .in_panels = group >= query_rows::panel && of.kept < 0};
+                           .in_panels = group >= query_rows::panel && of.kept < 0,
+                           .wants_values = job.out != nullptr || job.into != nullptr};
     const index_t first_head = call.head(kv_head, row);
     float* const logits = of.logits + first_head * std::max<index_t>(0, of.kept);
     call.absorb(kv_head, row, count, i * of.slice, i + 1 < of.slices ? (i + 1) * of.slice : max_position, scratch,
@@ -271,7 +274,7 @@ class schedule {
         copy_state(partial(first_head + r, i), scratch.state.from_row(r), floats - 16);
       if (__atomic_sub_fetch(of.missing + kv_head * blocks + block, 1, __ATOMIC_ACQ_REL) > 0) return;
     }
-    const index_t dim = keys.geometry().v_head_dim;
+    const index_t dim = call.v_head_dim();
     float bound[max_item_rows];
     index_t unfit[max_item_rows], num_unfit = 0;
     for (index_t r = 0; r < count; ++r) {

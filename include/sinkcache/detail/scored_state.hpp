@@ -250,7 +250,6 @@ class scored_state {
                   .num_qo_heads = rules.num_qo_heads,
                   .num_kv_heads = num_heads(),
                   .head_dim = g.head_dim,
-                  .v_head_dim = g.v_head_dim,
                   .rows = pool,
                   .rollback = of.rollback,
                   .interval = rules.interval,
