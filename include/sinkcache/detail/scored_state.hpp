@@ -278,6 +278,10 @@ class scored_state {
     c.take(leaves, pool);
     c.take(kept, pool);
     c.take(candidates, rules.adaptive ? pool : most_rows_);
+    // What scorers compute in: some floats a row, element and head.
+    const index_t floats = checked_sum(found, "floats of a row", g.head_dim + g.v_head_dim, group);
+    checked_product(found, "rows of a head", most_rows_, checked_product(found, "floats of a row", 4, floats));
+    if (!found) return;
     scratch_floats = of.scorer->scratch_floats({most_rows_, g.head_dim, g.v_head_dim, group});
     found.require(scratch_floats >= 0, "the scorer's scratch_floats", scratch_floats, "at least 0");
     c.take(scratch, scratch_floats);
